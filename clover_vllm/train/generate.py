@@ -1,0 +1,305 @@
+"""`clover-vllm data`: the target's own answers, generated with vLLM under continuous batching.
+
+The prompts are dealt into shards of fixed size. A shard is generated in one go, from an empty
+prefix cache and with a seed per request, and written through a rename. So a kill costs at most one
+shard, and a resumed run gives the shards that an unbroken one would have given.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from clover_vllm.errors import UserError
+from clover_vllm.train.answers import files_key
+from clover_vllm.train.prompts import Prompt, read_prompts
+from clover_vllm.train.trainer import peak_memory_gib, write_json
+
+
+@dataclass
+class DataSettings:
+    """What `clover-vllm data` was asked for.
+
+    A prompt's temperature is 0 for `greedy_share` of the prompts, else drawn evenly between
+    `min_temperature` and `max_temperature`; both draws depend on the prompt alone.
+    """
+
+    target: str
+    prompts: list[Path]
+    output: Path
+    max_tokens: int = 256
+    greedy_share: float = 0.5
+    min_temperature: float = 0.7
+    max_temperature: float = 1.0
+    limit: int | None = None
+    skip: int = 0
+    held_out: bool = False
+    shard_size: int = 512
+    max_num_seqs: int = 96
+    max_model_len: int = 2048
+    dtype: str = "auto"
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Request:
+    prompt: Prompt
+    prompt_ids: list[int]
+    temperature: float
+    seed: int
+
+
+def generate(settings: DataSettings) -> dict[str, Any]:
+    """Generate what is missing.
+
+    Returns:
+        the summary, also written to `output/summary.json`.
+
+    Raises:
+        UserError: anything that the user can mend, before the engine starts where possible.
+    """
+    _check(settings)
+    prompts = [p for p in read_prompts(settings.prompts) if p.held_out == settings.held_out]
+    prompts = prompts[settings.skip :]
+    if settings.limit is not None:
+        prompts = prompts[: settings.limit]
+    if not prompts:
+        raise UserError("No prompt is left after --held-out, --skip and --limit.")
+    _same_run(settings)
+    shards = [
+        (settings.output / f"answers-{start // settings.shard_size:05d}.jsonl.gz", start)
+        for start in range(0, len(prompts), settings.shard_size)
+    ]
+    missing = [(path, start) for path, start in shards if not path.exists()]
+    summary: dict[str, Any] = {"shards": len(shards), "shards_generated_now": len(missing)}
+    if missing:
+        summary |= _run(settings, prompts, missing, len(prompts))
+    summary |= _totals(path for path, _ in shards)
+    write_json(settings.output / "summary.json", summary | {"settings": _plain(settings)})
+    return summary
+
+
+def _check(settings: DataSettings) -> None:
+    if not 0 <= settings.greedy_share <= 1:
+        raise UserError(f"--greedy-share {settings.greedy_share} must lie between 0 and 1.")
+    if not 0 < settings.min_temperature <= settings.max_temperature <= 2:
+        raise UserError("--min-temperature and --max-temperature must satisfy 0 < min <= max <= 2.")
+    if settings.max_tokens < 1 or settings.shard_size < 1 or settings.max_num_seqs < 1:
+        raise UserError("--max-tokens, --shard-size and --max-num-seqs must be 1 or more.")
+    if settings.max_tokens >= settings.max_model_len:
+        raise UserError("--max-tokens leaves no room for a prompt within --max-model-len.")
+
+
+def _plain(settings: DataSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings), default=str))  # type: ignore[no-any-return]
+
+
+def _same_run(settings: DataSettings) -> None:
+    """Refuse to add shards of other settings to a folder."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    stamp = settings.output / "settings.json"
+    now = _plain(settings)
+    for name in ("output", "limit", "prompts"):
+        del now[name]
+    now["prompts_key"] = files_key(settings.prompts)
+    if stamp.exists():
+        before = json.loads(stamp.read_text())
+        changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
+        if changed:
+            raise UserError(
+                f"{settings.output} holds answers made with other settings ({', '.join(changed)}); "
+                "continue with the same ones, or name another --output."
+            )
+    write_json(stamp, now)
+
+
+def _run(
+    settings: DataSettings, prompts: list[Prompt], missing: list[tuple[Path, int]], total: int
+) -> dict[str, Any]:
+    engine = start_engine(
+        settings.target,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        dtype=settings.dtype,
+        **settings.engine,
+    )
+    tokenizer = engine.get_tokenizer()
+    longest = settings.max_model_len - settings.max_tokens
+    started, tokens, skipped = time.monotonic(), 0, 0
+    done = sum(min(settings.shard_size, total - start) for _, start in missing)
+    with _progress() as progress:
+        bar = progress.add_task("answers", total=done, rate="")
+        for path, start in missing:
+            requests = []
+            for prompt in prompts[start : start + settings.shard_size]:
+                ids = _token_ids(tokenizer, prompt)
+                if len(ids) > longest:
+                    skipped += 1
+                    progress.advance(bar)
+                    continue
+                requests.append(_request(settings, prompt, ids))
+            lines: dict[int, dict[str, Any]] = {}
+            for index, completion, count in _complete(engine, requests, settings.max_tokens):
+                tokens += count
+                if completion is not None:
+                    lines[index] = _line(requests[index], completion)
+                    progress.advance(bar)
+                rate = f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
+                progress.update(bar, rate=rate)
+            _write_shard(path, [lines[i] for i in range(len(requests))])
+    seconds = time.monotonic() - started
+    return {
+        "prompts_too_long": skipped,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds_of_last_start": round(seconds, 1),
+        "peak_memory_gib": round(_peak_memory_with_children(), 2),
+    }
+
+
+def start_engine(target: str, **options: Any) -> Any:
+    """A vLLM engine with the settings that are fastest on this machine.
+
+    Raises:
+        UserError: vLLM refuses the target or the options.
+    """
+    from clover_vllm.engine.environment import prepare
+
+    prepare()
+    from vllm import LLM
+
+    try:
+        return LLM(
+            model=target,
+            disable_log_stats=True,
+            **({"enable_prefix_caching": True} | options),
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"vLLM does not start with target {target} ({reason}).") from error
+
+
+def _token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+    return list(tokenizer(prompt.text)["input_ids"])
+
+
+def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request:
+    digest = hashlib.sha256(f"{settings.seed} {prompt.text}".encode()).digest()
+    greedy, share, seed = (int.from_bytes(digest[i : i + 4], "little") / 2**32 for i in (0, 4, 8))
+    temperature = 0.0
+    if greedy >= settings.greedy_share:
+        span = settings.max_temperature - settings.min_temperature
+        temperature = round(settings.min_temperature + share * span, 2)
+    return _Request(prompt, ids, temperature, int(seed * 2**31))
+
+
+def _complete(
+    llm: Any, requests: list[_Request], max_tokens: int
+) -> Iterator[tuple[int, Any | None, int]]:
+    """Run requests together; yields (index, completion or None, new tokens) as they come."""
+    from vllm import SamplingParams
+
+    llm.reset_prefix_cache()
+    engine = llm.llm_engine
+    for index, request in enumerate(requests):
+        engine.add_request(
+            str(index),
+            {"prompt_token_ids": request.prompt_ids},
+            SamplingParams(
+                temperature=request.temperature,
+                seed=request.seed,
+                max_tokens=max_tokens,
+                detokenize=False,
+            ),
+        )
+    seen = [0] * len(requests)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            index = int(output.request_id)
+            completion = output.outputs[0]
+            count = len(completion.token_ids) - seen[index]
+            seen[index] += count
+            yield index, completion if output.finished else None, count
+
+
+def _line(request: _Request, completion: Any) -> dict[str, Any]:
+    return {
+        "source": request.prompt.source,
+        "temperature": request.temperature,
+        "prompt_ids": request.prompt_ids,
+        "answer_ids": list(completion.token_ids),
+        "finish": completion.finish_reason,
+    }
+
+
+def _write_shard(path: Path, lines: list[dict[str, Any]]) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(fresh, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+            for line in lines:
+                file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+        fresh.rename(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def _totals(shards: Iterator[Path]) -> dict[str, int]:
+    answers = tokens = 0
+    for path in shards:
+        with gzip.open(path, "rt") as file:
+            for line in file:
+                answers += 1
+                tokens += len(json.loads(line)["answer_ids"])
+    return {"answers": answers, "answer_tokens": tokens}
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _peak_memory_with_children() -> float:
+    """Peak GiB of this process plus that of the largest engine process still alive."""
+    import psutil
+
+    children = 0.0
+    for child in psutil.Process().children(recursive=True):
+        try:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+        except OSError:
+            continue
+        peak = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
+        if peak:
+            children += int(peak.split()[1]) / 2**20
+    return peak_memory_gib() + children
+
+
+__all__ = ["DataSettings", "generate", "start_engine"]

@@ -1,0 +1,104 @@
+"""The vocabulary loss of all heads at once, in bounded memory.
+
+For head i the loss is the cross entropy between the target's distribution and the head's, over the
+vocabulary that is drafted from. A [rows, vocabulary] matrix for every head of a batch would be
+gigabytes with a 128k vocabulary, so the rows are taken in chunks and the gradient with respect to
+the head's states is formed on the spot; nothing of vocabulary size outlives a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class VocabularyTargets:
+    """What the heads should predict, shared by all heads of a batch.
+
+    Row n + i of the answer-aligned arrays is what head i predicts from row n (see `batches.Rows`).
+    """
+
+    states: torch.Tensor  # [N, D], the target's post-norm states for the same predictions
+    weight: torch.Tensor  # [V, D], lm_head rows that are drafted from (frozen)
+    valid: torch.Tensor  # bool [heads, N], whether head i has a prediction at row n
+    covered: torch.Tensor  # bool [N], whether the token at row n is one that can be drafted
+
+
+class _ChunkedSoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, targets: VocabularyTargets, chunk_elements: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        heads, rows, _ = states.shape
+        weight = targets.weight
+        low = states.detach().to(weight.dtype)
+        goal = targets.states.to(weight.dtype)
+        used = used_rows(targets)
+        count = used.sum(dim=1).clamp(min=1).float()
+        loss = states.new_zeros(heads, dtype=torch.float32)
+        right = states.new_zeros(heads, dtype=torch.float32)
+        gradient = torch.zeros_like(low)
+        step = max(8, chunk_elements // weight.shape[0])
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            # Head i looks i rows ahead, so one chunk of target distributions serves all heads.
+            p = torch.softmax((goal[start : stop + heads - 1] @ weight.T).float(), dim=-1)
+            best = p.argmax(dim=-1)
+            for i in range(heads):
+                n = min(stop, rows - i) - start
+                if n <= 0:
+                    continue
+                mask = used[i, start : start + n]
+                logits = (low[i, start : start + n] @ weight.T).float()
+                top, index = logits.max(dim=-1)
+                q = torch.softmax(logits, dim=-1)
+                log_z = top - q.gather(1, index[:, None]).squeeze(1).log()
+                p_i = p[i : i + n]
+                loss[i] += ((log_z - (p_i * logits).sum(dim=-1)) * mask).sum()
+                right[i] += ((index == best[i : i + n]) & mask).sum()
+                q.sub_(p_i).mul_((mask / count[i])[:, None])
+                gradient[i, start : start + n] = q.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        ctx.dtype = states.dtype
+        accuracy = right / count
+        ctx.mark_non_differentiable(accuracy)
+        return loss / count, accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0][:, None, None]).to(ctx.dtype), None, None
+
+
+def used_rows(targets: VocabularyTargets) -> torch.Tensor:
+    """bool [heads, N]: rows with a prediction whose token can be drafted.
+
+    A draft vocabulary renormalises the target's distribution over its ids. Where the token that
+    was really emitted is not among them, that distribution says little, so the row is left out.
+    """
+    used = targets.valid.clone()
+    for i in range(used.shape[0]):
+        n = used.shape[1] - i
+        used[i, :n] &= targets.covered[i:]
+        used[i, n:] = False
+    return used
+
+
+def vocabulary_loss(
+    states: torch.Tensor, targets: VocabularyTargets, chunk_elements: int = 1 << 21
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft cross entropy of every head against the target.
+
+    Args:
+        states: [heads, N, D], normed head states; gradients flow into them.
+        targets: what they should predict.
+        chunk_elements: largest [rows, vocabulary] matrix held at once, in elements.
+
+    Returns:
+        loss [heads] in nats per row, and [heads] share of rows whose most likely token is the
+        target's (both float32; the second without gradient).
+    """
+    return _ChunkedSoftCrossEntropy.apply(states, targets, chunk_elements)  # type: ignore[no-any-return]

@@ -1,0 +1,30 @@
+"""Plots of training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def plot_training(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy per depth over steps, as PNG."""
+    rows = [r for r in history if "accuracy" in r]
+    if not rows:
+        return
+    steps = [r["step"] for r in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    left.plot(steps, [r["loss"] for r in rows], color="tab:blue", linewidth=1)
+    left.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
+    for depth in range(len(rows[0]["accuracy"])):
+        right.plot(steps, [r["accuracy"][depth] for r in rows], linewidth=1, label=f"depth {depth + 1}")
+    right.set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title="top token equals the target's")
+    right.legend(loc="lower right", fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""The frozen target through transformers: hidden states, final norm, lm_head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clover_vllm.errors import UserError
+
+
+class FrozenTarget:
+    """A target model that is only read.
+
+    Attributes:
+        config: its text configuration.
+        lm_head: [V, D], the weight of its output layer; also the head's token embeddings.
+        layers: its decoder layers.
+        norm: its final norm.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """Load from a Hugging Face folder or hub name.
+
+        Raises:
+            UserError: it cannot be loaded, or has no Llama-like structure.
+        """
+        model = _load(path, dtype).to(device).eval().requires_grad_(False)
+        body = getattr(model, "model", None)
+        if body is None or not all(hasattr(body, name) for name in ("layers", "norm", "embed_tokens")):
+            raise UserError(
+                f"Target {path} ({type(model).__name__}) has no model.layers and model.norm; "
+                "Clover-2 heads need a Llama-like target."
+            )
+        self.config: Any = model.config.get_text_config()
+        self.path = str(path)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.lm_head: torch.Tensor = model.get_output_embeddings().weight
+        self.embed_tokens: torch.Tensor = model.get_input_embeddings().weight
+        self.layers: nn.ModuleList = body.layers
+        self.norm: nn.Module = body.norm
+        self._body = body
+
+    @torch.no_grad()
+    def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Pre-norm hidden states of the last layer.
+
+        Args:
+            token_ids: int64 [B, T], padded on the right with anything (causal attention never
+                lets a real position see the padding).
+
+        Returns:
+            [B, T, D] in the target's dtype.
+        """
+        seen: list[torch.Tensor] = []
+        handle = self.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self._body(input_ids=token_ids.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def _load(path: str | Path, dtype: torch.dtype) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"Target {path} cannot be loaded ({reason}); give a Hugging Face folder of a causal "
+            "language model, for example the one that `clover-vllm target smollm2-135m` makes."
+        ) from error

@@ -1,0 +1,401 @@
+"""`clover-vllm train`: a head for a frozen target, with Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from clover_vllm.errors import UserError
+from clover_vllm.head.checkpoint import check_target, load_head, probe_lm_head, save_head
+from clover_vllm.head.config import Clover2Config
+from clover_vllm.head.eagle import Eagle1DraftModel, init_eagle1, save_eagle1
+from clover_vllm.head.init import config_for_target, init_from_target, measure_scales
+from clover_vllm.head.model import Clover2DraftModel
+from clover_vllm.home import home
+from clover_vllm.train.answers import AnswerSet, files_key, read_answers
+from clover_vllm.train.batches import Batch, collate, plan_batches
+from clover_vllm.train.hidden import HiddenStates
+from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
+from clover_vllm.train.target_model import FrozenTarget
+
+_COMPLETE = "complete"  # written into a checkpoint folder when all of it is on disk
+
+
+@dataclass
+class TrainSettings:
+    """What `clover-vllm train` was asked for.
+
+    Lengths are in tokens, `cache_gib` in GiB. `epochs` may be a fraction.
+    """
+
+    target: str
+    data: list[Path]
+    output: Path
+    method: Literal["clover2", "eagle1"] = "clover2"
+    init_from: Path | None = None
+    epochs: float = 4.0
+    batch_tokens: int = 2048
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.04
+    weights: LossWeights = field(default_factory=LossWeights)
+    clip_value: float = 0.5
+    weight_decay: float = 0.0
+    draft_vocab: int | None = None
+    num_heads: int = 5
+    scale_inputs: bool = True
+    max_length: int = 2048
+    limit_tokens: int | None = None
+    cache_gib: float = 0.0
+    cache: Path | None = None
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    dtype: str = "bfloat16"
+    stop_after: int | None = None  # steps; tests use it to end early without finishing
+
+
+class PlannedBatches(Dataset[list[int]]):
+    """The run's micro-batches in order; item k is its k-th, so that resuming is skipping."""
+
+    def __init__(self, plan: list[list[int]]) -> None:
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.plan[index]
+
+
+class HeadTrainer(Trainer):
+    """Trainer whose inputs are planned batches and whose hidden states come from `HiddenStates`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        hidden_states: HiddenStates,
+        teacher: Teacher,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._hidden_states = hidden_states
+        self._teacher = teacher
+        self._window: list[dict[str, torch.Tensor]] = []
+        # The objective already averages over rows; Trainer then divides by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        batch: Batch = inputs["batch"]
+        hidden = self._hidden_states(batch)
+        with torch.no_grad():
+            post_norm = self._hidden_states.target.norm(hidden)
+        loss, metrics = model(batch, hidden, post_norm, self._teacher)
+        self._window.append(metrics)
+        return (loss, metrics) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's means per depth. Checkpoints fall on log steps, so none is ever split."""
+        if self._window and "loss" in logs:
+            for name in self._window[0]:
+                mean = torch.stack([m[name] for m in self._window]).mean(dim=0)
+                if self.args.world_size > 1:
+                    mean = self.accelerator.reduce(mean, reduction="mean")
+                logs[name] = [round(x, 5) for x in mean.tolist()]  # type: ignore[assignment]
+            self._window = []
+        super().log(logs, start_time)
+
+
+class _Checkpoints(TrainerCallback):
+    """Clips gradients by value (as published), marks whole checkpoints, writes the log beside them."""
+
+    def __init__(self, clip_value: float, log_file: Path, stop_after: int | None) -> None:
+        self.clip_value = clip_value
+        self.log_file = log_file
+        self.stop_after = stop_after
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.clip_value > 0:
+            nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.clip_value)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _COMPLETE).touch()
+            write_json(self.log_file, state.log_history)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop_after is not None and state.global_step >= self.stop_after:
+            control.should_training_stop = True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a rename, so that a kill never leaves half a file."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(value, indent=1))
+    fresh.rename(path)
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; unfinished ones are removed."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _COMPLETE).exists():
+            found.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def choose_draft_vocab(counts: torch.Tensor, size: int) -> torch.Tensor:
+    """The `size` most frequent token ids, increasing (int64)."""
+    return torch.sort(torch.argsort(counts, descending=True, stable=True)[:size]).values
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train a head; resumes by itself when `output` holds checkpoints of the same settings.
+
+    Returns:
+        the run's summary, also written to `output/summary.json`.
+
+    Raises:
+        UserError: anything that the user can mend, before training starts where possible.
+    """
+    started = time.monotonic()
+    _check(settings)
+    dtype = getattr(torch, settings.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = _arguments(settings, device)  # sets up torch.distributed under torchrun
+    if device == "cuda":
+        device = str(arguments.device)
+    target = FrozenTarget(settings.target, dtype, device)
+    vocab_size = int(target.config.vocab_size)
+    context = int(getattr(target.config, "max_position_embeddings", settings.max_length))
+    with arguments.main_process_first():
+        answers = read_answers(
+            settings.data, vocab_size, min(settings.max_length, context), settings.limit_tokens
+        )
+    plan = plan_batches(
+        answers.lengths, answers.answer_lengths, settings.batch_tokens, settings.epochs, settings.seed
+    )
+    torch.manual_seed(settings.seed)
+    draft_vocab = None
+    if settings.draft_vocab is not None:
+        draft_vocab = choose_draft_vocab(answers.token_counts(vocab_size), settings.draft_vocab)
+    head = _new_head(settings, target, answers, draft_vocab)
+    if isinstance(head, Clover2DraftModel):
+        draft_vocab = head.draft_vocab
+    per_step = settings.accumulate * arguments.world_size
+    arguments.max_steps = max(1, len(plan) // per_step)
+    arguments.warmup_steps = round(settings.warmup * arguments.max_steps)
+    with arguments.main_process_first():
+        _same_run(settings, len(plan))
+        hidden_states = HiddenStates(
+            target,
+            answers.lengths,
+            settings.cache or home() / "hidden" / files_key(settings.data),
+            int(settings.cache_gib * 2**30),
+            key=f"{probe_lm_head(target.lm_head)} {settings.max_length} {settings.limit_tokens}",
+        )
+    trainer = HeadTrainer(
+        model=DraftObjective(head, settings.weights),
+        args=arguments,
+        train_dataset=PlannedBatches(plan),
+        data_collator=_Collate(answers),
+        callbacks=[
+            _Checkpoints(settings.clip_value, settings.output / "log.json", settings.stop_after)
+        ],
+        hidden_states=hidden_states,
+        teacher=_teacher(head, target, draft_vocab),
+    )
+    checkpoint = whole_checkpoint(settings.output)
+    if checkpoint is not None:
+        print(f"Resuming from {checkpoint}", file=sys.stderr)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if settings.stop_after is not None or not trainer.is_world_process_zero():
+        return {}
+    return _finish(settings, trainer, head, answers, plan, time.monotonic() - started)
+
+
+def _check(settings: TrainSettings) -> None:
+    if settings.save_every % settings.log_every:
+        raise UserError(
+            f"--save-every {settings.save_every} must be a multiple of --log-every {settings.log_every}, "
+            "so that a resumed run logs what an unbroken one does."
+        )
+    if settings.epochs <= 0 or settings.batch_tokens < 1 or settings.accumulate < 1:
+        raise UserError("--epochs, --batch-tokens and --accumulate must be positive.")
+    if not 0 < settings.learning_rate < 1:
+        raise UserError(f"--learning-rate {settings.learning_rate} must lie between 0 and 1.")
+    if settings.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
+
+
+def _arguments(settings: TrainSettings, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        max_steps=1,
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
+        optim="adamw_torch_fused",
+        logging_steps=settings.log_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        report_to=[],
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
+
+
+class _Collate:
+    def __init__(self, answers: AnswerSet) -> None:
+        self.answers = answers
+
+    def __call__(self, items: list[list[int]]) -> dict[str, Batch]:
+        (indices,) = items
+        return {"batch": collate(indices, [self.answers.sequence(i) for i in indices])}
+
+
+def _new_head(
+    settings: TrainSettings,
+    target: FrozenTarget,
+    answers: AnswerSet,
+    draft_vocab: torch.Tensor | None,
+) -> Clover2DraftModel | Eagle1DraftModel:
+    if settings.init_from is not None:
+        if settings.method != "clover2":
+            raise UserError("--init-from continues Clover-2 heads only.")
+        head = load_head(settings.init_from)
+        check_target(head.config, target.config, target.lm_head)
+        return head.to(target.device)
+    sample = collate(
+        list(range(min(16, len(answers)))), [answers.sequence(i) for i in range(min(16, len(answers)))]
+    )
+    real = torch.arange(sample.token_ids.shape[1])[None] < sample.lengths[:, None]
+    hidden = target.hidden_states(sample.token_ids).cpu()[real]
+    hidden_scale, embed_scale = measure_scales(hidden, target.lm_head.cpu(), sample.token_ids[real])
+    config = config_for_target(
+        target.config,
+        num_heads=settings.num_heads,
+        draft_vocab_size=settings.draft_vocab,
+        hidden_scale=hidden_scale if settings.scale_inputs else 1.0,
+        embed_scale=embed_scale if settings.scale_inputs else 1.0,
+        target=Path(settings.target).name,
+        target_probe=probe_lm_head(target.lm_head),
+    )
+    if settings.method == "eagle1":
+        eagle = Eagle1DraftModel(config)
+        init_eagle1(eagle, settings.seed)
+        return eagle.to(target.device)
+    head = Clover2DraftModel(config)
+    init_from_target(head, target.layers, target.norm, settings.seed)
+    head.draft_vocab = draft_vocab
+    return head.to(target.device)
+
+
+def _teacher(
+    head: Clover2DraftModel | Eagle1DraftModel, target: FrozenTarget, draft_vocab: torch.Tensor | None
+) -> Teacher:
+    drafted = torch.ones(target.lm_head.shape[0], dtype=torch.bool, device=target.device)
+    rows = target.lm_head
+    if draft_vocab is not None:
+        draft_vocab = draft_vocab.to(target.device)
+        drafted.zero_()[draft_vocab] = True
+        rows = target.lm_head[draft_vocab].contiguous()
+    embed = target.lm_head if isinstance(head, Clover2DraftModel) else target.embed_tokens
+    return Teacher(embed, rows, drafted)
+
+
+def _same_run(settings: TrainSettings, batches: int) -> None:
+    """Refuse to resume a folder that other settings began."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    stamp = settings.output / "settings.json"
+    now = {
+        k: v
+        for k, v in asdict(settings).items()
+        if k not in ("output", "stop_after", "cache", "cache_gib", "data", "target", "save_every")
+    }
+    now = json.loads(json.dumps(now | {"batches": batches, "data": files_key(settings.data)}, default=str))
+    if stamp.exists() and whole_checkpoint(settings.output) is not None:
+        before = json.loads(stamp.read_text())
+        changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
+        if changed:
+            raise UserError(
+                f"{settings.output} holds a run with other settings ({', '.join(changed)}); "
+                "continue it with the same ones, or name another --output."
+            )
+    write_json(stamp, now)
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _finish(
+    settings: TrainSettings,
+    trainer: HeadTrainer,
+    head: Clover2DraftModel | Eagle1DraftModel,
+    answers: AnswerSet,
+    plan: list[list[int]],
+    seconds: float,
+) -> dict[str, Any]:
+    from clover_vllm.train.plots import plot_training
+
+    folder = settings.output / "head"
+    if isinstance(head, Clover2DraftModel):
+        save_head(head, folder)
+    else:
+        save_eagle1(head, folder, settings.target)
+    history = trainer.state.log_history
+    write_json(settings.output / "log.json", history)
+    plot_training(history, settings.output / "training.png")
+    steps = trainer.state.global_step * settings.accumulate * trainer.args.world_size
+    visits = sum(answers.answer_lengths[i] for batch in plan[:steps] for i in batch)
+    summary = {
+        "method": settings.method,
+        "answers": len(answers),
+        "answers_dropped": answers.dropped,
+        "answer_tokens": sum(answers.answer_lengths),
+        "answer_token_visits": visits,
+        "steps": trainer.state.global_step,
+        "sources": dict(answers.source_counts()),
+        "seconds_of_last_start": round(seconds, 1),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+    }
+    write_json(settings.output / "summary.json", summary)
+    return summary
+
+
+__all__ = ["Clover2Config", "TrainSettings", "train"]

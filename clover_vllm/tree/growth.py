@@ -1,0 +1,198 @@
+"""Growing draft trees from a drafter, for many requests at once.
+
+A drafter scores continuations; this file decides which to keep. All shapes are fixed by the
+arguments, so nothing here waits for a device. Legend: R requests, K candidates per node, W nodes
+expanded per round, P candidates in a request's pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from clover_vllm.tree.topology import ROOT, DraftTrees, StaticTopology, offsets_of
+
+
+class Drafter(Protocol):
+    """Scores continuations, remembering a recurrent state per expanded node.
+
+    States have slots: 0 is the root's; the nodes of successive `expand` calls get 1, 2, 3, ... in
+    the order in which they were passed, the same numbers in every request.
+    """
+
+    def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best continuations of the root.
+
+        Returns:
+            float32 [R, K] log-probabilities, falling, and int64 [R, K] token ids.
+        """
+        ...
+
+    def expand(
+        self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best continuations of nodes.
+
+        Args:
+            parent_slots: int64 [R, W], slot of each node's parent.
+            tokens: int64 [R, W], the token at each node.
+            num_candidates: K.
+
+        Returns:
+            float32 [R, W, K] log-probabilities, falling, and int64 [R, W, K] token ids.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Cutoffs:
+    """Clover's candidate cut-offs (arXiv 2405.00263): children that are too unlikely never grow.
+
+    A child stays while the siblings before it hold less than `top_p` of their parent's
+    probability, and while its own is at least `min_share` of its best sibling's.
+    """
+
+    top_p: float = 1.0
+    min_share: float = 0.0
+
+    def apply(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Set dropped children of [..., K] falling log-probabilities to -inf."""
+        if self.top_p >= 1.0 and self.min_share <= 0.0:
+            return log_probs
+        probs = log_probs.exp()
+        before = probs.cumsum(-1) - probs
+        dropped = (before >= self.top_p) | (probs < self.min_share * probs[..., :1])
+        dropped[..., 0] = False
+        return log_probs.masked_fill(dropped, -torch.inf)
+
+
+def grow_best_first(
+    drafter: Drafter,
+    num_nodes: int,
+    rounds: int,
+    width: int,
+    num_candidates: int | None = None,
+    cutoffs: Cutoffs | None = None,
+) -> DraftTrees:
+    """Grow by joint probability.
+
+    The root is expanded, then `rounds - 1` times the `width` best unexpanded candidates of all
+    levels so far; the best `num_nodes` candidates are the tree. A child is never likelier than its
+    parent, so they form a tree, in parent-first order.
+
+    Args:
+        drafter: scores continuations.
+        num_nodes: most nodes per request.
+        rounds: drafting levels, so also the greatest depth.
+        width: nodes expanded per round.
+        num_candidates: children considered per node; by default `num_nodes`, at most 8.
+        cutoffs: drop unlikely children early.
+
+    Returns:
+        trees of at most `num_nodes` nodes each, sorted by falling joint probability.
+    """
+    k = min(num_nodes, 8) if num_candidates is None else num_candidates
+    cutoffs = cutoffs or Cutoffs()
+    log_probs, tokens = drafter.first(k)
+    requests, device = tokens.shape[0], tokens.device
+    scores = cutoffs.apply(log_probs)  # [R, P], -inf: not a candidate
+    open_scores = scores.clone()  # -inf also where already expanded
+    parents = torch.full_like(tokens, ROOT)
+    depths = torch.ones_like(tokens)
+    parent_slots = torch.zeros_like(tokens)  # slot of the parent's recurrent state
+    slots = 0
+    for _ in range(rounds - 1):
+        best, chosen = open_scores.topk(min(width, open_scores.shape[1]), dim=1)  # [R, W]
+        open_scores.scatter_(1, chosen, -torch.inf)
+        w = chosen.shape[1]
+        child_log_probs, child_tokens = drafter.expand(
+            parent_slots.gather(1, chosen), tokens.gather(1, chosen), k
+        )
+        child_scores = (best[..., None] + cutoffs.apply(child_log_probs)).flatten(1)
+        own_slots = torch.arange(slots + 1, slots + 1 + w, device=device).expand(requests, w)
+        slots += w
+        repeat = child_log_probs.shape[2]
+        scores = torch.cat([scores, child_scores], dim=1)
+        open_scores = torch.cat([open_scores, child_scores], dim=1)
+        tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
+        parents = torch.cat([parents, chosen.repeat_interleave(repeat, dim=1)], dim=1)
+        depths = torch.cat(
+            [depths, depths.gather(1, chosen).add(1).repeat_interleave(repeat, dim=1)], dim=1
+        )
+        parent_slots = torch.cat([parent_slots, own_slots.repeat_interleave(repeat, dim=1)], dim=1)
+    return _select(scores, tokens, parents, depths, num_nodes)
+
+
+def _select(
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    depths: torch.Tensor,
+    num_nodes: int,
+) -> DraftTrees:
+    """The best candidates [R, P] as trees.
+
+    The sort is stable and a parent stands before its children in the pool, so the parent comes
+    first even where a child is certain and both scores are equal.
+    """
+    n = min(num_nodes, scores.shape[1])
+    ordered, index = torch.sort(scores, dim=1, descending=True, stable=True)
+    ordered, index = ordered[:, :n], index[:, :n]
+    position = torch.full_like(tokens, ROOT)
+    position.scatter_(1, index, torch.arange(n, device=tokens.device).expand_as(index))
+    pool_parents = parents.gather(1, index)
+    own_parents = position.gather(1, pool_parents.clamp(min=0))
+    own_parents = torch.where(pool_parents == ROOT, pool_parents, own_parents)
+    keep = ordered > -torch.inf
+    return DraftTrees(
+        tokens.gather(1, index)[keep],
+        own_parents[keep],
+        depths.gather(1, index)[keep],
+        ordered[keep],
+        offsets_of(keep.sum(dim=1)),
+    )
+
+
+def grow_static(drafter: Drafter, topology: StaticTopology) -> DraftTrees:
+    """Fill a tree of fixed shape; a chain is one (`topology.chain`).
+
+    Returns:
+        one tree of len(topology) nodes per request, nodes in the topology's order.
+    """
+    k = topology.max_rank + 1
+    log_probs, tokens = drafter.first(k)
+    device = tokens.device
+    node_tokens: list[torch.Tensor] = []
+    node_scores: list[torch.Tensor] = []
+    slot_of: dict[int, int] = {ROOT: 0}
+    children_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {ROOT: (log_probs, tokens)}
+    for depth in range(1, topology.max_depth + 1):
+        level = topology.nodes_at(depth)
+        for i in level:
+            scores, candidates = children_of[topology.parents[i]]
+            node_tokens.append(candidates[:, topology.ranks[i]])
+            node_scores.append(scores[:, topology.ranks[i]])
+        inner = [i for i in level if i in topology.parents]
+        if not inner:
+            continue
+        parent_slots = torch.tensor([slot_of[topology.parents[i]] for i in inner], device=device)
+        level_tokens = torch.stack([node_tokens[i] for i in inner], dim=1)
+        child_scores, child_tokens = drafter.expand(
+            parent_slots.expand_as(level_tokens), level_tokens, k
+        )
+        for column, i in enumerate(inner):
+            slot_of[i] = len(slot_of)
+            children_of[i] = (
+                node_scores[i][:, None] + child_scores[:, column],
+                child_tokens[:, column],
+            )
+    requests, nodes = tokens.shape[0], len(topology)
+    return DraftTrees(
+        torch.stack(node_tokens, dim=1).flatten(),
+        torch.tensor(topology.parents, device=device).repeat(requests),
+        torch.tensor(topology.depths, device=device).repeat(requests),
+        torch.stack(node_scores, dim=1).flatten(),
+        torch.arange(0, requests * nodes + 1, nodes, device=device),
+    )
