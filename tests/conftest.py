@@ -116,3 +116,11 @@ def fitting_head(frozen: FrozenTarget) -> Clover2DraftModel:
     head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
     init_from_target(head, frozen.layers, frozen.norm)
     return head
+
+
+def one_sentence(error: BaseException | str) -> None:
+    """The form of every message to users: one line that ends like a sentence."""
+    text = str(error)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert "Traceback" not in text
