@@ -141,7 +141,8 @@ def train(
     batch_tokens: Annotated[int, typer.Option(help="Answer tokens per micro-batch, about.")] = 2048,
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step and GPU.")] = 1,
     optimizer: Annotated[str, typer.Option(help="adamw (as published) or muon.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; the schedule is cosine.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.04,
     regression_weight: Annotated[
         float | None, typer.Option(help="Weight of SmoothL1 [10 for clover2, 1 for eagle1].")
@@ -195,8 +196,9 @@ def train(
             epochs=epochs,
             batch_tokens=batch_tokens,
             accumulate=accumulate,
-            optimizer=optimizer,
+            optimizer=optimizer,  # type: ignore[arg-type]
             learning_rate=learning_rate,
+            schedule=schedule,
             warmup=warmup,
             weights=weights,
             clip_value=clip_value,

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -28,8 +28,10 @@ from clover_vllm.train.answers import AnswerSet, files_key, read_answers
 from clover_vllm.train.batches import Batch, collate, plan_batches
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
+from clover_vllm.train.optimizers import OptimizerName, make_optimizer
 from clover_vllm.train.target_model import FrozenTarget
 
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _COMPLETE = "complete"  # written into a checkpoint folder when all of it is on disk
 
 
@@ -48,7 +50,9 @@ class TrainSettings:
     epochs: float = 4.0
     batch_tokens: int = 2048
     accumulate: int = 1
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     warmup: float = 0.04
     weights: LossWeights = field(default_factory=LossWeights)
     clip_value: float = 0.5
@@ -128,25 +132,26 @@ class HeadTrainer(Trainer):
 
 
 class _Checkpoints(TrainerCallback):
-    """Clips gradients by value (as published), marks whole checkpoints, writes the log beside them."""
+    """Clips gradients by value (as published), marks whole checkpoints, writes log and head so far."""
 
-    def __init__(self, clip_value: float, log_file: Path, stop_after: int | None) -> None:
-        self.clip_value = clip_value
-        self.log_file = log_file
-        self.stop_after = stop_after
+    def __init__(self, settings: TrainSettings, head: Clover2DraftModel | Eagle1DraftModel) -> None:
+        self.settings = settings
+        self.head = head
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.clip_value > 0:
-            nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.clip_value)
+        if self.settings.clip_value > 0:
+            nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.settings.clip_value)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / _COMPLETE).touch()
-            write_json(self.log_file, state.log_history)
+            write_json(self.settings.output / "log.json", state.log_history)
+            _write_head(self.settings, self.head)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop_after is not None and state.global_step >= self.stop_after:
+        stop_after = self.settings.stop_after
+        if stop_after is not None and state.global_step >= stop_after:
             control.should_training_stop = True
 
 
@@ -218,14 +223,17 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             int(settings.cache_gib * 2**30),
             key=f"{probe_lm_head(target.lm_head)} {settings.max_length} {settings.limit_tokens}",
         )
+    objective = DraftObjective(head, settings.weights)
+    optimizer = make_optimizer(
+        objective, settings.optimizer, settings.learning_rate, settings.weight_decay
+    )
     trainer = HeadTrainer(
-        model=DraftObjective(head, settings.weights),
+        model=objective,
         args=arguments,
+        optimizers=(optimizer, None),
         train_dataset=PlannedBatches(plan),
         data_collator=_Collate(answers),
-        callbacks=[
-            _Checkpoints(settings.clip_value, settings.output / "log.json", settings.stop_after)
-        ],
+        callbacks=[_Checkpoints(settings, head)],
         hidden_states=hidden_states,
         teacher=_teacher(head, target, draft_vocab),
     )
@@ -248,6 +256,10 @@ def _check(settings: TrainSettings) -> None:
         raise UserError("--epochs, --batch-tokens and --accumulate must be positive.")
     if not 0 < settings.learning_rate < 1:
         raise UserError(f"--learning-rate {settings.learning_rate} must lie between 0 and 1.")
+    if settings.schedule not in SCHEDULES:
+        raise UserError(f"--schedule {settings.schedule} is not known; use {', '.join(SCHEDULES)}.")
+    if settings.optimizer not in get_args(OptimizerName):
+        raise UserError(f"--optimizer {settings.optimizer} is not known; use adamw or muon.")
     if settings.dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
 
@@ -258,16 +270,12 @@ def _arguments(settings: TrainSettings, device: str) -> TrainingArguments:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=SCHEDULES[settings.schedule],
         max_grad_norm=0.0,
         max_steps=1,
         bf16=settings.dtype == "bfloat16",
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
-        optim="adamw_torch_fused",
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -362,6 +370,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def _write_head(settings: TrainSettings, head: Clover2DraftModel | Eagle1DraftModel) -> None:
+    if isinstance(head, Clover2DraftModel):
+        save_head(head, settings.output / "head")
+    else:
+        save_eagle1(head, settings.output / "head", settings.target)
+
+
 def _finish(
     settings: TrainSettings,
     trainer: HeadTrainer,
@@ -372,11 +387,7 @@ def _finish(
 ) -> dict[str, Any]:
     from clover_vllm.train.plots import plot_training
 
-    folder = settings.output / "head"
-    if isinstance(head, Clover2DraftModel):
-        save_head(head, folder)
-    else:
-        save_eagle1(head, folder, settings.target)
+    _write_head(settings, head)
     history = trainer.state.log_history
     write_json(settings.output / "log.json", history)
     plot_training(history, settings.output / "training.png")

@@ -1,0 +1,190 @@
+"""Training learns, resumes exactly after kills, and refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import one_sentence, tiny_llama
+from safetensors.torch import load_file
+
+from clover_vllm.errors import UserError
+from clover_vllm.head.checkpoint import load_head
+from clover_vllm.head.eagle import load_eagle1
+from clover_vllm.train.trainer import TrainSettings, train
+
+
+def settings(target: Path, answers: Path, output: Path, **changes: Any) -> TrainSettings:
+    fields: dict[str, Any] = {
+        "batch_tokens": 64,
+        "epochs": 2.0,
+        "save_every": 2,
+        "log_every": 1,
+        "learning_rate": 3e-3,
+        "dtype": "float32",
+    }
+    return TrainSettings(target=str(target), data=[answers], output=output, **(fields | changes))
+
+
+def losses(output: Path) -> list[float]:
+    return [r["loss"] for r in json.loads((output / "log.json").read_text()) if "loss" in r]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_lowers_the_loss_and_writes_everything(
+    optimizer: str, tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    summary = train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=6.0, optimizer=optimizer))
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    assert summary["answer_token_visits"] >= 6 * summary["answer_tokens"]
+    assert summary["peak_memory_gib"] > 0
+    assert (tmp_path / "run" / "training.png").stat().st_size > 1000
+    row = json.loads((tmp_path / "run" / "log.json").read_text())[0]
+    assert len(row["accuracy"]) == 5
+    head = load_head(tmp_path / "run" / "head")
+    assert head.config.target == "target"
+    assert head.config.hidden_scale != 1.0
+
+
+def test_eagle1_trains_and_is_saved_as_vllm_expects(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", method="eagle1"))
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < curve[0]
+    folder = tmp_path / "run" / "head"
+    tensors = load_file(folder / "model.safetensors")
+    assert "fc.weight" in tensors
+    assert "layers.0.self_attn.q_proj.weight" in tensors
+    assert not [n for n in tensors if "input_layernorm" in n or "embed" in n or "lm_head" in n]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    load_eagle1(folder)
+
+
+def test_cached_hidden_states_change_nothing(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "fly"))
+    for name, gib in (("whole", 1.0), ("part", 300 * 64 * 4 / 2**30)):
+        train(
+            settings(tiny_target, tiny_answers, tmp_path / name, cache_gib=gib, cache=tmp_path / f"c-{name}")
+        )
+        # A second epoch pads other sequences beside these, hence not to the last bit.
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
+    assert (tmp_path / "c-part" / "states.bin").stat().st_size <= 300 * 64 * 4
+
+
+def test_draft_vocabulary_is_the_most_frequent_tokens(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", draft_vocab=20, epochs=1.0))
+    counts = torch.zeros(211, dtype=torch.int64)
+    for line in tiny_answers.read_text().splitlines():
+        for token in json.loads(line)["answer_ids"]:
+            counts[token] += 1
+    vocab = load_head(tmp_path / "run" / "head").draft_vocab
+    assert vocab is not None
+    assert len(vocab) == 20
+    left_out = counts.clone()
+    left_out[vocab] = -1
+    assert int(counts[vocab].min()) >= int(left_out.max())
+
+
+_WORKER = """
+import sys, json
+from pathlib import Path
+from clover_vllm.train.trainer import TrainSettings, train
+a = json.loads(sys.argv[1])
+a["data"] = [Path(p) for p in a["data"]]
+for name in ("output", "cache"):
+    a[name] = Path(a[name])
+train(TrainSettings(**a))
+"""
+
+
+def _start(arguments: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _WORKER, json.dumps(arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_ten_kills_at_random_moments_leave_the_same_curve_and_head(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {
+        "target": str(tiny_target),
+        "data": [str(tiny_answers)],
+        "batch_tokens": 16,
+        "epochs": 8.0,
+        "save_every": 4,
+        "log_every": 2,
+        "cache_gib": 1.0,
+        "dtype": "bfloat16",
+        "optimizer": "muon",
+    }
+    whole = arguments | {"output": str(tmp_path / "whole"), "cache": str(tmp_path / "c1")}
+    started = time.monotonic()
+    assert _start(whole).wait() == 0
+    seconds = time.monotonic() - started
+    broken = arguments | {"output": str(tmp_path / "broken"), "cache": str(tmp_path / "c2")}
+    rng = random.Random(7)
+    killed = 0
+    while killed < 10:
+        process = _start(broken)
+        try:
+            # Anywhere from the imports to the middle of training; each start gets a little further.
+            process.wait(timeout=rng.uniform(0.3, 0.8) * seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+    assert killed >= 3, "the run ended before it could be killed"
+    assert _start(broken).wait() == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    one = load_file(tmp_path / "whole" / "head" / "model.safetensors")
+    two = load_file(tmp_path / "broken" / "head" / "model.safetensors")
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_two_processes_train_one_head(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "clover_vllm.cli", "train", "--target", str(tiny_target), "--data", str(tiny_answers)]
+    command += ["--output", str(tmp_path / "run"), "--batch-tokens", "32", "--epochs", "1"]
+    command += ["--log-every", "1", "--save-every", "5", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
+    load_head(tmp_path / "run" / "head")
+
+
+def test_a_run_is_not_continued_with_other_settings(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", stop_after=3))
+    with pytest.raises(UserError, match="learning_rate") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "run", learning_rate=1e-4))
+    one_sentence(caught.value)
+
+
+def test_continuing_a_head_of_another_target_is_refused(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", stop_after=None, epochs=0.2))
+    other = tiny_llama(tmp_path / "other", hidden=96)
+    with pytest.raises(UserError, match="do not fit") as caught:
+        train(settings(other, tiny_answers, tmp_path / "two", init_from=tmp_path / "run" / "head"))
+    one_sentence(caught.value)
