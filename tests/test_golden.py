@@ -29,9 +29,7 @@ def published_folder(folder: Path, form: str) -> Path:
     with safe_open(GOLDEN, framework="pt") as file:
         sizes = {k: json.loads(v) for k, v in file.metadata().items()}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
-    tensors = {
-        n.removeprefix("checkpoint."): t for n, t in golden().items() if n.startswith("checkpoint.")
-    }
+    tensors = {n.removeprefix("checkpoint."): t for n, t in golden().items() if n.startswith("checkpoint.")}
     if form == "single":
         save_file(tensors, folder / "model.safetensors")
     elif form == "sharded":

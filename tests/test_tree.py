@@ -64,7 +64,7 @@ def paths_of(trees: DraftTrees, request: int) -> list[Path]:
     for node in range(first, last):
         parent = int(trees.parents[node])
         assert parent < node - first
-        paths.append(((() if parent == ROOT else paths[parent]) + (int(trees.tokens[node]),)))
+        paths.append((() if parent == ROOT else paths[parent]) + (int(trees.tokens[node]),))
         assert int(trees.depths[node]) == len(paths[-1])
     return paths
 

@@ -32,9 +32,7 @@ def probe_lm_head(weight: torch.Tensor) -> list[float]:
     return [round(x, 6) for x in rows.double().square().mean(dim=1).sqrt().tolist()]
 
 
-def check_target(
-    config: Clover2Config, target_config: Any, lm_head: torch.Tensor | None = None
-) -> None:
+def check_target(config: Clover2Config, target_config: Any, lm_head: torch.Tensor | None = None) -> None:
     """Refuse a target that the head was not made for.
 
     Args:
@@ -194,9 +192,7 @@ def clover2_config(folder: Path) -> Clover2Config:
         raise UserError(f"{folder / 'config.json'} is not a Clover-2 config ({error}).") from error
 
 
-def load_head(
-    folder: str | Path, dtype: torch.dtype | None = torch.float32
-) -> Clover2DraftModel:
+def load_head(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Clover2DraftModel:
     """Read a Clover-2 head.
 
     Args:
@@ -242,7 +238,7 @@ def save_head(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a head as a Hugging Face folder; a kill leaves the old folder or the new one.
+    """Write a head as a Hugging Face folder, through renames: it is never half written.
 
     Files of the folder that are not weights or config (a model card) are kept.
     """
@@ -267,9 +263,9 @@ def write_checkpoint(
         (fresh / "config.json").write_text(config_json)
         if folder.is_dir():
             for path in folder.iterdir():
-                if path.suffix not in (".safetensors", ".bin") and not (fresh / path.name).exists():
-                    if not path.name.endswith(".index.json"):
-                        path.rename(fresh / path.name)
+                weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
+                if not weights and not (fresh / path.name).exists():
+                    path.rename(fresh / path.name)
             shutil.rmtree(folder)
         fresh.rename(folder)
     finally:

@@ -73,12 +73,11 @@ class Clover2Config(PretrainedConfig):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = (
-            num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        )
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim: int
         if head_dim is None and _is_count(hidden_size) and _is_count(num_attention_heads):
             head_dim = max(1, hidden_size // num_attention_heads)
-        self.head_dim = head_dim
+        self.head_dim = head_dim  # type: ignore[assignment]  # None only where check() refuses
         self.num_hidden_layers = num_hidden_layers
         self.num_heads = num_heads
         self.vocab_size = vocab_size
@@ -117,7 +116,9 @@ class Clover2Config(PretrainedConfig):
         ):
             value = getattr(self, name)
             if not _is_count(value):
-                raise UserError(f"Clover2Config: {name} is {value!r}; it must be a whole number of 1 or more.")
+                raise UserError(
+                    f"Clover2Config: {name} is {value!r}; it must be a whole number of 1 or more."
+                )
         for name in ("rms_norm_eps", "hidden_scale", "embed_scale"):
             value = getattr(self, name)
             if not _is_positive(value):
@@ -132,7 +133,7 @@ class Clover2Config(PretrainedConfig):
                 f"Clover2Config: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}."
             )
-        if self.head_dim % 2:  # type: ignore[operator]
+        if self.head_dim % 2:
             raise UserError(
                 f"Clover2Config: head_dim {self.head_dim} is odd; rotary embedding needs an even one."
             )
@@ -167,8 +168,5 @@ def _is_count(value: object) -> bool:
 
 def _is_positive(value: object) -> bool:
     return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from clover_vllm.errors import UserError
 from clover_vllm.head.config import Clover2Config
-from clover_vllm.head.model import Clover2DraftModel, ResAttentionBlock
+from clover_vllm.head.model import Clover2DraftModel, DecoderLayer, ResAttentionBlock
 
 
 def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
@@ -111,6 +111,7 @@ def init_from_target(
     generator = torch.Generator().manual_seed(seed)
     sources = list(target_layers)[-len(head.layers) :]
     for layer, source in zip(head.layers, sources, strict=True):
+        assert isinstance(layer, DecoderLayer)
         available = source.state_dict()
         wanted = layer.state_dict()
         for name, tensor in wanted.items():
@@ -123,8 +124,10 @@ def init_from_target(
             tensor.copy_(found)
         layer.self_attn.o_proj.weight.mul_(head.config.hidden_scale)
         layer.mlp.down_proj.weight.mul_(head.config.hidden_scale)
-    head.clover_norm.weight.copy_(target_norm.weight)
-    head.clover_head_norm.weight.copy_(target_norm.weight)
+    norm_weight = target_norm.weight
+    assert isinstance(norm_weight, torch.Tensor)
+    head.clover_norm.weight.copy_(norm_weight)
+    head.clover_head_norm.weight.copy_(norm_weight)
     for block in (head.clover_head_mlp_rnn, head.clover_head_mlp_rnn2):
         _init_block(block, generator)
     size = head.config.hidden_size

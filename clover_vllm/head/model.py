@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Clover2Config) -> None:
         super().__init__()
-        self.head_dim: int = config.head_dim  # type: ignore[assignment]
+        self.head_dim = config.head_dim
         self.num_groups = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
@@ -241,9 +241,7 @@ class Clover2DraftModel(nn.Module):
         past = cache[0].length if cache else 0
         positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         cos, sin = self.rotary(positions)
-        x = self.clover_head_mlp_rnn(
-            hidden * self.config.hidden_scale, embeds * self.config.embed_scale
-        )
+        x = self.clover_head_mlp_rnn(hidden * self.config.hidden_scale, embeds * self.config.embed_scale)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache[index] if cache else None)
         return self.clover_norm(x)

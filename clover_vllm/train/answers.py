@@ -142,7 +142,9 @@ def read_answers(
     if limit_tokens is not None:
         usable = usable[: 1 + int(np.searchsorted(np.cumsum(answers[usable]), limit_tokens))]
     if not len(usable):
-        raise UserError(f"{paths[0]} holds no usable answer (all empty, or prompts of {max_length} and more).")
+        raise UserError(
+            f"{paths[0]} holds no usable answer (all empty, or prompts of {max_length} and more)."
+        )
     if len(usable) < len(rows):
         rows = rows.select(usable.tolist())
     _check_ids(rows, vocab_size)

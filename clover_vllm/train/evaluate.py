@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from rich.progress import track
 from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import check_target, load_head, read_config
 from clover_vllm.head.eagle import Eagle1DraftModel, load_eagle1
-from clover_vllm.head.model import Clover2DraftModel
+from clover_vllm.head.model import Clover2DraftModel, DecoderLayer
 from clover_vllm.train.answers import read_answers
 from clover_vllm.train.target_model import FrozenTarget
 from clover_vllm.tree import (
@@ -54,9 +53,7 @@ def best_first(num_nodes: int, rounds: int | None = None, width: int | None = No
     """Best-first trees of `num_nodes`: by default 6 rounds (8 from 16 nodes on), half as wide."""
     rounds = rounds or (6 if num_nodes < 16 else 8)
     width = width or max(2, num_nodes // 2)
-    return Shape(
-        f"tree of {num_nodes}", lambda drafter: grow_best_first(drafter, num_nodes, rounds, width)
-    )
+    return Shape(f"tree of {num_nodes}", lambda drafter: grow_best_first(drafter, num_nodes, rounds, width))
 
 
 def default_shapes() -> list[Shape]:
@@ -182,7 +179,8 @@ class Eagle1Drafter:
         self._draft_vocab = draft_vocab
         cache = head.new_cache()
         out = head(features[None], embeds[None], cache)[0]
-        assert cache[0].keys is not None and cache[0].values is not None
+        assert cache[0].keys is not None
+        assert cache[0].values is not None
         self._keys, self._values = cache[0].keys[0], cache[0].values[0]  # [kv heads, T, K]
         self._rows = torch.arange(first_row, features.shape[0])  # position of each root
         self._features = out[first_row:, None]  # [R, slots, D]
@@ -207,13 +205,12 @@ class Eagle1Drafter:
         x = self._head.fc(torch.cat([embeds, self._features.gather(1, index)], dim=-1))
         depths = self._depths.gather(1, parent_slots) + 1
         layer = self._head.layers[0]
+        assert isinstance(layer, DecoderLayer)
         attention = layer.self_attn
         cos, sin = self._head.rotary(self._rows[:, None] + depths)
         q, k, v = attention.project(x, cos, sin)
         own = F.one_hot(torch.arange(old, old + w), old + w).bool().expand(requests, w, old + w)
-        parent_paths = F.pad(
-            self._paths.gather(1, parent_slots[..., None].expand(requests, w, old)), (0, w)
-        )
+        parent_paths = F.pad(self._paths.gather(1, parent_slots[..., None].expand(requests, w, old)), (0, w))
         paths = parent_paths | own
         self._slot_keys = torch.cat([self._slot_keys, k], dim=2)
         self._slot_values = torch.cat([self._slot_values, v], dim=2)
@@ -222,9 +219,7 @@ class Eagle1Drafter:
         prefix = (torch.arange(self._keys.shape[1]) <= self._rows[:, None])[:, None]
         mask = torch.cat([prefix.expand(-1, w, -1), paths], dim=2)[:, None]
         keys = torch.cat([self._keys.expand(requests, *self._keys.shape), self._slot_keys], dim=2)
-        values = torch.cat(
-            [self._values.expand(requests, *self._values.shape), self._slot_values], dim=2
-        )
+        values = torch.cat([self._values.expand(requests, *self._values.shape), self._slot_values], dim=2)
         x = x + attention.attend(q, keys, values, mask)
         out = x + layer.mlp(layer.post_attention_layernorm(x))
         self._features = torch.cat([self._features, out], dim=1)
@@ -281,9 +276,7 @@ class Evaluator:
         """Outcome of every shape over one answer of at least two tokens."""
         ids, new_drafter = self.drafters(answer)
         continuation = ids[len(answer.prompt_ids) + 1 :]  # what position 0's tree should hold
-        return [
-            outcome_of(shape.grow(new_drafter()), continuation, answer.category) for shape in shapes
-        ]
+        return [outcome_of(shape.grow(new_drafter()), continuation, answer.category) for shape in shapes]
 
 
 class _NewDrafter(Protocol):

@@ -214,9 +214,7 @@ def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request
     return _Request(prompt, ids, temperature, int(seed * 2**31))
 
 
-def _complete(
-    llm: Any, requests: list[_Request], max_tokens: int
-) -> Iterator[tuple[int, Any | None, int]]:
+def _complete(llm: Any, requests: list[_Request], max_tokens: int) -> Iterator[tuple[int, Any | None, int]]:
     """Run requests together; yields (index, completion or None, new tokens) as they come."""
     from vllm import SamplingParams
 

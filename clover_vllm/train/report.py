@@ -54,9 +54,7 @@ class ShapeResult:
         for outcome in self.outcomes:
             groups.setdefault(outcome.category, []).append(outcome)
         ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-        return {
-            name: sum(o.tokens for o in group) / sum(o.steps for o in group) for name, group in ordered
-        }
+        return {name: sum(o.tokens for o in group) / sum(o.steps for o in group) for name, group in ordered}
 
     def as_json(self) -> dict[str, Any]:
         return {

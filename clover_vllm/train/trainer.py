@@ -224,9 +224,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             key=f"{probe_lm_head(target.lm_head)} {settings.max_length} {settings.limit_tokens}",
         )
     objective = DraftObjective(head, settings.weights)
-    optimizer = make_optimizer(
-        objective, settings.optimizer, settings.learning_rate, settings.weight_decay
-    )
+    optimizer = make_optimizer(objective, settings.optimizer, settings.learning_rate, settings.weight_decay)
     trainer = HeadTrainer(
         model=objective,
         args=arguments,

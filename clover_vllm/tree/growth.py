@@ -118,9 +118,7 @@ def grow_best_first(
         open_scores = torch.cat([open_scores, child_scores], dim=1)
         tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
         parents = torch.cat([parents, chosen.repeat_interleave(repeat, dim=1)], dim=1)
-        depths = torch.cat(
-            [depths, depths.gather(1, chosen).add(1).repeat_interleave(repeat, dim=1)], dim=1
-        )
+        depths = torch.cat([depths, depths.gather(1, chosen).add(1).repeat_interleave(repeat, dim=1)], dim=1)
         parent_slots = torch.cat([parent_slots, own_slots.repeat_interleave(repeat, dim=1)], dim=1)
     return _select(scores, tokens, parents, depths, num_nodes)
 
@@ -179,9 +177,7 @@ def grow_static(drafter: Drafter, topology: StaticTopology) -> DraftTrees:
             continue
         parent_slots = torch.tensor([slot_of[topology.parents[i]] for i in inner], device=device)
         level_tokens = torch.stack([node_tokens[i] for i in inner], dim=1)
-        child_scores, child_tokens = drafter.expand(
-            parent_slots.expand_as(level_tokens), level_tokens, k
-        )
+        child_scores, child_tokens = drafter.expand(parent_slots.expand_as(level_tokens), level_tokens, k)
         for column, i in enumerate(inner):
             slot_of[i] = len(slot_of)
             children_of[i] = (

@@ -38,9 +38,7 @@ class DraftTrees:
     def request_of_node(self) -> torch.Tensor:
         """int64 [N]."""
         counts = self.offsets[1:] - self.offsets[:-1]
-        return torch.repeat_interleave(
-            torch.arange(self.num_requests, device=self.tokens.device), counts
-        )
+        return torch.repeat_interleave(torch.arange(self.num_requests, device=self.tokens.device), counts)
 
     def truncate(self, sizes: torch.Tensor) -> DraftTrees:
         """The first nodes of every request's tree, which again are trees.

@@ -36,7 +36,7 @@ def walk(trees: DraftTrees, emitted: torch.Tensor) -> Accepted:
     within = torch.arange(trees.tokens.shape[0], device=device) - trees.offsets[request]
     current = torch.full((trees.num_requests,), ROOT, dtype=torch.int64, device=device)
     lengths = torch.zeros_like(current)
-    steps = []
+    steps: list[torch.Tensor] = []
     depth = int(trees.depths.max()) if trees.tokens.numel() else 0
     for _ in range(depth):
         wanted = emitted[row_base + current + 1]
