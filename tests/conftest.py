@@ -39,7 +39,7 @@ def smollm2() -> Path:
     return make_target("smollm2-135m")
 
 
-def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, hidden: int = 64) -> Path:
+def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, hidden: int = 128) -> Path:
     """A random two-layer Llama whose greedy answers are not constant."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -47,8 +47,8 @@ def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, hidden: int = 64
         hidden_size=hidden,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=hidden // 32,  # heads of 32 channels are the smallest that vLLM's CPU build has
+        num_key_value_heads=1,
         max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=True,

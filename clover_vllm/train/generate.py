@@ -138,6 +138,10 @@ def _run(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         dtype=settings.dtype,
+        # vLLM 0.32 on CPU dies of a seeded request whose prompt is prefilled in chunks ("CPU
+        # Generator does not use offset"), so prompts stay whole.
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(settings.max_model_len, 4096),
         **settings.engine,
     )
     tokenizer = engine.get_tokenizer()
@@ -156,13 +160,11 @@ def _run(
                     continue
                 requests.append(_request(settings, prompt, ids))
             lines: dict[int, dict[str, Any]] = {}
-            for index, completion, count in _complete(engine, requests, settings.max_tokens):
-                tokens += count
-                if completion is not None:
-                    lines[index] = _line(requests[index], completion)
-                    progress.advance(bar)
+            for index, completion in _complete(engine, requests, settings.max_tokens):
+                lines[index] = _line(requests[index], completion)
+                tokens += len(completion.token_ids)
                 rate = f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
-                progress.update(bar, rate=rate)
+                progress.update(bar, advance=1, rate=rate)
             _write_shard(path, [lines[i] for i in range(len(requests))])
     seconds = time.monotonic() - started
     return {
@@ -174,7 +176,7 @@ def _run(
 
 
 def start_engine(target: str, **options: Any) -> Any:
-    """A vLLM engine with the settings that are fastest on this machine.
+    """A vLLM engine with the process settings of `engine.environment`, warnings only in its log.
 
     Raises:
         UserError: vLLM refuses the target or the options.
@@ -182,6 +184,7 @@ def start_engine(target: str, **options: Any) -> Any:
     from clover_vllm.engine.environment import prepare
 
     prepare()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
     try:
@@ -214,31 +217,27 @@ def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request
     return _Request(prompt, ids, temperature, int(seed * 2**31))
 
 
-def _complete(llm: Any, requests: list[_Request], max_tokens: int) -> Iterator[tuple[int, Any | None, int]]:
-    """Run requests together; yields (index, completion or None, new tokens) as they come."""
+def _complete(llm: Any, requests: list[_Request], max_tokens: int) -> Iterator[tuple[int, Any]]:
+    """Run requests together; yields (index, completion) as they finish."""
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
 
     llm.reset_prefix_cache()
     engine = llm.llm_engine
     for index, request in enumerate(requests):
-        engine.add_request(
-            str(index),
-            {"prompt_token_ids": request.prompt_ids},
-            SamplingParams(
-                temperature=request.temperature,
-                seed=request.seed,
-                max_tokens=max_tokens,
-                detokenize=False,
-            ),
+        params = SamplingParams(
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=max_tokens,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-    seen = [0] * len(requests)
+        engine.add_request(str(index), tokens_input(request.prompt_ids), params)
     while engine.has_unfinished_requests():
         for output in engine.step():
-            index = int(output.request_id)
-            completion = output.outputs[0]
-            count = len(completion.token_ids) - seen[index]
-            seen[index] += count
-            yield index, completion if output.finished else None, count
+            if output.finished:
+                yield int(output.request_id), output.outputs[0]
 
 
 def _line(request: _Request, completion: Any) -> dict[str, Any]:
