@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
-from datasets.utils.logging import disable_progress_bar
+from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
 from clover_vllm.errors import UserError
 from clover_vllm.home import home
@@ -76,7 +76,7 @@ class AnswerSet:
     rows: Dataset
     prompt_lengths: list[int]
     answer_lengths: list[int]
-    dropped: int  # answers left out because their prompt leaves no room or they are empty
+    dropped: int  # answers left out because their prompt leaves no room or they have one token only
     max_length: int
 
     def __len__(self) -> int:
@@ -122,8 +122,11 @@ def read_answers(
         UserError: a file is missing or malformed (names the line), holds ids that the target does
             not have, or nothing is left.
     """
-    files = expand(paths)
+    files = [file for file in expand(paths) if _looks_right(file)]
+    if not files:
+        raise UserError(f"{paths[0]} holds no usable answer.")
     disable_progress_bar()
+    set_verbosity(CRITICAL)  # it logs tracebacks of files that we name ourselves
     try:
         rows = load_dataset(
             "json",
@@ -137,13 +140,14 @@ def read_answers(
             _find_bad_line(file)
         raise UserError(f"{files[0]} and its neighbours cannot be read ({error.__cause__}).") from error
     prompts, answers = _lengths(rows, "prompt_ids"), _lengths(rows, "answer_ids")
-    usable = np.nonzero((prompts >= 1) & (answers >= 1) & (prompts + 2 < max_length))[0]
+    usable = np.nonzero((prompts >= 1) & (answers >= 2) & (prompts + 2 <= max_length))[0]
     dropped = len(rows) - len(usable)
     if limit_tokens is not None:
         usable = usable[: 1 + int(np.searchsorted(np.cumsum(answers[usable]), limit_tokens))]
     if not len(usable):
         raise UserError(
-            f"{paths[0]} holds no usable answer (all empty, or prompts of {max_length} and more)."
+            f"{paths[0]} holds no usable answer (each has fewer than 2 tokens, or its prompt leaves no "
+            f"room within {max_length} tokens)."
         )
     if len(usable) < len(rows):
         rows = rows.select(usable.tolist())
@@ -181,6 +185,17 @@ def _check_ids(rows: Dataset, vocab_size: int) -> None:
                     f"The answers hold token ids outside 0..{vocab_size - 1}; they were made with "
                     "another target's tokenizer."
                 )
+
+
+def _looks_right(file: Path) -> bool:
+    """Check the first line, since missing columns read as nulls; False when there is no line."""
+    for number, line in enumerate(open_text(file), 1):
+        if line.strip():
+            problem = _line_problem(line)
+            if problem:
+                raise UserError(f"{file}, line {number}: {problem}.")
+            return True
+    return False
 
 
 def _find_bad_line(file: Path) -> None:

@@ -347,6 +347,10 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     """
     if settings.nodes is not None and min(settings.nodes) < 1:
         raise UserError("--nodes must be 1 or more.")
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"--limit {settings.limit} must be 1 or more.")
+    if settings.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
     heads = {str(folder): load_any_head(folder) for folder in settings.heads}
     vocab = load_head(settings.draft_vocab_of).draft_vocab if settings.draft_vocab_of else None
     target = FrozenTarget(settings.target, getattr(torch, settings.dtype))

@@ -29,6 +29,7 @@ from rich.progress import (
 from clover_vllm.errors import UserError
 from clover_vllm.train.answers import files_key
 from clover_vllm.train.prompts import Prompt, read_prompts
+from clover_vllm.train.target_model import check_loadable
 from clover_vllm.train.trainer import peak_memory_gib, write_json
 
 
@@ -82,6 +83,7 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         prompts = prompts[: settings.limit]
     if not prompts:
         raise UserError("No prompt is left after --held-out, --skip and --limit.")
+    check_loadable(settings.target)
     _same_run(settings)
     shards = [
         (settings.output / f"answers-{start // settings.shard_size:05d}.jsonl.gz", start)
@@ -101,8 +103,12 @@ def _check(settings: DataSettings) -> None:
         raise UserError(f"--greedy-share {settings.greedy_share} must lie between 0 and 1.")
     if not 0 < settings.min_temperature <= settings.max_temperature <= 2:
         raise UserError("--min-temperature and --max-temperature must satisfy 0 < min <= max <= 2.")
-    if settings.max_tokens < 1 or settings.shard_size < 1 or settings.max_num_seqs < 1:
-        raise UserError("--max-tokens, --shard-size and --max-num-seqs must be 1 or more.")
+    for name in ("max_tokens", "shard_size", "max_num_seqs", "limit"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    if settings.skip < 0:
+        raise UserError(f"--skip {settings.skip} must not be negative.")
     if settings.max_tokens >= settings.max_model_len:
         raise UserError("--max-tokens leaves no room for a prompt within --max-model-len.")
 

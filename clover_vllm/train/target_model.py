@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,13 +66,29 @@ class FrozenTarget:
         return seen[0]
 
 
+def check_loadable(path: str | Path) -> None:
+    """Refuse what is no model before an engine is started for it.
+
+    Raises:
+        UserError: no config can be read there.
+    """
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(path, error) from error
+
+
+def _unloadable(path: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200].rstrip(".")
+    return UserError(
+        f"Target {path} cannot be loaded ({reason}); give a Hugging Face folder of a causal "
+        "language model, for example the one that `clover-vllm target smollm2-135m` makes."
+    )
+
+
 def _load(path: str | Path, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
         return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"Target {path} cannot be loaded ({reason}); give a Hugging Face folder of a causal "
-            "language model, for example the one that `clover-vllm target smollm2-135m` makes."
-        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _unloadable(path, error) from error

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from clover_vllm.errors import UserError
-from clover_vllm.head.checkpoint import check_target, load_head, probe_lm_head, save_head
+from clover_vllm.head.checkpoint import check_target, clover2_config, load_head, probe_lm_head, save_head
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.head.eagle import Eagle1DraftModel, init_eagle1, save_eagle1
 from clover_vllm.head.init import config_for_target, init_from_target, measure_scales
@@ -194,6 +194,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     arguments = _arguments(settings, device)  # sets up torch.distributed under torchrun
     if device == "cuda":
         device = str(arguments.device)
+    if settings.init_from is not None:
+        clover2_config(settings.init_from)  # refuse what cannot be read before the target is loaded
     target = FrozenTarget(settings.target, dtype, device)
     vocab_size = int(target.config.vocab_size)
     context = int(getattr(target.config, "max_position_embeddings", settings.max_length))
@@ -207,6 +209,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     draft_vocab = None
     if settings.draft_vocab is not None:
+        if settings.draft_vocab > vocab_size:
+            raise UserError(
+                f"--draft-vocab {settings.draft_vocab} is more than the target's {vocab_size} tokens."
+            )
         draft_vocab = choose_draft_vocab(answers.token_counts(vocab_size), settings.draft_vocab)
     head = _new_head(settings, target, answers, draft_vocab)
     if isinstance(head, Clover2DraftModel):
@@ -258,6 +264,8 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(f"--schedule {settings.schedule} is not known; use {', '.join(SCHEDULES)}.")
     if settings.optimizer not in get_args(OptimizerName):
         raise UserError(f"--optimizer {settings.optimizer} is not known; use adamw or muon.")
+    if settings.draft_vocab is not None and settings.draft_vocab < 1:
+        raise UserError(f"--draft-vocab {settings.draft_vocab} must be 1 or more.")
     if settings.dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
 
