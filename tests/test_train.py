@@ -47,7 +47,10 @@ def test_training_lowers_the_loss_and_writes_everything(
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
     assert summary["answer_token_visits"] >= 6 * summary["answer_tokens"]
     assert summary["peak_memory_gib"] > 0
-    assert (tmp_path / "run" / "training.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "head" / "training.png").stat().st_size > 1000
+    card = (tmp_path / "run" / "head" / "README.md").read_text()
+    assert "answer tokens" in card
+    assert "kind0" in card
     row = json.loads((tmp_path / "run" / "log.json").read_text())[0]
     assert len(row["accuracy"]) == 5
     head = load_head(tmp_path / "run" / "head")

@@ -26,6 +26,7 @@ from clover_vllm.head.model import Clover2DraftModel
 from clover_vllm.home import home
 from clover_vllm.train.answers import AnswerSet, files_key, read_answers
 from clover_vllm.train.batches import Batch, collate, plan_batches
+from clover_vllm.train.card import provenance, write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 from clover_vllm.train.optimizers import OptimizerName, make_optimizer
@@ -396,7 +397,7 @@ def _finish(
     _write_head(settings, head)
     history = trainer.state.log_history
     write_json(settings.output / "log.json", history)
-    plot_training(history, settings.output / "training.png")
+    plot_training(history, settings.output / "head" / "training.png")
     steps = trainer.state.global_step * settings.accumulate * trainer.args.world_size
     visits = sum(answers.answer_lengths[i] for batch in plan[:steps] for i in batch)
     summary = {
@@ -409,9 +410,11 @@ def _finish(
         "sources": dict(answers.source_counts()),
         "seconds_of_last_start": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
+        "provenance": provenance(),
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
     }
     write_json(settings.output / "summary.json", summary)
+    write_card(settings.output / "head", summary)
     return summary
 
 

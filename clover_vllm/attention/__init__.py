@@ -1,0 +1,10 @@
+"""Attention over a paged prefix and a draft tree."""
+
+from clover_vllm.attention.tree_attention import (
+    TreeAttentionInputs,
+    native_kernel,
+    tree_attention,
+    tree_attention_reference,
+)
+
+__all__ = ["TreeAttentionInputs", "native_kernel", "tree_attention", "tree_attention_reference"]

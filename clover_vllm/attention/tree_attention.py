@@ -1,0 +1,148 @@
+"""Tree attention on vLLM's CPU key/value cache: the native kernel, and plain PyTorch as reference.
+
+A verifying request has rows (its root, then its draft nodes) in a step. Each row sees the request's
+whole prefix, which lies in the paged cache, and those rows of the step that its bitmask names.
+
+The cache is in vLLM 0.32's "vec" layout (`vllm.v1.attention.backends.cpu_attn`): tensors of shape
+[blocks, kv heads, block size, head dim] whose memory holds, per block and head, keys as
+[head dim][block size] and values as [block size][head dim].
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MAX_ROWS = 64
+"""Rows per request and step; a row's visible rows are a 64-bit mask."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass
+class TreeAttentionInputs:
+    """What is the same for all layers of a step (built once per step)."""
+
+    block_table: torch.Tensor  # int32 [R, blocks], cache blocks of each request, in order
+    starts: torch.Tensor  # int32 [R + 1], first row of each request
+    prefixes: torch.Tensor  # int32 [R], tokens of each request in the cache before this step
+    masks: torch.Tensor  # int64 [N], bit j: the request's j-th row of this step is visible
+    scale: float  # of the scores
+
+    def __post_init__(self) -> None:
+        for name in ("block_table", "starts", "prefixes"):
+            assert getattr(self, name).dtype == torch.int32, f"{name} must be int32"
+        assert self.masks.dtype == torch.int64, "masks must be int64"
+        assert int((self.starts[1:] - self.starts[:-1]).max()) <= MAX_ROWS
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    inputs: TreeAttentionInputs,
+    output: torch.Tensor,
+) -> None:
+    """Attend with the native kernel where it was built, else in PyTorch.
+
+    Args:
+        query: [N, heads, D], D a multiple of 32.
+        key: [N, kv heads, D], the step's own keys, rotated.
+        value: [N, kv heads, D].
+        key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
+        value_cache: likewise.
+        inputs: of this step.
+        output: [N, heads, D], written.
+    """
+    kernel = native_kernel()
+    if kernel is None:
+        output.copy_(tree_attention_reference(query, key, value, key_cache, value_cache, inputs))
+        return
+    failed = kernel(
+        _DTYPES[query.dtype],
+        inputs.prefixes.shape[0],
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        key_cache.shape[2],
+        key_cache.stride(0),
+        key_cache.stride(1),
+        query.stride(0),
+        key.stride(0),
+        output.stride(0),
+        inputs.block_table.stride(0),
+        inputs.scale,
+        inputs.block_table.data_ptr(),
+        inputs.starts.data_ptr(),
+        inputs.prefixes.data_ptr(),
+        inputs.masks.data_ptr(),
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        output.data_ptr(),
+    )
+    assert not failed, f"the kernel does not know {query.dtype}"
+
+
+@cache
+def native_kernel() -> ctypes._NamedFuncPointer | None:
+    """The compiled kernel, or None where it was not built or needs wider vectors than the CPU has."""
+    found = importlib.util.find_spec("clover_vllm.attention._tree_attention")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    if library.clover_vector_bits() == 512 and not torch.cpu._is_avx512_supported():
+        return None
+    kernel = library.clover_tree_attention
+    kernel.argtypes = [
+        *[ctypes.c_int] * 6,
+        *[ctypes.c_int64] * 6,
+        ctypes.c_float,
+        *[ctypes.c_void_p] * 10,
+    ]
+    kernel.restype = ctypes.c_int
+    return kernel
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    inputs: TreeAttentionInputs,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The same in plain PyTorch, computed in `dtype`; arguments as for `tree_attention`.
+
+    Returns:
+        [N, heads, D] in the query's dtype, or in `dtype` if that is float64.
+    """
+    blocks, kv_heads, block, dim = key_cache.shape
+    group = query.shape[1] // kv_heads
+    packed_keys = key_cache.reshape(blocks, kv_heads, -1).view(blocks, kv_heads, dim, block)
+    outputs = []
+    for r in range(inputs.prefixes.shape[0]):
+        first, last = inputs.starts[r : r + 2].tolist()
+        prefix = int(inputs.prefixes[r])
+        used = inputs.block_table[r, : -(-prefix // block)].long()
+        keys = packed_keys[used].permute(0, 3, 1, 2).reshape(-1, kv_heads, dim)[:prefix]
+        values = value_cache[used].permute(0, 2, 1, 3).reshape(-1, kv_heads, dim)[:prefix]
+        keys = torch.cat([keys, key[first:last]]).to(dtype).repeat_interleave(group, dim=1)
+        values = torch.cat([values, value[first:last]]).to(dtype).repeat_interleave(group, dim=1)
+        bits = torch.arange(last - first)
+        own = (inputs.masks[first:last, None] >> bits) & 1
+        visible = torch.cat([own.new_ones(last - first, prefix), own], dim=1).bool()
+        scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * inputs.scale
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("hnt,thd->nhd", weights, values))
+    out = torch.cat(outputs)
+    return out if dtype == torch.float64 else out.to(query.dtype)
