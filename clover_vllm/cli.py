@@ -41,6 +41,12 @@ def _options(
     pass
 
 
+def _exit(sentence: str) -> typer.Exit:
+    _errors.print("[red]Error:[/red] ", end="")
+    _errors.print(sentence, markup=False)
+    return typer.Exit(2)
+
+
 def _one_line(command: Callable[..., None]) -> Callable[..., None]:
     """Print a UserError as one line and exit with status 2."""
 
@@ -49,9 +55,17 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
-            _errors.print("[red]Error:[/red] ", end="")
-            _errors.print(str(error), markup=False)
-            raise typer.Exit(2) from None
+            raise _exit(str(error)) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            raise _exit(
+                f"The package {package} is not installed; install clover-vllm with the extra train, and "
+                "cpu or cuda for vLLM."
+            ) from None
+        except OSError as error:
+            raise _exit(
+                f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
+            ) from None
         except KeyboardInterrupt:
             _errors.print("Interrupted.")
             raise typer.Exit(130) from None
@@ -136,14 +150,16 @@ def train(
     data: Annotated[list[Path], typer.Option(help="Answer files, or folders of them.")],
     output: Annotated[Path, typer.Option(help="Folder for head, checkpoints and log; resumes.")],
     method: Annotated[Method, typer.Option(help="Kind of head.")] = Method.clover2,
-    init_from: Annotated[Path | None, typer.Option(help="Continue from this Clover-2 head.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Continue from this Clover-2 head, in its shape.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the answers; may be a fraction.")] = 4.0,
     batch_tokens: Annotated[int, typer.Option(help="Answer tokens per micro-batch, about.")] = 2048,
     accumulate: Annotated[int, typer.Option(help="Micro-batches per step and GPU.")] = 1,
     optimizer: Annotated[str, typer.Option(help="adamw (as published) or muon.")] = "adamw",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = 0.04,
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.04,
     regression_weight: Annotated[
         float | None, typer.Option(help="Weight of SmoothL1 [10 for clover2, 1 for eagle1].")
     ] = None,
@@ -159,14 +175,14 @@ def train(
     num_heads: Annotated[int, typer.Option(help="Draft depths that are trained.")] = 5,
     scale_inputs: Annotated[bool, typer.Option(help="Bring both inputs to RMS 1; off, as published.")] = True,
     max_length: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
-    limit_tokens: Annotated[int | None, typer.Option(help="Use so many answer tokens only.")] = None,
+    limit_tokens: Annotated[int | None, typer.Option(min=1, help="Use so many answer tokens only.")] = None,
     cache_gib: Annotated[
         float, typer.Option(help="Disk for hidden states, GiB; pays from the second epoch on.")
     ] = 0.0,
     cache: Annotated[Path | None, typer.Option(help="Folder for them [in CLOVER_HOME].")] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    log_every: Annotated[int, typer.Option(help="Steps between log entries.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of first weights and order.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between log entries.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of first weights and order.")] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 (autocast) or float32.")] = "bfloat16",
 ) -> None:
     """Train a Clover-2 head, or the EAGLE-1 baseline, for a frozen target.
@@ -282,9 +298,9 @@ def convert(
 @app.command()
 @_one_line
 def demo(
-    prompts: Annotated[int, typer.Option(help="Number of prompts.")] = 4,
-    tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 96,
-    steps: Annotated[int, typer.Option(help="Draft trees shown per prompt.")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, max=2048, help="Longest answer, tokens.")] = 96,
+    steps: Annotated[int, typer.Option(min=0, help="Draft trees shown per prompt.")] = 3,
 ) -> None:
     """Evaluate the shipped head on a few prompts, and show drafted trees beside what the target said."""
     from clover_vllm.train.demo import run_demo

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def make_target(name: str, output: Path | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(f".{folder.name}.lock")):
             if not _whole(folder):
-                _build(KNOWN_TARGETS[name], folder)
+                _build(KNOWN_TARGETS[name], folder, ours=output is None)
     except OSError as error:
         raise UserError(f"Target folder {folder} cannot be made ({error}).") from error
     return folder
@@ -88,7 +89,7 @@ def _whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         return all(_sha256(folder / file) == digest for file, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -104,8 +105,9 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(target: KnownTarget, folder: Path) -> None:
-    if folder.exists() and not (folder / _MANIFEST).exists() and any(folder.iterdir()):
+def _build(target: KnownTarget, folder: Path, ours: bool) -> None:
+    """Make the folder anew. In our own home anything there is replaced, elsewhere only a target of ours."""
+    if not ours and folder.exists() and not (folder / _MANIFEST).exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not a target made by clover-vllm; name another folder.")
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)  # left by a killed process; we hold the lock
@@ -119,9 +121,11 @@ def _build(target: KnownTarget, folder: Path) -> None:
         files = {p.name: _sha256(p) for p in sorted(fresh.iterdir()) if p.is_file()}
         manifest = {"source": f"{target.package}=={target.version}", "about": target.description}
         (fresh / _MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # aside in one step: a kill must not leave half of it under its name
+            folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp"))
         fresh.rename(folder)
+        for old in folder.parent.glob(f".{folder.name}.*.old.tmp"):
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -140,7 +140,9 @@ def test_draft_vocabulary_must_be_increasing_known_ids(ids: torch.Tensor, tmp_pa
 
 
 def test_head_of_another_target_is_refused(frozen: FrozenTarget, tmp_path: Path) -> None:
-    config = Clover2Config(vocab_size=211, target="tiny", target_probe=probe_lm_head(frozen.lm_head))
+    config = Clover2Config(
+        hidden_size=128, vocab_size=211, target="tiny", target_probe=probe_lm_head(frozen.lm_head)
+    )
     check_target(config, frozen.config, frozen.lm_head)
     check_target(config, frozen.config, frozen.lm_head * 1.03)  # as a fine-tuned copy would be
     other = FrozenTarget(tiny_llama(tmp_path / "wide", hidden=96), torch.float32)

@@ -57,7 +57,7 @@ def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
         "limit": 180,
         "max_num_seqs": 8,
         "max_model_len": 64,
-        "dtype": "float32",
+        "dtype": "bfloat16",
         "engine": {"enforce_eager": True},
     }
 
@@ -202,13 +202,18 @@ def test_held_out_rule_is_the_documented_one() -> None:
         ({"max_tokens": 0}, "max-tokens"),
         ({"max_tokens": 64, "max_model_len": 64}, "max-model-len"),
         ({"skip": 1000}, "No prompt is left"),
+        ({"max_tokens": 62, "max_model_len": 63}, "longer than the 1 tokens"),
         ({"prompts": [Path("missing.jsonl")]}, "does not exist"),
     ],
 )
 def test_impossible_settings_are_refused_before_the_engine_starts(
-    changes: dict[str, Any], named: str, prompt_file: Path, tmp_path: Path
+    changes: dict[str, Any], named: str, spoken_target: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    fields: dict[str, Any] = {"target": "nowhere", "prompts": [prompt_file], "output": tmp_path / "out"}
+    fields: dict[str, Any] = {
+        "target": str(spoken_target),
+        "prompts": [prompt_file],
+        "output": tmp_path / "out",
+    }
     with pytest.raises(UserError, match=named) as caught:
         generate(DataSettings(**(fields | changes)))
     one_sentence(caught.value)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import write_answers
+from conftest import one_sentence, write_answers
 
+from clover_vllm.errors import UserError
 from clover_vllm.head import Clover2DraftModel
 from clover_vllm.head.eagle import Eagle1DraftModel
 from clover_vllm.head.init import config_for_target
 from clover_vllm.train.evaluate import (
     Answer,
     Evaluator,
+    Prepared,
     Shape,
     best_first,
     default_shapes,
@@ -80,11 +82,11 @@ def test_drafted_trees_equal_recomputation_from_nothing(
     kind: str, request: pytest.FixtureRequest, frozen: FrozenTarget, answers: list[Answer]
 ) -> None:
     head = request.getfixturevalue(kind)
-    evaluator = Evaluator(frozen, head)
     answer = answers[0]
-    ids, new_drafter = evaluator.drafters(answer)
+    ids = torch.cat([answer.prompt_ids, answer.answer_ids])
+    evaluator = Evaluator(frozen, head, chunk_elements=12 * 211 * 3)  # three positions at a time
     with torch.no_grad():
-        trees = best_first(12, rounds=4, width=3).grow(new_drafter())
+        trees = evaluator.trees(evaluator.prepare(answer), best_first(12, rounds=4, width=3))
         for position in range(trees.num_requests):
             so_far = ids[: len(answer.prompt_ids) + 1 + position]
             first = int(trees.offsets[position])
@@ -127,34 +129,44 @@ def test_outcome_equals_a_real_draft_and_verify_loop(
 def test_a_perfect_drafter_accepts_everything(frozen: FrozenTarget, answers: list[Answer]) -> None:
     """Counting: with every draft right, a chain of 5 gives 6 tokens per step until the end."""
 
+    class Drafter:
+        def __init__(self, continuation: torch.Tensor, part: slice) -> None:
+            self.tail = torch.cat([continuation, torch.zeros(9, dtype=torch.int64)])
+            self.rows = torch.arange(len(continuation) + 1)[part]
+            self.depth = 0
+
+        def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(len(self.rows), 1), self.tail[self.rows][:, None]
+
+        def expand(
+            self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            self.depth += 1
+            return torch.zeros(len(tokens), 1, 1), self.tail[self.rows + self.depth][:, None, None]
+
     class Oracle(Evaluator):
-        def drafters(self, answer: Answer):  # type: ignore[no-untyped-def]
-            ids = torch.cat([answer.prompt_ids, answer.answer_ids])
-            tail = torch.cat([ids[len(answer.prompt_ids) + 1 :], torch.zeros(9, dtype=torch.int64)])
+        def prepare(self, answer: Answer) -> Prepared:
+            prepared = super().prepare(answer)
+            prepared.new_drafter = lambda part: Drafter(prepared.continuation, part)
+            return prepared
 
-            class Drafter:
-                depth = 0
-
-                def first(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-                    tokens = tail[: len(answer.answer_ids) - 0][:, None]
-                    return torch.zeros(len(tokens), 1), tokens
-
-                def expand(
-                    self, slots: torch.Tensor, tokens: torch.Tensor, k: int
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-                    self.depth += 1
-                    rows = torch.arange(len(tokens)) + self.depth
-                    return torch.zeros(len(tokens), 1, 1), tail[rows][:, None, None]
-
-            return ids, Drafter
-
-    config = config_for_target(frozen.config)
-    oracle = Oracle(frozen, Clover2DraftModel(config))
+    oracle = Oracle(frozen, Clover2DraftModel(config_for_target(frozen.config)))
     for answer in answers:
         outcome = oracle.measure(answer, [Shape("c", lambda d: grow_static(d, chain(5)))])[0]
         tokens = len(answer.answer_ids) - 1
         assert outcome.tokens == tokens
         assert outcome.steps == -(-tokens // 6)
+
+
+def test_answers_of_another_model_are_refused(
+    frozen: FrozenTarget, clover: Clover2DraftModel, answers: list[Answer]
+) -> None:
+    evaluator = Evaluator(frozen, clover)
+    evaluator.check_answers(answers)
+    foreign = [Answer(a.category, a.prompt_ids, a.answer_ids.flip(0)) for a in answers]
+    with pytest.raises(UserError, match="another model's") as caught:
+        evaluator.check_answers(foreign)
+    one_sentence(caught.value)
 
 
 def test_default_shapes_are_those_of_the_model_card() -> None:

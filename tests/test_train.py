@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import load_head
 from clover_vllm.head.eagle import load_eagle1
+from clover_vllm.train.objective import LossWeights
 from clover_vllm.train.trainer import TrainSettings, train
 
 
@@ -105,6 +106,7 @@ def test_draft_vocabulary_is_the_most_frequent_tokens(
 _WORKER = """
 import sys, json
 from pathlib import Path
+from clover_vllm.train.objective import LossWeights
 from clover_vllm.train.trainer import TrainSettings, train
 a = json.loads(sys.argv[1])
 a["data"] = [Path(p) for p in a["data"]]
@@ -172,31 +174,64 @@ def test_ten_kills_at_random_moments_leave_the_same_curve_and_head(
         assert torch.equal(tensor, two[name]), name
 
 
-def test_two_processes_train_one_head(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_accumulation(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    options = ["train", "--target", str(tiny_target), "--data", str(tiny_answers), "--batch-tokens", "32"]
+    options += ["--epochs", "1", "--log-every", "1", "--save-every", "5", "--dtype", "float32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "clover_vllm.cli", "train", "--target", str(tiny_target), "--data", str(tiny_answers)]
-    command += ["--output", str(tmp_path / "run"), "--batch-tokens", "32", "--epochs", "1"]
-    command += ["--log-every", "1", "--save-every", "5", "--dtype", "float32"]
+    command += ["-m", "clover_vllm.cli", *options, "--output", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    train(
+        settings(
+            tiny_target,
+            tiny_answers,
+            tmp_path / "one",
+            batch_tokens=32,
+            epochs=1.0,
+            accumulate=2,
+            learning_rate=1e-3,
+        )
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
-    load_head(tmp_path / "run" / "head")
+    load_head(tmp_path / "two" / "head")
+
+
+def test_foreign_checkpoints_are_left_alone(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "run" / "checkpoint-500"
+    foreign.mkdir(parents=True)
+    with pytest.raises(UserError, match="another program") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "run"))
+    one_sentence(caught.value)
+    assert foreign.exists()
+
+
+def test_divergence_is_an_error_and_no_head_is_written(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    overflowing = LossWeights(regression=1e39)
+    with pytest.raises(UserError, match="diverged") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "run", weights=overflowing))
+    one_sentence(caught.value)
+    assert not (tmp_path / "run" / "head").exists()
 
 
 def test_a_run_is_not_continued_with_other_settings(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
-    train(settings(tiny_target, tiny_answers, tmp_path / "run", stop_after=3))
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
     with pytest.raises(UserError, match="learning_rate") as caught:
-        train(settings(tiny_target, tiny_answers, tmp_path / "run", learning_rate=1e-4))
+        train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2, learning_rate=1e-4))
     one_sentence(caught.value)
 
 
 def test_continuing_a_head_of_another_target_is_refused(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
-    train(settings(tiny_target, tiny_answers, tmp_path / "run", stop_after=None, epochs=0.2))
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
     other = tiny_llama(tmp_path / "other", hidden=96)
     with pytest.raises(UserError, match="do not fit") as caught:
         train(settings(other, tiny_answers, tmp_path / "two", init_from=tmp_path / "run" / "head"))

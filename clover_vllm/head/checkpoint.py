@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -238,9 +239,10 @@ def save_head(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a head as a Hugging Face folder, through renames: it is never half written.
+    """Write a head as a Hugging Face folder; see `write_checkpoint`.
 
-    Files of the folder that are not weights or config (a model card) are kept.
+    Raises:
+        UserError: a weight is not finite (training has diverged), or the folder cannot be written.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
@@ -253,20 +255,35 @@ def save_head(
 def write_checkpoint(
     tensors: dict[str, torch.Tensor], config_json: str, folder: Path, max_shard_size: str = "5GB"
 ) -> None:
-    """config.json and safetensors into `folder`, through a sibling folder and renames."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    """config.json and safetensors into `folder`, which is never seen half written.
+
+    The new folder takes the old one's place by two renames; in the instant between them there is
+    none. Files that are neither weights nor config (a model card) are carried over.
+
+    Raises:
+        UserError: a tensor is not finite, or the folder cannot be written.
+    """
+    broken = sorted(n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all())
+    if broken:
+        raise UserError(f"{folder} is not written: {broken[0]} is not finite, so training has diverged.")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+        fresh.mkdir()
         save_torch_state_dict(tensors, fresh, max_shard_size=max_shard_size)
         (fresh / "config.json").write_text(config_json)
         if folder.is_dir():
             for path in folder.iterdir():
-                weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
-                if not weights and not (fresh / path.name).exists():
-                    path.rename(fresh / path.name)
-            shutil.rmtree(folder)
+                if not _OWN_FILES.fullmatch(path.name) and path.is_file():
+                    shutil.copy2(path, fresh / path.name)
+            folder.rename(old)
         fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"Head folder {folder} cannot be written ({error.strerror or error}).") from error
+
+
+_OWN_FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")

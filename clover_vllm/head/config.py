@@ -36,6 +36,7 @@ class Clover2Config(PretrainedConfig):
             `rope_type: default` and `rope_type: llama3` are supported.
         max_position_embeddings: largest position plus one that the target supports.
         attention_bias: whether q, k and v projections of the augmenting layers have a bias.
+        qk_norm: whether the augmenting layers norm queries and keys per head, as Qwen3's do.
         hidden_scale: multiplies the target's hidden state before it enters the head (1.0 for
             published checkpoints).
         embed_scale: multiplies lm_head rows used as token embeddings (1.0 for published ones).
@@ -64,6 +65,7 @@ class Clover2Config(PretrainedConfig):
         rope_parameters: Mapping[str, Any] | None = None,
         max_position_embeddings: int = 2048,
         attention_bias: bool = False,
+        qk_norm: bool = False,
         hidden_scale: float = 1.0,
         embed_scale: float = 1.0,
         target: str | None = None,
@@ -92,6 +94,7 @@ class Clover2Config(PretrainedConfig):
         self.rope_parameters = dict(rope_parameters)
         self.max_position_embeddings = max_position_embeddings
         self.attention_bias = attention_bias
+        self.qk_norm = qk_norm
         self.hidden_scale = hidden_scale
         self.embed_scale = embed_scale
         self.target = target

@@ -50,6 +50,8 @@ def convert(
     """
     if output.resolve() == source.resolve():
         raise UserError(f"The output folder must not be the source {source}.")
+    if output.exists() and not (output / "config.json").is_file() and any(output.glob("*")):
+        raise UserError(f"{output} is not empty and holds no head; name another output folder.")
     fields = read_config(source)
     if fields.get("model_type") == "clover2":
         raise UserError(f"{source} already is a Clover-2 head in our form; nothing to convert.")
@@ -87,13 +89,15 @@ def _config(
     missing = [name for name in ("num_attention_heads", "rms_norm_eps") if name not in fields]
     if missing:
         raise UserError(f"{source / 'config.json'} lacks {' and '.join(missing)}, which no tensor shows.")
+    if not isinstance(fields["num_attention_heads"], int) or fields["num_attention_heads"] < 1:
+        raise UserError(f"{source / 'config.json'}: num_attention_heads must be a whole number of 1 or more.")
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
 
     def rows(name: str) -> int | None:
         return tensors[name].shape[0] if name in tensors else None
 
     hidden = rows("clover_norm.weight") or fields.get("hidden_size")
-    heads = int(fields["num_attention_heads"])
+    heads: int = fields["num_attention_heads"]
     query = rows("layers.0.self_attn.q_proj.weight") or hidden
     head_dim = query // heads if isinstance(query, int) and heads else None
     kv = rows("layers.0.self_attn.k_proj.weight")

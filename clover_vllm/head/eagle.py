@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,13 @@ class Eagle1DraftModel(nn.Module):
     """
 
     def __init__(self, config: Clover2Config) -> None:
-        """`config` lends its sizes; its Clover-2 constants are not used."""
+        """`config` lends its sizes; its Clover-2 constants are not used.
+
+        The layer is a plain Llama's, as vLLM's, so it never norms queries and keys.
+        """
         super().__init__()
+        config = copy.copy(config)
+        config.qk_norm = False
         self.config = config
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([DecoderLayer(config, input_norm=False)])
@@ -72,15 +78,37 @@ def init_eagle1(head: Eagle1DraftModel, seed: int = 0) -> None:
 def save_eagle1(head: Eagle1DraftModel, folder: str | Path, target: str | Path) -> None:
     """Write the folder that vLLM's `eagle` method loads.
 
-    Its config is the target's with one layer; its weights are `fc.weight` and `layers.0.*`
-    (vLLM's `EagleLlamaForCausalLM` takes embeddings and lm_head from the target).
+    Its config is a Llama's of one layer in the target's sizes, whatever the target; its weights are
+    `fc.weight` and `layers.0.*` (vLLM's `EagleLlamaForCausalLM` takes embeddings and lm_head from
+    the target).
     """
-    config = AutoConfig.from_pretrained(target).get_text_config()
-    config.num_hidden_layers = 1
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.bfloat16
+    config, text = head.config, AutoConfig.from_pretrained(target).get_text_config()
+    llama = LlamaConfig(
+        **{name: getattr(config, name) for name in _SHARED_SIZES},
+        num_hidden_layers=1,
+        architectures=["LlamaForCausalLM"],
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        tie_word_embeddings=text.tie_word_embeddings,
+        dtype=torch.bfloat16,
+    )
     tensors = {n: t.detach().to("cpu", torch.bfloat16).contiguous() for n, t in head.state_dict().items()}
-    write_checkpoint(tensors, config.to_json_string(use_diff=False), Path(folder))
+    write_checkpoint(tensors, llama.to_json_string(use_diff=False), Path(folder))
+
+
+_SHARED_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "attention_bias",
+)
 
 
 def load_eagle1(folder: str | Path, dtype: torch.dtype = torch.float32) -> Eagle1DraftModel:

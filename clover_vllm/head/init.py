@@ -42,6 +42,10 @@ def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
     for name in ("num_key_value_heads", "head_dim"):
         fields[name] = getattr(target_config, name, None)
     fields["attention_bias"] = has_attention_bias(target_config)
+    fields["qk_norm"] = getattr(target_config, "model_type", "") == "qwen3"
+    act = getattr(target_config, "hidden_act", "silu")
+    if act != "silu":
+        raise UserError(f"The target's activation is {act}; Clover-2 heads need a Llama-like target (silu).")
     rope = getattr(target_config, "rope_parameters", None)
     if rope:
         fields["rope_parameters"] = dict(rope)
@@ -114,6 +118,12 @@ def init_from_target(
         assert isinstance(layer, DecoderLayer)
         available = source.state_dict()
         wanted = layer.state_dict()
+        if available.keys() - wanted.keys():
+            extra = ", ".join(sorted(available.keys() - wanted.keys()))
+            raise UserError(
+                f"The target's decoder layers hold {extra}, which a Llama-like layer does not; "
+                "a Clover-2 head cannot start from them."
+            )
         for name, tensor in wanted.items():
             found = available.get(name)
             if found is None or found.shape != tensor.shape:
@@ -127,6 +137,13 @@ def init_from_target(
     norm_weight = target_norm.weight
     assert isinstance(norm_weight, torch.Tensor)
     head.clover_norm.weight.copy_(norm_weight)
+    probe = torch.linspace(-1, 1, head.config.hidden_size)[None]
+    ours, theirs = head.clover_norm(probe), target_norm(probe.to(norm_weight)).float().cpu()
+    if not torch.allclose(ours, theirs, atol=0.02, rtol=0.02):
+        raise UserError(
+            f"The target's {type(target_norm).__name__} is not a plain RMSNorm; "
+            "Clover-2 heads need a Llama-like target."
+        )
     head.clover_head_norm.weight.copy_(norm_weight)
     for block in (head.clover_head_mlp_rnn, head.clover_head_mlp_rnn2):
         _init_block(block, generator)

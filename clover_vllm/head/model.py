@@ -110,14 +110,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def project(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries [B, H, T, K], rotated keys and values [B, kv heads, T, K] of x [B, T, D]."""
         split = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_proj(x).view(split).transpose(1, 2), cos, sin)
-        k = apply_rope(self.k_proj(x).view(split).transpose(1, 2), cos, sin)
+        q = apply_rope(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin)
+        k = apply_rope(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin)
         return q, k, self.v_proj(x).view(split).transpose(1, 2)
 
     def attend(

@@ -6,11 +6,9 @@ of token ids), `finish` (`stop` or `length`). Files may be gzipped.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
 from clover_vllm.errors import UserError
 from clover_vllm.home import home
+from clover_vllm.train.files import expand, open_text
 
 _FEATURES = Features(
     {
@@ -34,39 +33,6 @@ _FEATURES = Features(
         "finish": Value("string"),
     }
 )
-
-
-def expand(paths: Sequence[Path]) -> list[Path]:
-    """Files named, and `*.jsonl` and `*.jsonl.gz` of folders named, sorted.
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no such file.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_file():
-            files.append(path)
-        elif path.is_dir():
-            found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
-            if not found:
-                raise UserError(f"Folder {path} holds no *.jsonl or *.jsonl.gz file.")
-            files.extend(found)
-        else:
-            raise UserError(f"{path} does not exist.")
-    return files
-
-
-def open_text(path: Path) -> Iterator[str]:
-    """Lines of a text file, gzipped or not.
-
-    Raises:
-        UserError: it cannot be read to its end as UTF-8 text.
-    """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}).") from error
 
 
 @dataclass
@@ -157,15 +123,6 @@ def read_answers(
     return AnswerSet(rows, prompts.tolist(), answers.tolist(), dropped, max_length)
 
 
-def files_key(paths: Sequence[Path]) -> str:
-    """A digest of the files' content, in their order."""
-    digest = hashlib.sha256()
-    for path in expand(paths):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def _lengths(rows: Dataset, column: str) -> np.ndarray:
     import pyarrow.compute as pc
 
@@ -179,7 +136,10 @@ def _lengths(rows: Dataset, column: str) -> np.ndarray:
 def _check_ids(rows: Dataset, vocab_size: int) -> None:
     for batch in rows.with_format("arrow").iter(batch_size=8192):
         for column in ("prompt_ids", "answer_ids"):
-            ids = batch[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            values = batch[column].combine_chunks().flatten()
+            if values.null_count:
+                raise UserError("The answers hold a null where a token id should be.")
+            ids = values.to_numpy(zero_copy_only=False)
             if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
                 raise UserError(
                     f"The answers hold token ids outside 0..{vocab_size - 1}; they were made with "

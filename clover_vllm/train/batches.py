@@ -19,7 +19,8 @@ def plan_batches(
     """The whole run's micro-batches, fixed before it starts, so that resuming is a matter of skipping.
 
     Sequences are shuffled, then sorted by length within windows of 32 batches, so that little is
-    padded, then cut at `answer_tokens`; the batches of an epoch come in random order.
+    padded, then cut at `answer_tokens`, or earlier where long prompts would make a batch of more
+    than 8 times as many padded tokens; the batches of an epoch come in random order.
 
     Args:
         lengths: prompt plus answer tokens per sequence.
@@ -43,7 +44,7 @@ def plan_batches(
         epoch: list[list[int]] = []
         for start in range(0, len(order), window):
             part = sorted(order[start : start + window].tolist(), key=lambda i: lengths[i])
-            epoch.extend(_cut(part, answer_lengths, answer_tokens))
+            epoch.extend(_cut(part, lengths, answer_lengths, answer_tokens))
         for k in rng.permutation(len(epoch)):
             if seen >= wanted:
                 break
@@ -52,13 +53,17 @@ def plan_batches(
     return plan
 
 
-def _cut(part: list[int], answer_lengths: Sequence[int], answer_tokens: int) -> list[list[int]]:
+def _cut(
+    part: list[int], lengths: Sequence[int], answer_lengths: Sequence[int], answer_tokens: int
+) -> list[list[int]]:
     """Cut into batches, each closed by the sequence that brings it nearest to `answer_tokens`."""
     batches: list[list[int]] = []
     current: list[int] = []
     count = 0
     for i in part:
-        if current and count + answer_lengths[i] / 2 > answer_tokens:
+        # `part` is sorted, so the newest sequence is the longest and sets the width.
+        too_wide = (len(current) + 1) * lengths[i] > 8 * answer_tokens
+        if current and (too_wide or count + answer_lengths[i] / 2 > answer_tokens):
             batches.append(current)
             current, count = [], 0
         current.append(i)

@@ -63,7 +63,7 @@ def write_card(folder: Path, summary: dict[str, Any]) -> None:
         "| made with | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in made.items() if name != "command"),
-        f"| peak memory | {summary['peak_memory_gib']} GiB |",
+        f"| peak memory | {summary['peak_memory_gib']} GiB host, {summary['peak_gpu_memory_gib']} GiB GPU |",
         "",
         "| setting | |",
         "|---|---|",

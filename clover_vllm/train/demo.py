@@ -59,10 +59,8 @@ def run_demo(num_prompts: int, max_tokens: int, steps: int) -> None:
     shape = best_first(NODES)
     outcomes = []
     for prompt, answer in zip(prompts, _greedy(folder, tokenizer, prompts, max_tokens), strict=True):
-        ids, new_drafter = evaluator.drafters(answer)
-        continuation = ids[len(answer.prompt_ids) + 1 :]
-        with torch.no_grad():
-            trees = shape.grow(new_drafter())
+        prepared = evaluator.prepare(answer)
+        trees, continuation = evaluator.trees(prepared, shape), prepared.continuation
         outcome = outcome_of(trees, continuation, answer.category)
         outcomes.append(outcome)
         console.rule(f"[bold]{prompt}")

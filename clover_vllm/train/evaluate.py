@@ -8,7 +8,7 @@ walk then visits those at which a real engine would have started a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -136,15 +136,34 @@ def score_candidates(
         states: [..., D], normed states.
         draft_head: [draft V, D].
         draft_vocab: int64 [draft V], token ids of its rows, or None for all.
-        num_candidates: K.
+        num_candidates: K, or all where there are fewer.
 
     Returns:
         float32 [..., K] log-probabilities, falling, and int64 [..., K] token ids.
     """
     logits = (states.to(draft_head.dtype) @ draft_head.T).float()
-    best, index = logits.topk(num_candidates, dim=-1)
+    best, index = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
     log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
     return log_probs, index if draft_vocab is None else draft_vocab[index]
+
+
+@dataclass
+class Eagle1Prefix:
+    """An EAGLE-1 head's work on a known sequence, shared by all drafters on it (filled by `of`)."""
+
+    keys: torch.Tensor  # [kv heads, T, K]
+    values: torch.Tensor  # [kv heads, T, K]
+    features: torch.Tensor  # [T, D], predicted
+
+    @classmethod
+    def of(cls, head: Eagle1DraftModel, features: torch.Tensor, embeds: torch.Tensor) -> Eagle1Prefix:
+        """features: [T, D], post-norm states; embeds: [T, D], of the tokens one further on."""
+        cache = head.new_cache()
+        out = head(features[None], embeds[None], cache)[0]
+        keys, values = cache[0].keys, cache[0].values
+        assert keys is not None
+        assert values is not None
+        return cls(keys[0], values[0], out)
 
 
 class Eagle1Drafter:
@@ -156,9 +175,8 @@ class Eagle1Drafter:
     def __init__(
         self,
         head: Eagle1DraftModel,
-        features: torch.Tensor,
-        embeds: torch.Tensor,
-        first_row: int,
+        prefix: Eagle1Prefix,
+        rows: torch.Tensor,
         embed: torch.Tensor,
         draft_head: torch.Tensor,
         draft_vocab: torch.Tensor | None,
@@ -166,9 +184,8 @@ class Eagle1Drafter:
         """
         Args:
             head: the reference model.
-            features: [T, D], the target's post-norm states.
-            embeds: [T, D], embeddings of the tokens one further on.
-            first_row: drafting starts at positions first_row .. T - 1, so R = T - first_row.
+            prefix: its work on the sequence.
+            rows: int64 [R], positions to draft from.
             embed: [V, D], the target's token embeddings.
             draft_head: [draft V, D], lm_head rows that are scored.
             draft_vocab: int64 [draft V], or None for all.
@@ -177,20 +194,16 @@ class Eagle1Drafter:
         self._embed = embed
         self._draft_head = draft_head
         self._draft_vocab = draft_vocab
-        cache = head.new_cache()
-        out = head(features[None], embeds[None], cache)[0]
-        assert cache[0].keys is not None
-        assert cache[0].values is not None
-        self._keys, self._values = cache[0].keys[0], cache[0].values[0]  # [kv heads, T, K]
-        self._rows = torch.arange(first_row, features.shape[0])  # position of each root
-        self._features = out[first_row:, None]  # [R, slots, D]
-        requests = len(self._rows)
+        self._keys, self._values = prefix.keys, prefix.values
+        self._rows = rows
+        self._features = prefix.features[rows, None]  # [R, slots, D]
+        requests = len(rows)
         # Slots' own keys and values, and which slots lie on a slot's path (the root adds nothing:
         # its key is among the prefix's).
         self._slot_keys = self._keys.new_zeros(requests, self._keys.shape[0], 1, self._keys.shape[2])
         self._slot_values = torch.zeros_like(self._slot_keys)
-        self._paths = torch.zeros(requests, 1, 1, dtype=torch.bool)
-        self._depths = torch.zeros(requests, 1, dtype=torch.int64)
+        self._paths = torch.zeros(requests, 1, 1, dtype=torch.bool, device=rows.device)
+        self._depths = torch.zeros(requests, 1, dtype=torch.int64, device=rows.device)
 
     def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._score(self._features[:, 0], num_candidates)
@@ -209,14 +222,16 @@ class Eagle1Drafter:
         attention = layer.self_attn
         cos, sin = self._head.rotary(self._rows[:, None] + depths)
         q, k, v = attention.project(x, cos, sin)
-        own = F.one_hot(torch.arange(old, old + w), old + w).bool().expand(requests, w, old + w)
+        slots = torch.arange(old, old + w, device=tokens.device)
+        own = F.one_hot(slots, old + w).bool().expand(requests, w, old + w)
         parent_paths = F.pad(self._paths.gather(1, parent_slots[..., None].expand(requests, w, old)), (0, w))
         paths = parent_paths | own
         self._slot_keys = torch.cat([self._slot_keys, k], dim=2)
         self._slot_values = torch.cat([self._slot_values, v], dim=2)
         self._paths = torch.cat([F.pad(self._paths, (0, w)), paths], dim=1)
         self._depths = torch.cat([self._depths, depths], dim=1)
-        prefix = (torch.arange(self._keys.shape[1]) <= self._rows[:, None])[:, None]
+        positions = torch.arange(self._keys.shape[1], device=tokens.device)
+        prefix = (positions <= self._rows[:, None])[:, None]
         mask = torch.cat([prefix.expand(-1, w, -1), paths], dim=2)[:, None]
         keys = torch.cat([self._keys.expand(requests, *self._keys.shape), self._slot_keys], dim=2)
         values = torch.cat([self._values.expand(requests, *self._values.shape), self._slot_values], dim=2)
@@ -229,6 +244,17 @@ class Eagle1Drafter:
         return score_candidates(s, self._draft_head, self._draft_vocab, num_candidates)
 
 
+@dataclass
+class Prepared:
+    """An answer with all that drafting over it needs (filled by `Evaluator.prepare`)."""
+
+    category: str
+    continuation: torch.Tensor  # int64 [R], tokens after the first answer token
+    positions: int  # R, positions that a step can start from
+    new_drafter: Callable[[slice], Drafter]  # for some of the positions
+    agreement: float  # share of the answer that is the target's most likely token
+
+
 class Evaluator:
     """Measures heads on greedy answers of one target."""
 
@@ -237,50 +263,100 @@ class Evaluator:
         target: FrozenTarget,
         head: Clover2DraftModel | Eagle1DraftModel,
         draft_vocab: torch.Tensor | None = None,
+        chunk_elements: int = 1 << 26,
     ) -> None:
-        """`draft_vocab` is for EAGLE-1, whose checkpoint has none; a Clover-2 head brings its own."""
+        """
+        Args:
+            target: that said the answers.
+            head: on any device; moved to the target's.
+            draft_vocab: int64, for EAGLE-1, whose checkpoint has none; a Clover-2 head brings its own.
+            chunk_elements: about the most logits held at once.
+
+        Raises:
+            UserError: fewer than 8 tokens can be drafted.
+        """
         self.target = target
-        self.head = head.eval()
+        self.head = head.eval().to(target.device)
         if isinstance(head, Clover2DraftModel):
             draft_vocab = head.draft_vocab
-        self.draft_vocab = draft_vocab
-        rows = target.lm_head if draft_vocab is None else target.lm_head[draft_vocab]
+        if draft_vocab is not None and len(draft_vocab) < 8:
+            raise UserError("A draft vocabulary of fewer than 8 tokens is too small to evaluate.")
+        self.draft_vocab = None if draft_vocab is None else draft_vocab.to(target.device)
+        rows = target.lm_head if self.draft_vocab is None else target.lm_head[self.draft_vocab]
         self.draft_head = rows.float()
-        self.lm_head = target.lm_head.float()
-        self.embed = target.embed_tokens.float()
+        clover = isinstance(head, Clover2DraftModel)
+        self.embed = target.lm_head if clover else target.embed_tokens
+        # A round expands a dozen nodes per position.
+        self._chunk = max(1, chunk_elements // (12 * len(rows)))
 
     @torch.no_grad()
-    def drafters(self, answer: Answer) -> tuple[torch.Tensor, _NewDrafter]:
-        """The sequence of an answer and a factory of drafters.
+    def prepare(self, answer: Answer) -> Prepared:
+        """Run the target and the head's causal part over an answer of at least two tokens.
 
-        A drafter has one request per position that a step can start from: the last prompt position
-        (after prefill has emitted the first answer token) up to the one before the last token.
+        Steps can start from the last prompt position (after prefill has emitted the first answer
+        token) up to the one before the last token.
+
+        Raises:
+            UserError: the target's hidden states are not finite.
         """
-        ids = torch.cat([answer.prompt_ids, answer.answer_ids])
-        hidden = self.target.hidden_states(ids[None])
-        features = self.target.norm(hidden)[0, :-1].float()
+        ids = torch.cat([answer.prompt_ids, answer.answer_ids]).to(self.target.device)
         first = len(answer.prompt_ids) - 1
+        hidden = self.target.hidden_states(ids[None])
+        self.target.check_finite(hidden)
+        post_norm = self.target.norm(hidden)[0, :-1]
+        said = (post_norm[first:] @ self.target.lm_head.T).argmax(dim=-1)
+        embeds = F.embedding(ids[1:], self.embed).float()
+        return Prepared(
+            category=answer.category,
+            continuation=ids[first + 2 :],
+            positions=len(ids) - 1 - first,
+            new_drafter=self._drafter_factory(hidden[0, :-1].float(), post_norm.float(), embeds, first),
+            agreement=(said == ids[first + 1 :]).float().mean().item(),
+        )
+
+    def _drafter_factory(
+        self, hidden: torch.Tensor, post_norm: torch.Tensor, embeds: torch.Tensor, first: int
+    ) -> Callable[[slice], Drafter]:
         if isinstance(self.head, Eagle1DraftModel):
-            eagle = self.head
-            embeds = F.embedding(ids[1:], self.embed)
-            return ids, lambda: Eagle1Drafter(
-                eagle, features, embeds, first, self.embed, self.draft_head, self.draft_vocab
+            eagle, prefix = self.head, Eagle1Prefix.of(self.head, post_norm, embeds)
+            rows = torch.arange(first, len(hidden), device=hidden.device)
+            return lambda part: Eagle1Drafter(
+                eagle, prefix, rows[part], self.embed, self.draft_head, self.draft_vocab
             )
         clover = self.head
-        embeds = F.embedding(ids[1:], self.lm_head)
-        g = clover.augment(hidden[:, :-1].float(), embeds[None])[0, first:]
-        return ids, lambda: Clover2Drafter(clover, g, self.lm_head, self.draft_head)
+        g = clover.augment(hidden[None], embeds[None])[0, first:]
+        return lambda part: Clover2Drafter(clover, g[part], self.embed, self.draft_head)
 
     @torch.no_grad()
+    def trees(self, prepared: Prepared, shape: Shape) -> DraftTrees:
+        """A tree for every position of an answer, on the CPU; drafted in chunks of positions."""
+        parts = []
+        for start in range(0, prepared.positions, self._chunk):
+            part = slice(start, min(start + self._chunk, prepared.positions))
+            parts.append(shape.grow(prepared.new_drafter(part)).to("cpu"))
+        return DraftTrees.concatenate(parts)
+
     def measure(self, answer: Answer, shapes: Sequence[Shape]) -> list[Outcome]:
         """Outcome of every shape over one answer of at least two tokens."""
-        ids, new_drafter = self.drafters(answer)
-        continuation = ids[len(answer.prompt_ids) + 1 :]  # what position 0's tree should hold
-        return [outcome_of(shape.grow(new_drafter()), continuation, answer.category) for shape in shapes]
+        prepared = self.prepare(answer)
+        continuation = prepared.continuation.cpu()
+        return [outcome_of(self.trees(prepared, shape), continuation, answer.category) for shape in shapes]
 
+    def check_answers(self, answers: Sequence[Answer]) -> None:
+        """Refuse answers that the target would not have given.
 
-class _NewDrafter(Protocol):
-    def __call__(self) -> Drafter: ...
+        bfloat16 differs between engines in near ties, so a few tokens in a hundred may differ.
+
+        Raises:
+            UserError: they are another model's, or were not greedy.
+        """
+        agreements = [self.prepare(answer).agreement for answer in answers[:8]]
+        agreement = sum(agreements) / len(agreements)
+        if agreement < 0.9:
+            raise UserError(
+                f"Only {agreement:.0%} of the answers' tokens are what target {self.target.path} says; "
+                "they are another model's, or were not generated greedily."
+            )
 
 
 def emitted_tokens(trees: DraftTrees, continuation: torch.Tensor) -> torch.Tensor:
@@ -353,7 +429,8 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
         raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
     heads = {str(folder): load_any_head(folder) for folder in settings.heads}
     vocab = load_head(settings.draft_vocab_of).draft_vocab if settings.draft_vocab_of else None
-    target = FrozenTarget(settings.target, getattr(torch, settings.dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = FrozenTarget(settings.target, getattr(torch, settings.dtype), device)
     for head in heads.values():
         check_target(head.config, target.config, target.lm_head)
     answers = greedy_answers(settings.answers, target, settings.limit)
@@ -361,6 +438,7 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     results: dict[str, dict[str, list[Outcome]]] = {}
     for name, head in heads.items():
         evaluator = Evaluator(target, head, vocab)
+        evaluator.check_answers(answers)
         results[name] = {shape.name: [] for shape in shapes}
         for answer in track(answers, f"drafting with {Path(name).name}", console=Console(stderr=True)):
             for shape, outcome in zip(shapes, evaluator.measure(answer, shapes), strict=True):

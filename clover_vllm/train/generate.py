@@ -1,7 +1,8 @@
 """`clover-vllm data`: the target's own answers, generated with vLLM under continuous batching.
 
 The prompts are dealt into shards of fixed size. A shard is generated in one go, from an empty
-prefix cache and with a seed per request, and written through a rename. So a kill costs at most one
+prefix cache and with a seed per request, and written through a rename. The engine runs in this
+process, so that which requests share a step does not depend on timing. So a kill costs at most one
 shard, and a resumed run gives the shards that an unbroken one would have given.
 """
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,16 @@ from rich.progress import (
 )
 
 from clover_vllm.errors import UserError
-from clover_vllm.train.answers import files_key
+from clover_vllm.train.files import (
+    check_same_settings,
+    files_key,
+    make_folder,
+    open_text,
+    peak_memory_gib,
+    write_json,
+)
 from clover_vllm.train.prompts import Prompt, read_prompts
 from clover_vllm.train.target_model import check_loadable
-from clover_vllm.train.trainer import peak_memory_gib, write_json
 
 
 @dataclass
@@ -83,17 +90,28 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         prompts = prompts[: settings.limit]
     if not prompts:
         raise UserError("No prompt is left after --held-out, --skip and --limit.")
-    check_loadable(settings.target)
-    _same_run(settings)
+    tokenizer = check_loadable(settings.target)
+    requests, too_long = _requests(settings, tokenizer, prompts)
+    fields = _plain(settings)
+    del fields["output"]
+    make_folder(settings.output)
+    check_same_settings(settings.output / "settings.json", fields | {"prompts": files_key(settings.prompts)})
+    for stale in settings.output.glob(".answers-*.tmp"):
+        stale.unlink()
     shards = [
         (settings.output / f"answers-{start // settings.shard_size:05d}.jsonl.gz", start)
-        for start in range(0, len(prompts), settings.shard_size)
+        for start in range(0, len(requests), settings.shard_size)
     ]
-    missing = [(path, start) for path, start in shards if not path.exists()]
-    summary: dict[str, Any] = {"shards": len(shards), "shards_generated_now": len(missing)}
+    parts = {path: requests[start : start + settings.shard_size] for path, start in shards}
+    missing = {path: part for path, part in parts.items() if not _is_whole(path, len(part))}
+    summary: dict[str, Any] = {
+        "shards": len(shards),
+        "shards_generated_now": len(missing),
+        "prompts_too_long": too_long,
+    }
     if missing:
-        summary |= _run(settings, prompts, missing, len(prompts))
-    summary |= _totals(path for path, _ in shards)
+        summary |= _run(settings, missing)
+    summary |= _totals(parts)
     write_json(settings.output / "summary.json", summary | {"settings": _plain(settings)})
     return summary
 
@@ -117,28 +135,27 @@ def _plain(settings: DataSettings) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings), default=str))  # type: ignore[no-any-return]
 
 
-def _same_run(settings: DataSettings) -> None:
-    """Refuse to add shards of other settings to a folder."""
-    settings.output.mkdir(parents=True, exist_ok=True)
-    stamp = settings.output / "settings.json"
-    now = _plain(settings)
-    for name in ("output", "limit", "prompts"):
-        del now[name]
-    now["prompts_key"] = files_key(settings.prompts)
-    if stamp.exists():
-        before = json.loads(stamp.read_text())
-        changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
-        if changed:
-            raise UserError(
-                f"{settings.output} holds answers made with other settings ({', '.join(changed)}); "
-                "continue with the same ones, or name another --output."
-            )
-    write_json(stamp, now)
+def _requests(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> tuple[list[_Request], int]:
+    """Tokenise all prompts before the engine starts; those that leave no room are left out.
+
+    Returns:
+        requests, and how many prompts were too long.
+    """
+    longest = settings.max_model_len - settings.max_tokens
+    requests: list[_Request] = []
+    for prompt in prompts:
+        ids = _token_ids(tokenizer, prompt)
+        if len(ids) <= longest:
+            requests.append(_request(settings, prompt, ids))
+    if not requests:
+        raise UserError(
+            f"Every prompt is longer than the {longest} tokens that --max-model-len leaves beside "
+            "--max-tokens."
+        )
+    return requests, len(prompts) - len(requests)
 
 
-def _run(
-    settings: DataSettings, prompts: list[Prompt], missing: list[tuple[Path, int]], total: int
-) -> dict[str, Any]:
+def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[str, Any]:
     engine = start_engine(
         settings.target,
         max_num_seqs=settings.max_num_seqs,
@@ -150,21 +167,10 @@ def _run(
         max_num_batched_tokens=max(settings.max_model_len, 4096),
         **settings.engine,
     )
-    tokenizer = engine.get_tokenizer()
-    longest = settings.max_model_len - settings.max_tokens
-    started, tokens, skipped = time.monotonic(), 0, 0
-    done = sum(min(settings.shard_size, total - start) for _, start in missing)
+    started, tokens = time.monotonic(), 0
     with _progress() as progress:
-        bar = progress.add_task("answers", total=done, rate="")
-        for path, start in missing:
-            requests = []
-            for prompt in prompts[start : start + settings.shard_size]:
-                ids = _token_ids(tokenizer, prompt)
-                if len(ids) > longest:
-                    skipped += 1
-                    progress.advance(bar)
-                    continue
-                requests.append(_request(settings, prompt, ids))
+        bar = progress.add_task("answers", total=sum(map(len, missing.values())), rate="")
+        for path, requests in missing.items():
             lines: dict[int, dict[str, Any]] = {}
             for index, completion in _complete(engine, requests, settings.max_tokens):
                 lines[index] = _line(requests[index], completion)
@@ -174,7 +180,6 @@ def _run(
             _write_shard(path, [lines[i] for i in range(len(requests))])
     seconds = time.monotonic() - started
     return {
-        "prompts_too_long": skipped,
         "tokens_per_second": round(tokens / seconds, 1),
         "seconds_of_last_start": round(seconds, 1),
         "peak_memory_gib": round(_peak_memory_with_children(), 2),
@@ -182,7 +187,7 @@ def _run(
 
 
 def start_engine(target: str, **options: Any) -> Any:
-    """A vLLM engine with the process settings of `engine.environment`, warnings only in its log.
+    """A vLLM engine whose core runs in this process, with the settings of `engine.environment`.
 
     Raises:
         UserError: vLLM refuses the target or the options.
@@ -191,6 +196,7 @@ def start_engine(target: str, **options: Any) -> Any:
 
     prepare()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
     try:
@@ -205,12 +211,21 @@ def start_engine(target: str, **options: Any) -> Any:
 
 
 def _token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        encoded = tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-    return list(tokenizer(prompt.text)["input_ids"])
+    try:
+        if getattr(tokenizer, "chat_template", None):
+            encoded = tokenizer.apply_chat_template(
+                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        else:
+            encoded = tokenizer(prompt.text)
+    except Exception as error:  # a template may raise anything, for roles it does not know say
+        raise UserError(
+            f"{prompt.where}: the target's chat template refuses this prompt ({error})."
+        ) from error
+    ids = list(encoded["input_ids"])
+    if not ids:
+        raise UserError(f"{prompt.where}: the prompt has no tokens.")
+    return ids
 
 
 def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request:
@@ -259,23 +274,29 @@ def _line(request: _Request, completion: Any) -> dict[str, Any]:
 def _write_shard(path: Path, lines: list[dict[str, Any]]) -> None:
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(fresh, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-            for line in lines:
-                file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+        with open(fresh, "wb") as raw:
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                for line in lines:
+                    file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+            raw.flush()
+            os.fsync(raw.fileno())
         fresh.rename(path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}).") from error
 
 
-def _totals(shards: Iterator[Path]) -> dict[str, int]:
-    answers = tokens = 0
-    for path in shards:
-        with gzip.open(path, "rt") as file:
-            for line in file:
-                answers += 1
-                tokens += len(json.loads(line)["answer_ids"])
-    return {"answers": answers, "answer_tokens": tokens}
+def _is_whole(path: Path, answers: int) -> bool:
+    """Whether a shard can be read to its end and holds all its answers."""
+    try:
+        return path.exists() and sum(1 for _ in open_text(path)) == answers
+    except UserError:
+        return False
+
+
+def _totals(shards: Iterable[Path]) -> dict[str, int]:
+    counts = [len(json.loads(line)["answer_ids"]) for path in shards for line in open_text(path)]
+    return {"answers": len(counts), "answer_tokens": sum(counts)}
 
 
 def _progress() -> Progress:

@@ -2,8 +2,8 @@
 
 On two cores the target's forward is half of a training step, so from the second epoch on a cached
 state halves the cost. A sequence's states are written when it is first seen. Which sequences may
-be kept is fixed by the budget before the run, so a resumed run reads and writes what an unbroken
-one would.
+be kept is fixed by the budget before the run, and a batch is read from disk only when all of it is
+there, so a resumed run sees what an unbroken one does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from clover_vllm.errors import UserError
 from clover_vllm.train.batches import Batch
+from clover_vllm.train.files import make_folder, write_json
 from clover_vllm.train.target_model import FrozenTarget
 
 _CODES = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32}
@@ -30,7 +31,8 @@ class HiddenStates:
         lengths: tokens per sequence of the data set.
         folder: where to keep states, or None to keep nothing.
         budget_bytes: most bytes on disk; the first sequences that fit are kept.
-        key: identifies target and data; a folder with another key is emptied first.
+        key: identifies target and data; a folder with another key is emptied first. States that
+            another run of the same target and data left are used.
     """
 
     def __init__(
@@ -54,18 +56,18 @@ class HiddenStates:
             self._open(folder, int(starts[self.kept]), key)
 
     def _open(self, folder: Path, tokens: int, key: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         meta = {"key": key, "tokens": tokens, "size": self.size, "dtype": str(self.dtype)}
         stamp = folder / "meta.json"
         data, done = folder / "states.bin", folder / "done.bin"
-        if not stamp.exists() or json.loads(stamp.read_text()) != meta:
+        if not _has_stamp(stamp, meta):
             for path in (stamp, data, done):
                 path.unlink(missing_ok=True)
             with open(data, "wb") as file:
                 file.truncate(tokens * self.size * np.dtype(self._code).itemsize)
             with open(done, "wb") as file:
                 file.truncate(self.kept)
-            stamp.write_text(json.dumps(meta))
+            write_json(stamp, meta)
         # Plain reads and writes: a memory map would count the whole file as resident.
         self._data = os.open(data, os.O_RDWR)
         self._done = np.memmap(done, dtype=np.uint8, mode="r+", shape=(self.kept,))
@@ -90,7 +92,10 @@ class HiddenStates:
 
     def _write(self, index: int, codes: np.ndarray) -> None:
         try:
-            os.pwrite(self._data, codes.tobytes(), self._offset(index))
+            data, at = memoryview(codes.tobytes()), self._offset(index)
+            while data:
+                written = os.pwrite(self._data, data, at)
+                data, at = data[written:], at + written
         except OSError as error:
             raise UserError(
                 f"The cache of hidden states cannot be written ({error.strerror}); "
@@ -105,6 +110,13 @@ class HiddenStates:
             raw = os.pread(self._data, count, self._offset(i))
             out[row, :length] = np.frombuffer(raw, self._code).reshape(length, self.size)
         return torch.from_numpy(out).view(self.dtype).to(self.target.device)
+
+
+def _has_stamp(stamp: Path, meta: dict[str, object]) -> bool:
+    try:
+        return bool(json.loads(stamp.read_text()) == meta)
+    except (OSError, ValueError):
+        return False
 
 
 def _torch_code(code: type) -> torch.dtype:

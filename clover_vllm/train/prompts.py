@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clover_vllm.errors import UserError
-from clover_vllm.train.answers import expand, open_text
+from clover_vllm.train.files import expand, open_text
 
 HELD_OUT_ONE_IN = 50
 
@@ -21,6 +21,7 @@ class Prompt:
 
     source: str  # `source` or `category` of the line, else the file's name
     messages: list[dict[str, Any]]  # chat messages, the last one not the assistant's
+    where: str = field(default="", compare=False)  # file and line, for error messages
 
     @property
     def text(self) -> str:
@@ -34,7 +35,7 @@ class Prompt:
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
-    """Read prompt files.
+    """Read prompt files. Of `turns` only the first is asked: later ones need the answers before them.
 
     Raises:
         UserError: a file is missing, a line is malformed or a prompt empty (names the line), or
@@ -59,7 +60,7 @@ def _parse(line: str, where: str, default_source: str) -> Prompt:
         raise UserError(f"{where}: not a JSON object.")
     messages = _messages(row, where)
     source = row.get("source") or row.get("category") or default_source
-    return Prompt(str(source), messages)
+    return Prompt(str(source), messages, where)
 
 
 def _messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from clover_vllm.errors import UserError
 
@@ -29,7 +30,7 @@ class FrozenTarget:
         Raises:
             UserError: it cannot be loaded, or has no Llama-like structure.
         """
-        model = _load(path, dtype).to(device).eval().requires_grad_(False)
+        model = _load(path, dtype, device).eval().requires_grad_(False)
         body = getattr(model, "model", None)
         if body is None or not all(hasattr(body, name) for name in ("layers", "norm", "embed_tokens")):
             raise UserError(
@@ -45,6 +46,14 @@ class FrozenTarget:
         self.layers: nn.ModuleList = body.layers
         self.norm: nn.Module = body.norm
         self._body = body
+
+    def fingerprint(self) -> str:
+        """A digest of the config and of the beginning of every weight: tells fine-tuned copies apart."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in self._body.state_dict().items():
+            start = tensor.flatten()[:64].float().cpu()
+            digest.update(name.encode() + start.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -65,16 +74,32 @@ class FrozenTarget:
             handle.remove()
         return seen[0]
 
+    def check_finite(self, hidden: torch.Tensor) -> None:
+        """Refuse a target whose weights are broken.
 
-def check_loadable(path: str | Path) -> None:
+        Raises:
+            UserError: hidden states are not finite.
+        """
+        if not torch.isfinite(hidden).all():
+            raise UserError(
+                f"Target {self.path} computes NaN or infinity; its weights are damaged, or it needs "
+                "another --dtype."
+            )
+
+
+def check_loadable(path: str | Path) -> Any:
     """Refuse what is no model before an engine is started for it.
 
+    Returns:
+        its tokenizer.
+
     Raises:
-        UserError: no config can be read there.
+        UserError: no config or no tokenizer can be read there.
     """
     try:
         AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a malformed config can raise anything
         raise _unloadable(path, error) from error
 
 
@@ -86,9 +111,18 @@ def _unloadable(path: str | Path, error: Exception) -> UserError:
     )
 
 
-def _load(path: str | Path, dtype: torch.dtype) -> Any:
+def _load(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> Any:
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
         config = AutoConfig.from_pretrained(path)
-        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, **placed
+        )
+    except Exception as error:  # damaged weights and malformed configs can raise anything
         raise _unloadable(path, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"Target {path} lacks {len(missing)} of its weights ({', '.join(missing[:3])}); copy it again."
+        )
+    return model

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -24,15 +24,23 @@ from clover_vllm.head.eagle import Eagle1DraftModel, init_eagle1, save_eagle1
 from clover_vllm.head.init import config_for_target, init_from_target, measure_scales
 from clover_vllm.head.model import Clover2DraftModel
 from clover_vllm.home import home
-from clover_vllm.train.answers import AnswerSet, files_key, read_answers
+from clover_vllm.train.answers import AnswerSet, read_answers
 from clover_vllm.train.batches import Batch, collate, plan_batches
 from clover_vllm.train.card import provenance, write_card
+from clover_vllm.train.files import (
+    check_same_settings,
+    files_key,
+    make_folder,
+    peak_memory_gib,
+    write_json,
+)
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 from clover_vllm.train.optimizers import OptimizerName, make_optimizer
 from clover_vllm.train.target_model import FrozenTarget
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_STAMP = "settings.json"
 _COMPLETE = "complete"  # written into a checkpoint folder when all of it is on disk
 
 
@@ -69,7 +77,6 @@ class TrainSettings:
     log_every: int = 10
     seed: int = 0
     dtype: str = "bfloat16"
-    stop_after: int | None = None  # steps; tests use it to end early without finishing
 
 
 class PlannedBatches(Dataset[list[int]]):
@@ -122,6 +129,11 @@ class HeadTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's means per depth. Checkpoints fall on log steps, so none is ever split."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"The loss is {logs['loss']} at step {self.state.global_step}: training has diverged; "
+                "start again in another --output with a lower --learning-rate."
+            )
         if self._window and "loss" in logs:
             for name in self._window[0]:
                 mean = torch.stack([m[name] for m in self._window]).mean(dim=0)
@@ -150,28 +162,19 @@ class _Checkpoints(TrainerCallback):
             write_json(self.settings.output / "log.json", state.log_history)
             _write_head(self.settings, self.head)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop_after = self.settings.stop_after
-        if stop_after is not None and state.global_step >= stop_after:
-            control.should_training_stop = True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a rename, so that a kill never leaves half a file."""
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(value, indent=1))
-    fresh.rename(path)
-
 
 def whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; unfinished ones are removed."""
-    found = []
+    found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if not step.isdigit() or not path.is_dir():
+            continue
         if (path / _COMPLETE).exists():
-            found.append(path)
+            found[int(step)] = path
         else:
             shutil.rmtree(path)
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return found[max(found)] if found else None
 
 
 def choose_draft_vocab(counts: torch.Tensor, size: int) -> torch.Tensor:
@@ -189,10 +192,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         UserError: anything that the user can mend, before training starts where possible.
     """
     started = time.monotonic()
+    made = provenance()
     _check(settings)
     dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = _arguments(settings, device)  # sets up torch.distributed under torchrun
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are torchrun's; DataParallel splits batches
     if device == "cuda":
         device = str(arguments.device)
     if settings.init_from is not None:
@@ -222,13 +227,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     arguments.max_steps = max(1, len(plan) // per_step)
     arguments.warmup_steps = round(settings.warmup * arguments.max_steps)
     with arguments.main_process_first():
-        _same_run(settings, len(plan))
+        if arguments.process_index == 0:
+            _same_run(settings, target, len(plan), arguments.world_size)
         hidden_states = HiddenStates(
             target,
             answers.lengths,
             settings.cache or home() / "hidden" / files_key(settings.data),
             int(settings.cache_gib * 2**30),
-            key=f"{probe_lm_head(target.lm_head)} {settings.max_length} {settings.limit_tokens}",
+            key=f"{target.fingerprint()} {files_key(settings.data)} {answers.max_length} {len(answers)}",
         )
     objective = DraftObjective(head, settings.weights)
     optimizer = make_optimizer(objective, settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -246,9 +252,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if checkpoint is not None:
         print(f"Resuming from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if settings.stop_after is not None or not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
         return {}
-    return _finish(settings, trainer, head, answers, plan, time.monotonic() - started)
+    return _finish(settings, trainer, head, answers, plan, made, time.monotonic() - started)
 
 
 def _check(settings: TrainSettings) -> None:
@@ -257,7 +263,7 @@ def _check(settings: TrainSettings) -> None:
             f"--save-every {settings.save_every} must be a multiple of --log-every {settings.log_every}, "
             "so that a resumed run logs what an unbroken one does."
         )
-    if settings.epochs <= 0 or settings.batch_tokens < 1 or settings.accumulate < 1:
+    if not settings.epochs > 0 or settings.batch_tokens < 1 or settings.accumulate < 1:
         raise UserError("--epochs, --batch-tokens and --accumulate must be positive.")
     if not 0 < settings.learning_rate < 1:
         raise UserError(f"--learning-rate {settings.learning_rate} must lie between 0 and 1.")
@@ -267,6 +273,15 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(f"--optimizer {settings.optimizer} is not known; use adamw or muon.")
     if settings.draft_vocab is not None and settings.draft_vocab < 1:
         raise UserError(f"--draft-vocab {settings.draft_vocab} must be 1 or more.")
+    if settings.init_from is not None and settings.method != "clover2":
+        raise UserError("--init-from continues Clover-2 heads only.")
+    if settings.init_from is not None and settings.draft_vocab is not None:
+        raise UserError("--init-from brings its own draft vocabulary; leave --draft-vocab out.")
+    if not math.isfinite(settings.cache_gib) or settings.cache_gib < 0:
+        raise UserError(f"--cache-gib {settings.cache_gib} must be 0 or more.")
+    make_folder(settings.output)
+    if not (settings.output / _STAMP).exists() and any(settings.output.glob("checkpoint-*")):
+        raise UserError(f"{settings.output} holds checkpoints of another program; name another --output.")
     if settings.dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
 
@@ -286,6 +301,7 @@ def _arguments(settings: TrainSettings, device: str) -> TrainingArguments:
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
+        logging_nan_inf_filter=False,
         report_to=[],
         remove_unused_columns=False,
         seed=settings.seed,
@@ -308,8 +324,6 @@ def _new_head(
     draft_vocab: torch.Tensor | None,
 ) -> Clover2DraftModel | Eagle1DraftModel:
     if settings.init_from is not None:
-        if settings.method != "clover2":
-            raise UserError("--init-from continues Clover-2 heads only.")
         head = load_head(settings.init_from)
         check_target(head.config, target.config, target.lm_head)
         return head.to(target.device)
@@ -318,6 +332,7 @@ def _new_head(
     )
     real = torch.arange(sample.token_ids.shape[1])[None] < sample.lengths[:, None]
     hidden = target.hidden_states(sample.token_ids).cpu()[real]
+    target.check_finite(hidden)
     hidden_scale, embed_scale = measure_scales(hidden, target.lm_head.cpu(), sample.token_ids[real])
     config = config_for_target(
         target.config,
@@ -351,30 +366,21 @@ def _teacher(
     return Teacher(embed, rows, drafted)
 
 
-def _same_run(settings: TrainSettings, batches: int) -> None:
+def _same_run(settings: TrainSettings, target: FrozenTarget, batches: int, processes: int) -> None:
     """Refuse to resume a folder that other settings began."""
-    settings.output.mkdir(parents=True, exist_ok=True)
-    stamp = settings.output / "settings.json"
-    now = {
-        k: v
-        for k, v in asdict(settings).items()
-        if k not in ("output", "stop_after", "cache", "cache_gib", "data", "target", "save_every")
+    fields = asdict(settings)
+    for name in ("output", "cache", "cache_gib", "save_every"):  # may change: they do not show in the result
+        del fields[name]
+    fields |= {
+        "target": target.fingerprint(),
+        "data": files_key(settings.data),
+        "batches": batches,
+        "processes": processes,
     }
-    now = json.loads(json.dumps(now | {"batches": batches, "data": files_key(settings.data)}, default=str))
-    if stamp.exists() and whole_checkpoint(settings.output) is not None:
-        before = json.loads(stamp.read_text())
-        changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
-        if changed:
-            raise UserError(
-                f"{settings.output} holds a run with other settings ({', '.join(changed)}); "
-                "continue it with the same ones, or name another --output."
-            )
-    write_json(stamp, now)
-
-
-def peak_memory_gib() -> float:
-    """Largest resident size of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    stamp = settings.output / _STAMP
+    if whole_checkpoint(settings.output) is None:
+        stamp.unlink(missing_ok=True)
+    check_same_settings(stamp, fields)
 
 
 def _write_head(settings: TrainSettings, head: Clover2DraftModel | Eagle1DraftModel) -> None:
@@ -384,12 +390,17 @@ def _write_head(settings: TrainSettings, head: Clover2DraftModel | Eagle1DraftMo
         save_eagle1(head, settings.output / "head", settings.target)
 
 
+def _peak_gpu_memory_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
+
 def _finish(
     settings: TrainSettings,
     trainer: HeadTrainer,
     head: Clover2DraftModel | Eagle1DraftModel,
     answers: AnswerSet,
     plan: list[list[int]],
+    made: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
     from clover_vllm.train.plots import plot_training
@@ -410,7 +421,8 @@ def _finish(
         "sources": dict(answers.source_counts()),
         "seconds_of_last_start": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
-        "provenance": provenance(),
+        "peak_gpu_memory_gib": round(_peak_gpu_memory_gib(), 2),
+        "provenance": made,
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
     }
     write_json(settings.output / "summary.json", summary)

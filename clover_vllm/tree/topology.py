@@ -40,6 +40,28 @@ class DraftTrees:
         counts = self.offsets[1:] - self.offsets[:-1]
         return torch.repeat_interleave(torch.arange(self.num_requests, device=self.tokens.device), counts)
 
+    def to(self, device: torch.device | str) -> DraftTrees:
+        """The same trees on a device."""
+        return DraftTrees(
+            self.tokens.to(device),
+            self.parents.to(device),
+            self.depths.to(device),
+            self.log_probs.to(device),
+            self.offsets.to(device),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[DraftTrees]) -> DraftTrees:
+        """The requests of several batches, in order."""
+        counts = torch.cat([part.offsets[1:] - part.offsets[:-1] for part in parts])
+        return cls(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.parents for part in parts]),
+            torch.cat([part.depths for part in parts]),
+            torch.cat([part.log_probs for part in parts]),
+            offsets_of(counts),
+        )
+
     def truncate(self, sizes: torch.Tensor) -> DraftTrees:
         """The first nodes of every request's tree, which again are trees.
 
