@@ -11,6 +11,7 @@ from clover_vllm.tree.growth import (
     grow_best_first,
     grow_static,
 )
+from clover_vllm.tree.masks import accepted_moves, ancestor_bits, ancestor_matrix
 from clover_vllm.tree.topology import PUBLISHED_25, ROOT, DraftTrees, StaticTopology, chain
 from clover_vllm.tree.walk import Accepted, walk
 
@@ -22,6 +23,9 @@ __all__ = [
     "DraftTrees",
     "Drafter",
     "StaticTopology",
+    "accepted_moves",
+    "ancestor_bits",
+    "ancestor_matrix",
     "chain",
     "grow_best_first",
     "grow_static",
