@@ -283,7 +283,7 @@ class Evaluator:
             raise UserError("A draft vocabulary of fewer than 8 tokens is too small to evaluate.")
         self.draft_vocab = None if draft_vocab is None else draft_vocab.to(target.device)
         rows = target.lm_head if self.draft_vocab is None else target.lm_head[self.draft_vocab]
-        self.draft_head = rows.float()
+        self.draft_head = rows  # in the target's dtype, as an engine scores
         clover = isinstance(head, Clover2DraftModel)
         self.embed = target.lm_head if clover else target.embed_tokens
         # A round expands a dozen nodes per position.
