@@ -118,6 +118,8 @@ def _build(target: KnownTarget, folder: Path, ours: bool) -> None:
         _convert(gguf, fresh)
         if gguf.parent == fresh:
             gguf.unlink()
+        for path in fresh.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
         files = {p.name: _sha256(p) for p in sorted(fresh.iterdir()) if p.is_file()}
         manifest = {"source": f"{target.package}=={target.version}", "about": target.description}
         (fresh / _MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))

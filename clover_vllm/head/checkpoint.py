@@ -275,6 +275,8 @@ def write_checkpoint(
         fresh.mkdir()
         save_torch_state_dict(tensors, fresh, max_shard_size=max_shard_size)
         (fresh / "config.json").write_text(config_json)
+        for path in fresh.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
         if folder.is_dir():
             for path in folder.iterdir():
                 if not _OWN_FILES.fullmatch(path.name) and path.is_file():
