@@ -103,7 +103,9 @@ def target(
 @_one_line
 def data(
     target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
-    prompts: Annotated[list[Path], typer.Option(help="JSON lines with prompt, messages or turns.")],
+    prompts: Annotated[
+        list[Path], typer.Option(help="JSON lines with prompt, messages or turns (the first is asked).")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the answer shards; resumes what is there.")],
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
     greedy_share: Annotated[float, typer.Option(help="Share of prompts answered greedily.")] = 0.5,
@@ -256,6 +258,7 @@ def evaluate(
     """
     from clover_vllm.train.evaluate import EvalSettings
     from clover_vllm.train.evaluate import evaluate as run
+    from clover_vllm.train.files import make_folder
     from clover_vllm.train.report import category_table, shape_results, table, write_report
 
     settings = EvalSettings(
@@ -267,12 +270,14 @@ def evaluate(
         draft_vocab_of=draft_vocab_of,
         dtype=dtype,
     )
-    results = shape_results(run(settings))
     if output is not None:
-        write_report(results, output)
+        make_folder(output)
+    results = shape_results(run(settings))
     console = Console()
     console.print(table(results))
     console.print(category_table(results))
+    if output is not None:
+        write_report(results, output)
 
 
 @app.command()

@@ -81,7 +81,6 @@ class Outcome:
     category: str
     tokens: int  # emitted by verifying steps, bonus included; prefill's token is not counted
     steps: int
-    offered: list[int]  # steps that had a node at depth 1, 2, ...
     accepted: list[int]  # steps that accepted a node at depth 1, 2, ...
 
     @property
@@ -263,14 +262,15 @@ class Evaluator:
         target: FrozenTarget,
         head: Clover2DraftModel | Eagle1DraftModel,
         draft_vocab: torch.Tensor | None = None,
-        chunk_elements: int = 1 << 26,
+        chunk_elements: int | None = None,
     ) -> None:
         """
         Args:
             target: that said the answers.
             head: on any device; moved to the target's.
             draft_vocab: int64, for EAGLE-1, whose checkpoint has none; a Clover-2 head brings its own.
-            chunk_elements: about the most logits held at once.
+            chunk_elements: about the most logits held at once; by default what a CPU's cache holds,
+                or 64 Mi on a GPU.
 
         Raises:
             UserError: fewer than 8 tokens can be drafted.
@@ -287,6 +287,8 @@ class Evaluator:
         clover = isinstance(head, Clover2DraftModel)
         self.embed = target.lm_head if clover else target.embed_tokens
         # A round expands a dozen nodes per position.
+        if chunk_elements is None:
+            chunk_elements = 1 << (22 if target.device.type == "cpu" else 26)
         self._chunk = max(1, chunk_elements // (12 * len(rows)))
 
     @torch.no_grad()
@@ -382,21 +384,17 @@ def emitted_tokens(trees: DraftTrees, continuation: torch.Tensor) -> torch.Tenso
 def outcome_of(trees: DraftTrees, continuation: torch.Tensor, category: str) -> Outcome:
     """Follow one answer: which steps an engine takes, and what each accepts."""
     accepted = walk(trees, emitted_tokens(trees, continuation)).lengths.tolist()
-    deepest = torch.zeros(trees.num_requests, dtype=torch.int64)
-    deepest.scatter_reduce_(0, trees.request_of_node, trees.depths, "amax")
-    deepest_list = deepest.tolist()
-    depth = max(deepest_list, default=0)
-    offered, taken = [0] * depth, [0] * depth
+    depth = int(trees.depths.max()) if len(trees.depths) else 0
+    taken = [0] * depth
     position = steps = tokens = 0
     while position < len(continuation):
         steps += 1
         for d in range(depth):
-            offered[d] += deepest_list[position] > d
             taken[d] += accepted[position] > d
         emitted = min(accepted[position] + 1, len(continuation) - position)
         tokens += emitted
         position += emitted
-    return Outcome(category, tokens, steps, offered, taken)
+    return Outcome(category, tokens, steps, taken)
 
 
 @dataclass

@@ -84,18 +84,26 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         UserError: anything that the user can mend, before the engine starts where possible.
     """
     _check(settings)
-    prompts = [p for p in read_prompts(settings.prompts) if p.held_out == settings.held_out]
+    every = read_prompts(settings.prompts)
+    prompts = [p for p in every if p.held_out == settings.held_out]
+    selected = len(prompts)
     prompts = prompts[settings.skip :]
     if settings.limit is not None:
         prompts = prompts[: settings.limit]
     if not prompts:
-        raise UserError("No prompt is left after --held-out, --skip and --limit.")
+        which = "held out (about 1 in 50 is)" if settings.held_out else "not held out"
+        raise UserError(
+            f"No prompt is left: of {len(every)} read, {selected} are {which}, and --skip is {settings.skip}."
+        )
     tokenizer = check_loadable(settings.target)
     requests, too_long = _requests(settings, tokenizer, prompts)
     fields = _plain(settings)
     del fields["output"]
     make_folder(settings.output)
-    check_same_settings(settings.output / "settings.json", fields | {"prompts": files_key(settings.prompts)})
+    stamp = settings.output / "settings.json"
+    if not any(settings.output.glob("answers-*.jsonl.gz")):
+        stamp.unlink(missing_ok=True)  # left by a start that failed
+    check_same_settings(stamp, fields | {"prompts": files_key(settings.prompts)})
     for stale in settings.output.glob(".answers-*.tmp"):
         stale.unlink()
     shards = [
@@ -105,6 +113,8 @@ def generate(settings: DataSettings) -> dict[str, Any]:
     parts = {path: requests[start : start + settings.shard_size] for path, start in shards}
     missing = {path: part for path, part in parts.items() if not _is_whole(path, len(part))}
     summary: dict[str, Any] = {
+        "prompts_read": len(every),
+        "prompts_held_out" if not settings.held_out else "prompts_not_held_out": len(every) - selected,
         "shards": len(shards),
         "shards_generated_now": len(missing),
         "prompts_too_long": too_long,
@@ -125,6 +135,8 @@ def _check(settings: DataSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    if settings.dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise UserError(f"--dtype {settings.dtype} is not known; use auto, bfloat16, float16 or float32.")
     if settings.skip < 0:
         raise UserError(f"--skip {settings.skip} must not be negative.")
     if settings.max_tokens >= settings.max_model_len:
@@ -156,6 +168,7 @@ def _requests(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> 
 
 
 def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[str, Any]:
+    Console(stderr=True).print("Starting vLLM; this takes up to a minute.")
     engine = start_engine(
         settings.target,
         max_num_seqs=settings.max_num_seqs,

@@ -38,15 +38,16 @@ class ShapeResult:
         return self.spread / len(self.outcomes) ** 0.5
 
     def acceptance_by_depth(self) -> list[float]:
-        """Share of the steps offering a node at depth 1, 2, ... that accepted one there."""
-        depth = max(len(o.offered) for o in self.outcomes)
+        """Share of all steps that accepted a node at depth 1, 2, ..., as vLLM counts per position.
 
-        def total(lists: list[list[int]], d: int) -> int:
-            return sum(values[d] for values in lists if len(values) > d)
-
-        offered = [total([o.offered for o in self.outcomes], d) for d in range(depth)]
-        accepted = [total([o.accepted for o in self.outcomes], d) for d in range(depth)]
-        return [a / o if o else 0.0 for a, o in zip(accepted, offered, strict=True)]
+        Falls with depth; the sum is tokens per step less the bonus token, but for tokens that an
+        answer's end cuts off.
+        """
+        depth = max(len(o.accepted) for o in self.outcomes)
+        steps = sum(o.steps for o in self.outcomes)
+        return [
+            sum(o.accepted[d] for o in self.outcomes if len(o.accepted) > d) / steps for d in range(depth)
+        ]
 
     def by_category(self) -> dict[str, float]:
         """Tokens per step of each prompt category, most answers first."""
@@ -92,12 +93,12 @@ def write_report(results: Sequence[ShapeResult], folder: Path) -> None:
 def table(results: Sequence[ShapeResult]) -> Table:
     """Tokens per step and acceptance per depth."""
     out = Table(title="Tokens per step, bonus token included (greedy)", title_justify="left")
-    out.add_column("head")
-    out.add_column("tree")
+    out.add_column("head", overflow="fold")
+    out.add_column("tree", no_wrap=True)
     out.add_column("tokens/step", justify="right")
     out.add_column("+- std. error", justify="right")
-    out.add_column("spread", justify="right")
-    out.add_column("accepted at depth 1, 2, ...")
+    out.add_column("std. dev.", justify="right")
+    out.add_column("steps that accept at depth 1, 2, ...", overflow="fold")
     for result in results:
         out.add_row(
             result.head,
@@ -111,8 +112,10 @@ def table(results: Sequence[ShapeResult]) -> Table:
 
 
 def category_table(results: Sequence[ShapeResult], most: int = 12) -> Table:
-    """Tokens per step by prompt category; categories with the most answers."""
-    out = Table(title="By category", title_justify="left")
+    """Tokens per step by prompt category, of the two trees that are quoted most where present."""
+    quoted = [r for r in results if r.shape in ("tree of 8", "tree of 25")]
+    results = quoted or results
+    out = Table(title="By category (those with the most answers)", title_justify="left")
     out.add_column("category")
     for result in results:
         out.add_column(f"{result.head}\n{result.shape}", justify="right")

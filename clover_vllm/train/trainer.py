@@ -142,6 +142,8 @@ class HeadTrainer(Trainer):
                 logs[name] = [round(x, 5) for x in mean.tolist()]  # type: ignore[assignment]
             self._window = []
         super().log(logs, start_time)
+        # Trainer counts passes over the plan, which holds all epochs: a misleading number.
+        self.state.log_history[-1].pop("epoch", None)
 
 
 class _Checkpoints(TrainerCallback):
