@@ -119,6 +119,22 @@ def test_kernel_takes_other_shapes(heads: int, kv_heads: int, dim: int, block: i
     torch.testing.assert_close(output.double(), exact, atol=1e-5, rtol=0)
 
 
+def test_pytorch_takes_over_with_a_warning_where_the_kernel_was_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
+    with_kernel, without = torch.empty_like(query), torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, with_kernel)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    native_kernel.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="not built"):
+            tree_attention(query, key, value, key_cache, value_cache, inputs, without)
+    finally:
+        native_kernel.cache_clear()
+    torch.testing.assert_close(without, with_kernel, atol=1e-5, rtol=0)
+
+
 def test_nodes_do_not_see_their_siblings() -> None:
     """Changing a row's key and value changes only the rows that descend from it."""
     query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])

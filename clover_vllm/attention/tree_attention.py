@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,12 +95,22 @@ def tree_attention(
 
 @cache
 def native_kernel() -> ctypes._NamedFuncPointer | None:
-    """The compiled kernel, or None where it was not built or needs wider vectors than the CPU has."""
+    """The compiled kernel, or None, with a warning, where it was not built or does not fit the CPU."""
     found = importlib.util.find_spec("clover_vllm.attention._tree_attention")
     if found is None or found.origin is None:
+        warnings.warn(
+            "The tree attention kernel was not built (is there a C++ compiler?); PyTorch takes over, "
+            "several times slower.",
+            stacklevel=2,
+        )
         return None
     library = ctypes.CDLL(found.origin)
     if library.clover_vector_bits() == 512 and not torch.cpu._is_avx512_supported():
+        warnings.warn(
+            "The tree attention kernel was built for a CPU with AVX-512; PyTorch takes over, several "
+            "times slower, until clover-vllm is installed again on this machine.",
+            stacklevel=2,
+        )
         return None
     kernel = library.clover_tree_attention
     kernel.argtypes = [
