@@ -13,6 +13,7 @@ from clover_vllm.attention import (
     tree_attention,
     tree_attention_reference,
 )
+from clover_vllm.attention.tree_attention import native_library
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeAttentionInputs]
@@ -66,13 +67,14 @@ def make(
                 v_scale=1.0,
                 kv_cache_dtype="auto",
             )
-    rows = sum(sizes)
+    rows, stops = sum(sizes), torch.tensor(sizes).cumsum(0).int()
     # As in a model: query, key and value are views into one projection.
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(dtype)
     query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
     inputs = TreeAttentionInputs(
         block_table=table,
-        starts=torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32),
+        starts=stops - torch.tensor(sizes, dtype=torch.int32),
+        stops=stops,
         prefixes=torch.tensor(prefixes, dtype=torch.int32),
         masks=tree_masks(sizes, 0),
         scale=dim**-0.5,
@@ -126,11 +128,13 @@ def test_pytorch_takes_over_with_a_warning_where_the_kernel_was_not_built(
     with_kernel, without = torch.empty_like(query), torch.empty_like(query)
     tree_attention(query, key, value, key_cache, value_cache, inputs, with_kernel)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    native_library.cache_clear()
     native_kernel.cache_clear()
     try:
         with pytest.warns(UserWarning, match="not built"):
             tree_attention(query, key, value, key_cache, value_cache, inputs, without)
     finally:
+        native_library.cache_clear()
         native_kernel.cache_clear()
     torch.testing.assert_close(without, with_kernel, atol=1e-5, rtol=0)
 

@@ -29,16 +29,17 @@ class TreeAttentionInputs:
     """What is the same for all layers of a step (built once per step)."""
 
     block_table: torch.Tensor  # int32 [R, blocks], cache blocks of each request, in order
-    starts: torch.Tensor  # int32 [R + 1], first row of each request
+    starts: torch.Tensor  # int32 [R], first row of each request
+    stops: torch.Tensor  # int32 [R], behind its last row
     prefixes: torch.Tensor  # int32 [R], tokens of each request in the cache before this step
     masks: torch.Tensor  # int64 [N], bit j: the request's j-th row of this step is visible
     scale: float  # of the scores
 
     def __post_init__(self) -> None:
-        for name in ("block_table", "starts", "prefixes"):
+        for name in ("block_table", "starts", "stops", "prefixes"):
             assert getattr(self, name).dtype == torch.int32, f"{name} must be int32"
         assert self.masks.dtype == torch.int64, "masks must be int64"
-        assert int((self.starts[1:] - self.starts[:-1]).max()) <= MAX_ROWS
+        assert int((self.stops - self.starts).max()) <= MAX_ROWS
 
 
 def tree_attention(
@@ -53,17 +54,19 @@ def tree_attention(
     """Attend with the native kernel where it was built, else in PyTorch.
 
     Args:
-        query: [N, heads, D], D a multiple of 32.
+        query: [N, heads, D], D a multiple of 32; here and below a row's heads lie together.
         key: [N, kv heads, D], the step's own keys, rotated.
         value: [N, kv heads, D].
         key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
         value_cache: likewise.
         inputs: of this step.
-        output: [N, heads, D], written.
+        output: [N, heads, D], written where a request has rows.
     """
     kernel = native_kernel()
     if kernel is None:
-        output.copy_(tree_attention_reference(query, key, value, key_cache, value_cache, inputs))
+        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+        for first, last in zip(inputs.starts.tolist(), inputs.stops.tolist(), strict=True):
+            output[first:last] = attended[first:last]
         return
     failed = kernel(
         _DTYPES[query.dtype],
@@ -76,11 +79,13 @@ def tree_attention(
         key_cache.stride(1),
         query.stride(0),
         key.stride(0),
+        value.stride(0),
         output.stride(0),
         inputs.block_table.stride(0),
         inputs.scale,
         inputs.block_table.data_ptr(),
         inputs.starts.data_ptr(),
+        inputs.stops.data_ptr(),
         inputs.prefixes.data_ptr(),
         inputs.masks.data_ptr(),
         query.data_ptr(),
@@ -94,8 +99,8 @@ def tree_attention(
 
 
 @cache
-def native_kernel() -> ctypes._NamedFuncPointer | None:
-    """The compiled kernel, or None, with a warning, where it was not built or does not fit the CPU."""
+def native_library() -> ctypes.CDLL | None:
+    """The compiled library, or None, with a warning, where it was not built or does not fit the CPU."""
     found = importlib.util.find_spec("clover_vllm.attention._tree_attention")
     if found is None or found.origin is None:
         warnings.warn(
@@ -112,12 +117,21 @@ def native_kernel() -> ctypes._NamedFuncPointer | None:
             stacklevel=2,
         )
         return None
+    return library
+
+
+@cache
+def native_kernel() -> ctypes._NamedFuncPointer | None:
+    """Tree attention in the compiled library, or None where there is none."""
+    library = native_library()
+    if library is None:
+        return None
     kernel = library.clover_tree_attention
     kernel.argtypes = [
         *[ctypes.c_int] * 6,
-        *[ctypes.c_int64] * 6,
+        *[ctypes.c_int64] * 7,
         ctypes.c_float,
-        *[ctypes.c_void_p] * 10,
+        *[ctypes.c_void_p] * 11,
     ]
     kernel.restype = ctypes.c_int
     return kernel
@@ -140,9 +154,9 @@ def tree_attention_reference(
     blocks, kv_heads, block, dim = key_cache.shape
     group = query.shape[1] // kv_heads
     packed_keys = key_cache.reshape(blocks, kv_heads, -1).view(blocks, kv_heads, dim, block)
-    outputs = []
+    out = torch.zeros(query.shape, dtype=dtype)
     for r in range(inputs.prefixes.shape[0]):
-        first, last = inputs.starts[r : r + 2].tolist()
+        first, last = int(inputs.starts[r]), int(inputs.stops[r])
         prefix = int(inputs.prefixes[r])
         used = inputs.block_table[r, : -(-prefix // block)].long()
         keys = packed_keys[used].permute(0, 3, 1, 2).reshape(-1, kv_heads, dim)[:prefix]
@@ -154,6 +168,5 @@ def tree_attention_reference(
         visible = torch.cat([own.new_ones(last - first, prefix), own], dim=1).bool()
         scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * inputs.scale
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("hnt,thd->nhd", weights, values))
-    out = torch.cat(outputs)
+        out[first:last] = torch.einsum("hnt,thd->nhd", weights, values)
     return out if dtype == torch.float64 else out.to(query.dtype)

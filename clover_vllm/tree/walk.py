@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +51,22 @@ def walk(trees: DraftTrees, emitted: torch.Tensor) -> Accepted:
         steps.append(found)
     nodes = torch.stack(steps, dim=1) if steps else current.new_zeros(trees.num_requests, 0)
     return Accepted(nodes, lengths, current)
+
+
+def walk_tree(tokens: Sequence[int], parents: Sequence[int], emitted: Sequence[int]) -> list[int]:
+    """`walk` for one tree on the host: the accepted nodes, by depth.
+
+    One pass is enough, since a parent always stands before its children.
+
+    Args:
+        tokens: of the nodes.
+        parents: of the nodes, index or ROOT.
+        emitted: the target's token at every row, the root's first.
+    """
+    accepted: list[int] = []
+    current = ROOT
+    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        if parent == current and token == emitted[current + 1]:
+            accepted.append(node)
+            current = node
+    return accepted

@@ -120,11 +120,12 @@ namespace {
 struct Problem {
   int requests, heads, kv_heads, dim, block;
   int64_t block_stride, head_stride;  // of the caches, in elements
-  int64_t query_stride, new_stride, out_stride;  // between rows, in elements
+  int64_t query_stride, key_stride, value_stride, out_stride;  // between rows, in elements
   int64_t table_stride;
   float scale;
   const int32_t* table;     // [requests][table_stride]
-  const int32_t* starts;    // [requests + 1], first row of each request
+  const int32_t* starts;    // [requests], first row of each request
+  const int32_t* stops;     // [requests], behind its last row
   const int32_t* prefixes;  // [requests], tokens in the cache before this step
   const uint64_t* masks;    // [rows], bit j: the request's j-th row of this step is visible
 };
@@ -172,11 +173,12 @@ template <typename T>
 void load_own(const Problem& p, const T* keys, const T* values, int head, int first_row, int tree, int at,
               int width, float* k, float* v) {
   for (int j = 0; j < tree; j++) {
-    const int64_t from = (first_row + j) * p.new_stride + (int64_t)head * p.dim;
+    const T* key = keys + (first_row + j) * p.key_stride + (int64_t)head * p.dim;
+    const T* value = values + (first_row + j) * p.value_stride + (int64_t)head * p.dim;
     for (int d = 0; d < p.dim; d += LANES) {
-      vec x = load(keys + from + d);
+      vec x = load(key + d);
       for (int i = 0; i < LANES; i++) k[(d + i) * width + at + j] = x[i];
-      store(v + (at + j) * p.dim + d, load(values + from + d));
+      store(v + (at + j) * p.dim + d, load(value + d));
     }
   }
 }
@@ -196,7 +198,7 @@ template <typename T>
 void run_piece(const Problem& p, const Piece& piece, const T* query, const T* keys, const T* values,
                const T* key_cache, const T* value_cache, float* scratch, T* output) {
   const int group = p.heads / p.kv_heads, dim = p.dim, block = p.block;
-  const int first_row = p.starts[piece.request], tree = p.starts[piece.request + 1] - first_row;
+  const int first_row = p.starts[piece.request], tree = p.stops[piece.request] - first_row;
   const int rows = tree * group;  // query vector m is row m / group, head piece.head * group + m % group
   const int width = std::max(block, padded_to_tile(tree));
   thread_local std::vector<float> buffer;
@@ -253,7 +255,7 @@ void merge(const Problem& p, const std::vector<Piece>& pieces, size_t first, siz
            T* output) {
   const int group = p.heads / p.kv_heads, dim = p.dim;
   const int first_row = p.starts[pieces[first].request];
-  const int rows = (p.starts[pieces[first].request + 1] - first_row) * group;
+  const int rows = (p.stops[pieces[first].request] - first_row) * group;
   for (int m = 0; m < rows; m++) {
     float high = -INFINITY;
     for (size_t i = first; i < last; i++)
@@ -291,7 +293,7 @@ void run(const Problem& p, const T* query, const T* keys, const T* values, const
   int64_t floats = 0;
   for (int r = 0; r < p.requests; r++) {
     const int count = (p.prefixes[r] + p.block - 1) / p.block;
-    const int64_t rows = (int64_t)(p.starts[r + 1] - p.starts[r]) * (p.heads / p.kv_heads);
+    const int64_t rows = (int64_t)(p.stops[r] - p.starts[r]) * (p.heads / p.kv_heads);
     const int own_span = std::max(span, (count + 63) / 64);  // at most 64 pieces to merge
     for (int h = 0; h < p.kv_heads; h++) {
       groups.push_back(pieces.size());
@@ -339,12 +341,13 @@ int clover_vector_bits() {
 // dtype: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 for an unknown dtype.
 int clover_tree_attention(int dtype, int requests, int heads, int kv_heads, int dim, int block,
                           int64_t block_stride, int64_t head_stride, int64_t query_stride,
-                          int64_t new_stride, int64_t out_stride, int64_t table_stride, float scale,
-                          const int32_t* table, const int32_t* starts, const int32_t* prefixes,
+                          int64_t key_stride, int64_t value_stride, int64_t out_stride,
+                          int64_t table_stride, float scale, const int32_t* table,
+                          const int32_t* starts, const int32_t* stops, const int32_t* prefixes,
                           const uint64_t* masks, const void* query, const void* keys, const void* values,
                           const void* key_cache, const void* value_cache, void* output) {
   Problem p{requests, heads, kv_heads, dim, block, block_stride, head_stride, query_stride,
-            new_stride, out_stride, table_stride, scale, table, starts, prefixes, masks};
+            key_stride, value_stride, out_stride, table_stride, scale, table, starts, stops, prefixes, masks};
 #define RUN(T)                                                                                   \
   run<T>(p, (const T*)query, (const T*)keys, (const T*)values, (const T*)key_cache,             \
          (const T*)value_cache, (T*)output)
@@ -353,6 +356,31 @@ int clover_tree_attention(int dtype, int requests, int heads, int kv_heads, int 
   else if (dtype == 2) RUN(fp16);
   else return 1;
 #undef RUN
+  return 0;
+}
+
+// Copy cached rows to other slots, in order, in every layer. The caches are as above, keys of a
+// block and head first, its values block * dim elements behind them. `size` is bytes per element.
+int clover_move_rows(int size, int layers, int kv_heads, int dim, int block, int64_t block_stride,
+                     int64_t head_stride, const uint64_t* caches, int moves, const int64_t* sources,
+                     const int64_t* destinations) {
+  if (size != 2 && size != 4) return 1;
+#pragma omp parallel for schedule(static)
+  for (int i = 0; i < layers * kv_heads; i++) {
+    char* base = (char*)caches[i / kv_heads] + (int64_t)(i % kv_heads) * head_stride * size;
+    for (int m = 0; m < moves; m++) {
+      char* from = base + sources[m] / block * block_stride * size;
+      char* to = base + destinations[m] / block * block_stride * size;
+      const int64_t a = sources[m] % block, b = destinations[m] % block;
+      for (int d = 0; d < dim; d++) {
+        const int64_t row = (int64_t)d * block;
+        if (size == 2) ((uint16_t*)to)[row + b] = ((uint16_t*)from)[row + a];
+        else ((uint32_t*)to)[row + b] = ((uint32_t*)from)[row + a];
+      }
+      const int64_t values = (int64_t)dim * block;
+      std::memcpy(to + (values + b * dim) * size, from + (values + a * dim) * size, (size_t)dim * size);
+    }
+  }
   return 0;
 }
 }

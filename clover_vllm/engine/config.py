@@ -1,0 +1,176 @@
+"""vLLM's speculative configuration for the method `clover2`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import SkipValidation
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config
+
+from clover_vllm.engine.options import DEFAULT_NODES, CloverOptions, split_options
+from clover_vllm.errors import UserError
+from clover_vllm.head.config import Clover2Config
+from clover_vllm.tree.masks import MAX_NODES
+
+METHOD = "clover2"
+
+SHARED_OPTIONS = (
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "revision",
+    "code_revision",
+    "quantization",
+    "draft_tensor_parallel_size",
+    "disable_eagle_block_drop",
+)
+"""Fields of `vllm.config.SpeculativeConfig` that mean for Clover-2 what they mean for EAGLE."""
+
+WORKERS = {
+    "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
+    "cuda": "clover_vllm.engine.worker.CloverGPUWorker",
+}
+"""Worker class by `vllm.platforms.current_platform.device_type`."""
+
+
+@config
+class CloverSpeculativeConfig(SpeculativeConfig):
+    """`vllm.config.SpeculativeConfig` whose method is open and which carries Clover's options.
+
+    vLLM treats the method like EAGLE (`use_eagle`): the draft reads one token ahead, so the last
+    block of a prefix-cache hit is recomputed and a prefill chunk never ends on the prompt's last
+    token but one.
+    """
+
+    method: str | None = METHOD  # type: ignore[assignment]
+    clover: SkipValidation[CloverOptions] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        target = self.target_model_config
+        self.prompt_lookup_min = self.prompt_lookup_max = 0
+        # Drafts are made from token ids on the host, one list per request, after bookkeeping.
+        self.disable_padded_drafter_batch = True
+        self.draft_model_config = draft_model_config(self, target)
+        hf_config = self.draft_model_config.hf_config
+        hf_config.eagle_aux_hidden_state_layer_ids = [target.get_total_num_hidden_layers()]
+        # Drafting positions are the target's (as for EAGLE, vLLM issue 48894).
+        hf_config.max_position_embeddings = max(hf_config.max_position_embeddings, target.max_model_len)
+        ranks = SpeculativeConfig._verify_and_get_draft_tp(
+            self.target_parallel_config,
+            self.draft_tensor_parallel_size,  # type: ignore[has-type]
+            hf_config,
+        )
+        self.draft_tensor_parallel_size = ranks
+        self.draft_model_config.max_model_len = target.max_model_len
+        self.draft_parallel_config = SpeculativeConfig.create_draft_parallel_config(
+            self.target_parallel_config, ranks, self.draft_model_config
+        )
+
+    def use_eagle(self) -> bool:
+        return True
+
+    def compute_hash(self) -> str:
+        # The target's compiled graph returns its last layer's output too, which the base class
+        # counts in only for methods it knows.
+        return f"clover2-{super().compute_hash()}"
+
+
+def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelConfig:
+    """The head as a vLLM draft model; the arguments are those of SpeculativeConfig.__post_init__."""
+    return ModelConfig(
+        model=spec.model,
+        runner="draft",
+        tokenizer=target.tokenizer,
+        tokenizer_mode=target.tokenizer_mode,
+        trust_remote_code=target.trust_remote_code,
+        allowed_local_media_path=target.allowed_local_media_path,
+        allowed_media_domains=target.allowed_media_domains,
+        dtype=target.dtype,
+        seed=target.seed,
+        revision=spec.revision,
+        code_revision=spec.code_revision,
+        tokenizer_revision=target.tokenizer_revision,
+        spec_target_max_model_len=target.max_model_len,
+        quantization=spec.quantization,
+        enforce_eager=target.enforce_eager,
+        max_logprobs=target.max_logprobs,
+        config_format=target.config_format,
+    )
+
+
+def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
+    """Whether a speculative configuration names Clover-2, or a head whose config.json says so."""
+    if not given:
+        return False
+    if given.get("method") is not None:
+        return given["method"] == METHOD
+    model = given.get("model")
+    if not isinstance(model, str) or not model:
+        return False
+    try:
+        found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
+    except Exception:  # no such model, no network, not a model: vLLM's own methods explain that
+        return False
+    return found.get("model_type") == METHOD
+
+
+def clover_config(
+    given: Mapping[str, Any], target: ModelConfig, parallel: ParallelConfig, device: str
+) -> CloverSpeculativeConfig:
+    """Validate a speculative configuration for Clover-2.
+
+    Args:
+        given: as the user wrote it.
+        target: of the target model.
+        parallel: of the target model; its worker class is set.
+        device: `vllm.platforms.current_platform.device_type`.
+
+    Raises:
+        UserError: an unknown option, a bad value, or something that Clover-2 does not support.
+    """
+    shared, options = split_options(given, SHARED_OPTIONS)
+    if not shared.get("model"):
+        raise UserError('Clover-2 needs a head: give its folder or name as "model".')
+    nodes = shared.setdefault("num_speculative_tokens", DEFAULT_NODES)
+    if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
+        raise UserError(
+            f"num_speculative_tokens is {nodes!r}; with Clover-2 it is the largest number of tree nodes "
+            f"per request and step, from 1 to {MAX_NODES}."
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise UserError("Clover-2 does not work with pipeline parallelism yet; use tensor parallelism.")
+    if device not in WORKERS:
+        raise UserError(f"Clover-2 does not run on {device!r} yet; it runs on {', '.join(WORKERS)}.")
+    if parallel.worker_cls not in ("auto", WORKERS[device]):
+        raise UserError(
+            f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
+        )
+    shared["method"] = METHOD
+    made = CloverSpeculativeConfig(
+        **shared, clover=options, target_model_config=target, target_parallel_config=parallel
+    )
+    check_fits(made.draft_model_config.hf_config, target)
+    parallel.worker_cls = WORKERS[device]
+    return made
+
+
+def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
+    """Refuse a head of another target before anything is loaded.
+
+    Raises:
+        UserError: not a Clover-2 head, or other sizes than the target's.
+    """
+    if not isinstance(head, Clover2Config):
+        raise UserError(
+            f"The head's config.json says model_type {head.model_type!r}, not 'clover2'; "
+            "`clover-vllm convert` turns a published checkpoint into a head."
+        )
+    for name, value in (("hidden_size", target.get_hidden_size()), ("vocab_size", target.get_vocab_size())):
+        if getattr(head, name) != value:
+            raise UserError(
+                f"The Clover-2 head was trained for a target with {name} {getattr(head, name)}, but this "
+                f"target has {value}; it belongs to {head.target or 'another target'}."
+            )

@@ -1,0 +1,221 @@
+"""Everything that Clover touches in vLLM beyond its official extension points.
+
+Official ones: the entry point `vllm.general_plugins`, `ModelRegistry.register_model`, transformers'
+`AutoConfig.register`, `ParallelConfig.worker_cls`, and `register_backend` for attention.
+
+`HOOKS` lists what is replaced at run time; `RELIED_ON` what our worker, runner and proposer override
+or call in vLLM's classes and what therefore must look as expected. Both are read from vLLM's source
+files without importing them, so the check costs no import and has no side effects.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from clover_vllm.errors import UserError
+
+SUPPORTED_VLLM = ("0.32.0",)
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function of vLLM and the arguments that we expect it to take."""
+
+    module: str
+    name: str  # a function, or Class.method
+    arguments: tuple[str, ...]  # in order; further ones may follow
+    why: str
+
+
+HOOKS = (
+    Symbol(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+        "SpeculativeConfig.method is a closed list. For clover2 the hook returns "
+        "engine.config.CloverSpeculativeConfig, a subclass; anything else goes to the original.",
+    ),
+    Symbol(
+        "vllm.v1.attention.selector",
+        "_cached_get_attn_backend",
+        ("backend", "attn_selector_config", "num_heads"),
+        "Its cache is emptied when a Clover worker registers its attention backend, because a process "
+        "may have built an engine without Clover before.",
+    ),
+)
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+RELIED_ON = (
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        "tree positions",
+    ),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner._bookkeeping_sync",
+        ("self", "scheduler_output", "sampler_output", "logits", "hidden_states", "num_scheduled_tokens"),
+        "seeded requests prefilled in chunks",
+    ),
+    Symbol(_RUNNER, "GPUModelRunner._input_fits_in_drafter", ("self", "common_attn_metadata"), "per request"),
+    Symbol(
+        _RUNNER,
+        "GPUModelRunner.propose_draft_token_ids",
+        (
+            "self",
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+        "drafting",
+    ),
+    Symbol(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+        "replaced by engine.scorer.TreeScorer, an object of the runner",
+    ),
+    Symbol(
+        "vllm.v1.sample.sampler",
+        "Sampler.forward",
+        ("self", "logits", "sampling_metadata", "predict_bonus_token"),
+        "the target's own sampling step",
+    ),
+    Symbol(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        "tree masks",
+    ),
+    Symbol(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.forward",
+        ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        "tree attention",
+    ),
+    Symbol(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer.load_model",
+        ("self", "target_model"),
+        "shares the target's lm_head",
+    ),
+    Symbol(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
+        ("self", "common_attn_metadata"),
+        "attention of the augmenting layers",
+    ),
+    Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), "brings our runner"),
+)
+
+
+def complaints(version: str) -> list[str]:
+    """What in the installed vLLM is not as this release of Clover expects.
+
+    Args:
+        version: `vllm.__version__`.
+    """
+    found = []
+    if version.split("+")[0] not in SUPPORTED_VLLM:
+        found.append(f"vLLM is {version}")
+    for symbol in (*HOOKS, *RELIED_ON):
+        arguments = _arguments(symbol.module, symbol.name)
+        if arguments is None:
+            found.append(f"{symbol.module}.{symbol.name} does not exist")
+        elif arguments[: len(symbol.arguments)] != symbol.arguments:
+            found.append(f"{symbol.module}.{symbol.name} takes other arguments")
+    return found
+
+
+@cache
+def _functions(module: str) -> dict[str, tuple[str, ...]]:
+    """Functions and methods of a module's source file, with their positional arguments."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return {}
+    if spec is None or spec.origin is None:
+        return {}
+    tree = ast.parse(Path(spec.origin).read_text())
+    found: dict[str, tuple[str, ...]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = _names(node)
+        elif isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    found[f"{node.name}.{member.name}"] = _names(member)
+    return found
+
+
+def _names(function: ast.FunctionDef) -> tuple[str, ...]:
+    return tuple(argument.arg for argument in function.args.args)
+
+
+def _arguments(module: str, name: str) -> tuple[str, ...] | None:
+    return _functions(module).get(name)
+
+
+def install(engine_args: type, problems: list[str]) -> None:
+    """Hook `EngineArgs.create_speculative_config`; a second call does nothing.
+
+    Args:
+        engine_args: `vllm.engine.arg_utils.EngineArgs`.
+        problems: from `complaints`. If there are any, the hook only explains them to whoever asks for
+            clover2.
+    """
+    original: Callable[..., Any] | None = getattr(engine_args, "create_speculative_config", None)
+    if original is None or hasattr(original, "clover_original"):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        from clover_vllm.engine.config import asks_for_clover, clover_config
+
+        given = _given(self)
+        if not asks_for_clover(given):
+            return original(self, target_model_config, target_parallel_config)
+        if problems:
+            raise UserError(
+                f"Clover-2 cannot run on this vLLM ({'; '.join(problems)}); "
+                f"it works with vLLM {', '.join(SUPPORTED_VLLM)}."
+            )
+        from vllm.platforms import current_platform
+
+        return clover_config(given, target_model_config, target_parallel_config, current_platform.device_type)
+
+    create_speculative_config.clover_original = original  # type: ignore[attr-defined]
+    engine_args.create_speculative_config = create_speculative_config  # type: ignore[attr-defined]
+
+
+def _given(engine_args: Any) -> dict[str, Any]:
+    """The speculative configuration of an EngineArgs, flags such as --spec-model included."""
+    given = {k.replace("-", "_"): v for k, v in (engine_args.speculative_config or {}).items()}
+    for key, flag in (
+        ("method", "spec_method"),
+        ("model", "spec_model"),
+        ("num_speculative_tokens", "spec_tokens"),
+    ):
+        value = getattr(engine_args, flag, None)
+        if value is None:
+            continue
+        if key in given:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} and --speculative-config['{key}'] are mutually exclusive"
+            )
+        given[key] = value
+    return given

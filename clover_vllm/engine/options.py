@@ -1,0 +1,131 @@
+"""Clover's own options, which travel in vLLM's speculative configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from clover_vllm.errors import UserError
+from clover_vllm.tree import PUBLISHED_25, Cutoffs, StaticTopology, chain
+from clover_vllm.tree.masks import MAX_NODES
+
+DEFAULT_NODES = 8
+"""Tree nodes per request and step where `num_speculative_tokens` is not given."""
+
+SHAPES = ("best_first", "chain", "published")
+
+
+@dataclass(frozen=True)
+class CloverOptions:
+    """How trees are drafted.
+
+    Args:
+        tree: `best_first` grows every tree by joint probability; `chain` drafts one path, as vLLM's
+            own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
+            a list of paths of child ranks, such as [[0], [1], [0, 0]], is a fixed tree of one's own.
+            A fixed tree is cut to its first `num_speculative_tokens` nodes.
+        draft_rounds: drafting levels of `best_first`, so its greatest depth; by default 4 for up to
+            9 nodes, 5 up to 15, 6 above.
+        draft_width: nodes that each level of `best_first` expands; by default half the nodes.
+        draft_candidates: children considered per node in `best_first`.
+        draft_top_p: a child is dropped once its likelier siblings hold this share of their parent's
+            probability (Clover, arXiv 2405.00263); 1 keeps all.
+        draft_min_share: a child is dropped if it is less likely than this share of its best sibling;
+            0 keeps all, Clover used 0.25.
+
+    Raises:
+        UserError: a value that cannot work.
+    """
+
+    tree: str | list[list[int]] = "best_first"
+    draft_rounds: int | None = None
+    draft_width: int | None = None
+    draft_candidates: int | None = None
+    draft_top_p: float = 1.0
+    draft_min_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("draft_rounds", "draft_width", "draft_candidates"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 1 <= value <= MAX_NODES):
+                raise UserError(
+                    f"Clover's option {name} is {value!r}; it must be a whole number from 1 to {MAX_NODES}."
+                )
+        for name, low, high in (("draft_top_p", "above 0", 1.0), ("draft_min_share", "0", 1.0)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value <= high or (name == "draft_top_p" and value == 0):
+                raise UserError(
+                    f"Clover's option {name} is {value!r}; it must be a number from {low} to {high:g}."
+                )
+        self.fixed_shape(MAX_NODES)
+
+    def fixed_shape(self, num_nodes: int) -> StaticTopology | None:
+        """The fixed tree of at most `num_nodes` nodes, or None for `best_first`.
+
+        Raises:
+            UserError: the option `tree` does not describe one.
+        """
+        if self.tree == "best_first":
+            return None
+        if self.tree == "chain":
+            return chain(num_nodes)
+        if self.tree == "published":
+            return StaticTopology(PUBLISHED_25.paths[:num_nodes])
+        if isinstance(self.tree, str):
+            raise UserError(
+                f"Clover's option tree is {self.tree!r}; it must be one of {', '.join(SHAPES)}, or a list "
+                "of paths of child ranks such as [[0], [1], [0, 0]]."
+            )
+        try:
+            shape = StaticTopology([tuple(path) for path in self.tree])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"Clover's option tree is not a tree of child ranks: {error}") from error
+        if not len(shape) or not all(type(rank) is int for path in shape.paths for rank in path):
+            raise UserError("Clover's option tree must list at least one path of whole child ranks.")
+        return StaticTopology(shape.paths[:num_nodes])
+
+    def rounds(self, num_nodes: int) -> int:
+        """Drafting levels of a `best_first` tree."""
+        if self.draft_rounds is not None:
+            return self.draft_rounds
+        return min(num_nodes, 4 if num_nodes < 10 else 5 if num_nodes < 16 else 6)
+
+    def width(self, num_nodes: int) -> int:
+        """Nodes expanded per level of a `best_first` tree."""
+        return self.draft_width if self.draft_width is not None else max(2, num_nodes // 2)
+
+    @property
+    def cutoffs(self) -> Cutoffs:
+        return Cutoffs(self.draft_top_p, self.draft_min_share)
+
+    def __str__(self) -> str:
+        return self.tree if isinstance(self.tree, str) else f"fixed tree of {len(self.tree)} nodes"
+
+
+OPTION_NAMES = tuple(field.name for field in fields(CloverOptions))
+
+
+def split_options(given: Mapping[str, Any], shared: tuple[str, ...]) -> tuple[dict[str, Any], CloverOptions]:
+    """Separate vLLM's speculative options from Clover's own.
+
+    Args:
+        given: a speculative configuration as the user wrote it.
+        shared: names of vLLM's own options that apply to Clover.
+
+    Raises:
+        UserError: an option that neither knows, or a bad value of one of Clover's.
+    """
+    known = (*shared, *OPTION_NAMES)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"The speculative option {name!r} does not exist for Clover-2.{hint} "
+                f"Known options: {', '.join(known)}."
+            )
+    own = {name: value for name, value in given.items() if name in OPTION_NAMES}
+    return {name: value for name, value in given.items() if name in shared}, CloverOptions(**own)

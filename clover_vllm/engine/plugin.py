@@ -1,0 +1,33 @@
+"""Entry point of vLLM's plugin group `vllm.general_plugins`."""
+
+from __future__ import annotations
+
+import logging
+
+from clover_vllm.engine import hooks
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make vLLM know the method clover2; harmless if called again.
+
+    vLLM calls this in each of its processes (API server, engine core, workers, model inspection).
+    On a vLLM that is not as expected nothing is registered, and asking for clover2 says why.
+    """
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    problems = hooks.complaints(vllm.__version__)
+    hooks.install(EngineArgs, problems)
+    if problems:
+        logger.warning("clover-vllm stays inactive: %s.", "; ".join(problems))
+        return
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from clover_vllm.head.config import Clover2Config
+
+    AutoConfig.register("clover2", Clover2Config, exist_ok=True)
+    if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model("Clover2DraftModel", "clover_vllm.head.vllm_model:Clover2DraftModel")

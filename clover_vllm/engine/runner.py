@@ -1,0 +1,273 @@
+"""vLLM's V1 model runner, verifying trees. The seams are listed in `engine.hooks`.
+
+A request that verifies has rows in a step: its root, the last sampled token, then its nodes, at the
+contiguous cache slots that vLLM gives them. We change the rows' rotary positions to base + depth, let
+attention see paths only, sample along the path, move the accepted rows' keys and values together,
+and draft anew. The scheduler needs no change: a prefix of a tree is a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from clover_vllm.attention.cache_rows import CacheRows
+from clover_vllm.attention.cpu_backend import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
+from clover_vllm.engine.proposer import Clover2Proposer, accepted_rows
+from clover_vllm.engine.scorer import Batch, TreeScorer
+from clover_vllm.engine.step import RequestTree, StepTrees
+from clover_vllm.engine.timing import StepTimer
+from clover_vllm.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+
+class CloverRunner(GPUModelRunner):
+    """The V1 runner with trees; a mixin for its subclasses."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.drafter = Clover2Proposer(vllm_config, device, self)
+        self.scorer = TreeScorer(self.sampler)
+        self.rejection_sampler = self.scorer
+        self.use_aux_hidden_state_outputs = True
+        self.timer = StepTimer()
+        self.fallbacks: dict[str, int] = {}
+        self._drafts: dict[str, RequestTree] = {}  # by request, until they are scheduled
+        self._cache_rows: CacheRows | None = None
+        self._builders: list[TreeCPUAttentionMetadataBuilder] = []
+        self._branching = self.drafter.options.tree != "chain"
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self._branching and self.kv_caches:
+            self._prepare_trees()
+
+    def _prepare_trees(self) -> None:
+        """Find the target's layers, and refuse what would not be verified correctly.
+
+        Raises:
+            UserError: trees are not supported for this target on this platform.
+        """
+        if len(self.kv_cache_config.kv_cache_groups) != 1 or self.uses_mrope:
+            raise UserError(
+                "Clover-2 cannot verify trees for targets with several kinds of attention or with "
+                'M-RoPE yet; set the speculative option "tree" to "chain".'
+            )
+        layers = self.compilation_config.static_forward_context
+        names = [
+            name
+            for group in self._attn_group_iterator()
+            for name in group.layer_names
+            if name not in self.drafter._draft_attn_layer_names
+        ]
+        builders = [group.get_metadata_builder() for group in self._attn_group_iterator()]
+        for builder in builders:
+            if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
+                raise UserError(
+                    "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
+                    'option "tree" to "chain".'
+                )
+            builder.check_trees()
+            self._builders.append(builder)
+        for name in names:
+            impl = layers[name].impl
+            assert isinstance(impl, TreeCPUAttentionImpl), f"{name} has another attention implementation"
+            impl.check_trees()
+        self._cache_rows = CacheRows([layers[name].kv_cache for name in names])
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        with self.timer.measure("python"):
+            step = self._match_drafts(scheduler_output, num_scheduled_tokens)
+            self.scorer.step = step
+            self.scorer.batch = Batch(
+                self.input_batch.req_output_token_ids,
+                np.nonzero(self.discard_request_mask.np[: len(step.rows)])[0].tolist(),
+            )
+            for builder in self._builders:
+                builder.step = step
+            if step.has_branches:
+                self._set_positions(step)
+        return prepared
+
+    def _match_drafts(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> StepTrees:
+        """The trees whose nodes were scheduled; the scheduler may have cut them short."""
+        rows = num_scheduled_tokens.tolist()
+        first_rows, row = [], 0
+        for count in rows:
+            first_rows.append(row)
+            row += count
+        trees: list[RequestTree | None] = [None] * len(rows)
+        for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
+            if not tokens:
+                continue
+            r = self.input_batch.req_id_to_index[request_id]
+            drafted = self._drafts.get(request_id)
+            count = len(tokens)
+            if drafted is not None and drafted.tokens[:count] == tokens and rows[r] == count + 1:
+                trees[r] = drafted.prefix(count)
+            else:  # any reading of the rows is exact; a chain needs no masks
+                self._count_fallback("unknown_draft")
+                trees[r] = RequestTree.chain(list(tokens))
+        return StepTrees(trees, rows, first_rows)
+
+    def _set_positions(self, step: StepTrees) -> None:
+        """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
+        rows: list[int] = []
+        shifts: list[int] = []
+        for r, tree in enumerate(step.trees):
+            if tree is None or tree.is_chain:
+                continue
+            root = step.root_row(r)
+            for node, depth in enumerate(tree.depths):
+                if depth != node + 1:
+                    rows.append(root + node + 1)
+                    shifts.append(depth - node - 1)
+        self.positions[torch.tensor(rows, device=self.device)] += torch.tensor(shifts, device=self.device)
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
+        with self.timer.measure("sample"):
+            output = super()._sample(logits, spec_decode_metadata)
+        with self.timer.measure("move"):
+            self._move_accepted()
+        return output
+
+    def _move_accepted(self) -> None:
+        """Bring the accepted rows' keys and values right behind their roots."""
+        step = self.scorer.step
+        if step is None or self._cache_rows is None or not step.has_branches:
+            return
+        sources: list[int] = []
+        destinations: list[int] = []
+        for r, nodes in enumerate(step.accepted):
+            root = step.root_row(r)
+            for depth, node in enumerate(nodes):
+                if node != depth:
+                    sources.append(root + 1 + node)
+                    destinations.append(root + 1 + depth)
+        if sources:
+            slots = self.input_batch.block_table[0].slot_mapping.gpu
+            self._cache_rows.move(
+                slots[torch.tensor(sources)].tolist(), slots[torch.tensor(destinations)].tolist()
+            )
+
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
+        # vLLM gives up drafting for the whole batch when one request nears max_model_len; here the
+        # scheduler cuts that one request's tree.
+        return common_attn_metadata is not None
+
+    @contextmanager
+    def _without_discarded_generators(self) -> Iterator[None]:
+        """Hide generators that nothing was drawn from, lest vLLM rewind them.
+
+        The scorer does not draw for a prompt that goes on. vLLM rewinds by generator offsets, which
+        CPU generators do not have: plain vLLM 0.32.0 ends there ("does not use offset").
+        """
+        generators = self.input_batch.generators
+        hidden = {}
+        for r in np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist():
+            if r in generators:
+                hidden[r] = generators.pop(r)
+        try:
+            yield
+        finally:
+            generators.update(hidden)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_discarded_generators():
+            return super()._bookkeeping_sync(*args, **kwargs)
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: torch.Tensor | list[list[int]],
+        sampling_metadata: SamplingMetadata,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        slot_mappings: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]] | None,
+    ) -> list[list[int]]:
+        del sampling_metadata, hidden_states, sample_hidden_states, spec_decode_metadata, slot_mappings
+        assert isinstance(sampled_token_ids, list)
+        assert aux_hidden_states is not None
+        step = self.scorer.step
+        assert step is not None
+        with self.timer.measure("python"):
+            accepted = self._accepted_rows(step, sampled_token_ids, common_attn_metadata)
+        with self.timer.measure("draft"):
+            trees = self.drafter.draft(
+                aux_hidden_states[0], accepted, common_attn_metadata, self._nodes(scheduler_output)
+            )
+        with self.timer.measure("python"):
+            return self._remember(trees, accepted.drafting, len(step.rows))
+
+    def _nodes(self, scheduler_output: SchedulerOutput) -> int:
+        """Most nodes per tree; vLLM can lower it with the batch (dynamic speculative decoding)."""
+        wanted = scheduler_output.num_spec_tokens_to_schedule
+        return self.num_spec_tokens if wanted is None else min(wanted, self.num_spec_tokens)
+
+    def _accepted_rows(
+        self, step: StepTrees, sampled: list[list[int]], common: CommonAttentionMetadata
+    ) -> Any:
+        batch = self.input_batch
+        kept: list[list[int]] = []
+        tokens: list[list[int]] = []
+        drafting: list[int] = []
+        input_ids = self.input_ids.cpu
+        computed = batch.num_computed_tokens_cpu[: len(step.rows)].tolist()
+        for r, first in enumerate(step.first_rows):
+            own = sampled[r]
+            root = step.root_row(r)
+            before = list(range(first, root))  # a prompt chunk's rows; none for a decoding request
+            if own:
+                nodes = step.accepted[r]
+                kept.append([*before, root, *(root + 1 + node for node in nodes)])
+                tokens.append([*input_ids[first + 1 : root + 1].tolist(), *own])
+                drafting.append(r)
+            else:
+                request = self.requests[batch.req_ids[r]]
+                following = request.get_token_id(computed[r] + step.rows[r])
+                kept.append([*before, root])
+                tokens.append([*input_ids[first + 1 : root + 1].tolist(), following])
+        return accepted_rows(kept, tokens, step.first_rows, computed, common.slot_mapping, drafting)
+
+    def _remember(self, trees: Any, drafting: list[int], requests: int) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in range(requests)]
+        self._drafts.clear()
+        if trees is None:
+            return drafts
+        for r, drafted in zip(drafting, RequestTree.from_batch(trees), strict=True):
+            request_id = self.input_batch.req_ids[r]
+            params = self.requests[request_id].sampling_params
+            if params is not None and params.structured_outputs is not None:
+                # The grammar follows drafts one after the other.
+                self._count_fallback("structured_output")
+                drafted = drafted.likeliest_chain()
+            if drafted.tokens:
+                self._drafts[request_id] = drafted
+                drafts[r] = drafted.tokens
+        return drafts
+
+    def _count_fallback(self, reason: str) -> None:
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
+
+class CloverCPUModelRunner(CloverRunner, CPUModelRunner):
+    """For vLLM's CPU build."""

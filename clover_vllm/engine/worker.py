@@ -1,0 +1,40 @@
+"""vLLM's workers with our runner; `ParallelConfig.worker_cls` names them."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
+from clover_vllm.errors import UserError
+
+
+class CloverCPUWorker(CPUWorker):
+    """A worker of vLLM's CPU build."""
+
+    def init_device(self) -> None:
+        """As the base class, then with our attention backend and runner."""
+        super().init_device()
+        _refuse_v2(self.use_v2_model_runner)
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
+        )
+        selector._cached_get_attn_backend.cache_clear()
+        self.model_runner = CloverCPUModelRunner(self.vllm_config, torch.device("cpu"))
+
+
+class CloverGPUWorker(Worker):
+    """A worker on a GPU, with the V1 runner."""
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        _refuse_v2(self.use_v2_model_runner)
+        return CloverRunner(self.vllm_config, self.device)
+
+
+def _refuse_v2(use_v2_model_runner: bool) -> None:
+    if use_v2_model_runner:
+        raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")

@@ -1,0 +1,380 @@
+"""The Clover-2 head as a vLLM model: the same mathematics as `head.model`, on vLLM's layers.
+
+The augmenting layers use vLLM's `Attention`, so their keys and values are pages of the same cache as
+the target's. Linear layers are vLLM's parallel ones. The lm_head is the target's, by reference, and so
+are the embeddings, which for Clover-2 are lm_head rows.
+
+Legend: N rows of any requests, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import supports_multimodal
+from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+from vllm.platforms import current_platform
+
+from clover_vllm.errors import UserError
+from clover_vllm.head.config import Clover2Config
+
+# Checkpoint name of a weight -> the fused parameter that holds it, and its share of that.
+_FUSED: dict[str, tuple[str, str | int]] = {
+    ".q_proj.": (".qkv_proj.", "q"),
+    ".k_proj.": (".qkv_proj.", "k"),
+    ".v_proj.": (".qkv_proj.", "v"),
+    ".gate_proj.": (".gate_up_proj.", 0),
+    ".up_proj.": (".gate_up_proj.", 1),
+    ".k.": (".kv.", 0),
+    ".v.": (".kv.", 1),
+}
+
+
+class ResAttentionBlock(nn.Module):
+    """`head.model.ResAttentionBlock`, heads split over tensor-parallel ranks."""
+
+    def __init__(self, config: Clover2Config, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        size = config.hidden_size
+        ranks = get_tensor_model_parallel_world_size()
+        self.ranks = ranks
+        self.num_heads = config.num_attention_heads // ranks
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.q = ColumnParallelLinear(size, size, quant_config=quant, prefix=f"{prefix}.q", return_bias=False)
+        self.kv = MergedColumnParallelLinear(
+            size, [size, size], quant_config=quant, prefix=f"{prefix}.kv", return_bias=False
+        )
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x, y: [N, D] -> [N, D]."""
+        per_head = (x.shape[0], self.num_heads, -1)
+        q = self.q(self.input_layernorm(x)).view(per_head)
+        k, v = (part.reshape(per_head) for part in self.kv(y).chunk(2, dim=-1))
+        gate = F.cosine_similarity(q.float(), k.float(), dim=-1, eps=self.eps).to(v.dtype)
+        added = (gate.unsqueeze(-1) * v).flatten(1)
+        if self.ranks > 1:
+            added = tensor_model_parallel_all_gather(added)
+        return x + added.to(x.dtype)
+
+
+class AugmentingAttention(nn.Module):
+    """Causal attention of an augmenting layer over the paged cache."""
+
+    def __init__(
+        self, config: Clover2Config, cache: CacheConfig, quant: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
+            return_bias=False,
+        )
+        heads, kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.o_proj",
+            return_bias=False,
+        )
+        self.rotary = get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+        )
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.attn = Attention(
+            heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=kv_heads,
+            cache_config=cache,
+            quant_config=quant,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(1)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(1)
+        q, k = self.rotary(positions, q, k)
+        return self.o_proj(self.attn(q, k, v))
+
+
+class AugmentingMLP(nn.Module):
+    """Llama's gated MLP."""
+
+    def __init__(self, config: Clover2Config, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        size, wide = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            size,
+            [wide, wide],
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.gate_up_proj",
+            return_bias=False,
+        )
+        self.down_proj = RowParallelLinear(
+            wide, size, bias=False, quant_config=quant, prefix=f"{prefix}.down_proj", return_bias=False
+        )
+        self.act = SiluAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_up_proj(x)))
+
+
+class AugmentingLayer(nn.Module):
+    """A Llama decoder layer with its own keys and values in the paged cache."""
+
+    def __init__(
+        self, config: Clover2Config, cache: CacheConfig, quant: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = AugmentingAttention(config, cache, quant, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = AugmentingMLP(config, quant, f"{prefix}.mlp")
+
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(positions, self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden": 0, "embeds": 0})
+class AugmentingBlock(nn.Module):
+    """The augmenting block (paper, section 3): mix in the token, then causal layers, then a norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        assert vllm_config.speculative_config is not None
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        quant = get_draft_quant_config(vllm_config)
+        self.hidden_scale = config.hidden_scale
+        self.embed_scale = config.embed_scale
+        first = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        self.clover_head_mlp_rnn = ResAttentionBlock(
+            config, quant, maybe_prefix(prefix, "clover_head_mlp_rnn")
+        )
+        # vLLM reads a layer's number from its name; the target's layers have the lower numbers.
+        self.layers = nn.ModuleList(
+            AugmentingLayer(
+                config, vllm_config.cache_config, quant, maybe_prefix(prefix, f"layers.{first + i}")
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.clover_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        x = self.clover_head_mlp_rnn(hidden * self.hidden_scale, embeds * self.embed_scale)
+        for layer in self.layers:
+            x = layer(positions, x)
+        return self.clover_norm(x)
+
+
+class RowSlice(nn.Module):
+    """Some rows of the target's lm_head, the same on every rank, in the layout of fast small GEMMs."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None
+        self.cpu_linear = F.linear
+        if current_platform.is_cpu():
+            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.cpu_linear(x, self.weight, None)
+        return logits
+
+
+class Clover2DraftModel(nn.Module):
+    """The head; `bind_target` must be called before it drafts.
+
+    Raises:
+        UserError: the checkpoint lacks weights, or does not fit the ranks or the target.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        assert vllm_config.speculative_config is not None
+        self.config: Clover2Config = vllm_config.speculative_config.draft_model_config.hf_config
+        config, size = self.config, self.config.hidden_size
+        ranks = get_tensor_model_parallel_world_size()
+        if config.num_attention_heads % ranks:
+            raise UserError(
+                f"The Clover-2 head has {config.num_attention_heads} attention heads, which "
+                f"{ranks} tensor-parallel ranks cannot share equally."
+            )
+        quant = get_draft_quant_config(vllm_config)
+        self.model = AugmentingBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.clover_head_mlp_rnn2 = ResAttentionBlock(
+            config, quant, maybe_prefix(prefix, "clover_head_mlp_rnn2")
+        )
+        self.clover_head_mlp = ReplicatedLinear(
+            size, size, quant_config=quant, prefix=maybe_prefix(prefix, "clover_head_mlp"), return_bias=False
+        )
+        self.clover_head_mlp2 = ReplicatedLinear(
+            2 * size,
+            size,
+            quant_config=quant,
+            prefix=maybe_prefix(prefix, "clover_head_mlp2"),
+            return_bias=False,
+        )
+        self.clover_head_norm = RMSNorm(size, eps=config.rms_norm_eps)
+        vocab = None
+        if config.draft_vocab_size is not None:
+            vocab = torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_vocab", vocab, persistent=False)
+        self.draft_vocab: torch.Tensor | None
+        # The target's; plain attributes, lest they count as the head's own weights.
+        self._lm_head: VocabParallelEmbedding | None = None
+        self._draft_head: RowSlice | None = None
+
+    def bind_target(self, target: nn.Module) -> None:
+        """Share the target's lm_head, and slice its draft-vocabulary rows once.
+
+        Raises:
+            UserError: the lm_head has no plain weight (it is quantised), or not the head's size.
+        """
+        language_model = target.get_language_model() if supports_multimodal(target) else target
+        lm_head = getattr(language_model, "lm_head", None)
+        if not isinstance(lm_head, VocabParallelEmbedding):
+            raise UserError(f"Clover-2 needs the target's lm_head, which {type(target).__name__} lacks.")
+        weight = getattr(lm_head, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            raise UserError("Clover-2 needs an lm_head that is not quantised; serve the target with one.")
+        if weight.shape[1] != self.config.hidden_size or lm_head.org_vocab_size < self.config.vocab_size:
+            raise UserError(
+                f"The Clover-2 head was trained for an lm_head of {self.config.vocab_size} x "
+                f"{self.config.hidden_size}; the target's is {lm_head.org_vocab_size} x {weight.shape[1]}."
+            )
+        object.__setattr__(self, "_lm_head", lm_head)
+        rows = self.draft_vocab
+        if rows is None:
+            rows = torch.arange(self.config.vocab_size, device=weight.device)
+        draft_head = RowSlice(self.embed(rows))
+        object.__setattr__(self, "_draft_head", draft_head)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unscaled lm_head rows of token ids [N], [N, D], whichever ranks hold them."""
+        lm_head = self._lm_head
+        assert lm_head is not None, "bind_target first"
+        if lm_head.tp_size == 1:
+            return F.embedding(tokens, lm_head.weight)
+        first = lm_head.shard_indices.org_vocab_start_index
+        here = (tokens >= first) & (tokens < lm_head.shard_indices.org_vocab_end_index)
+        rows = F.embedding(torch.where(here, tokens - first, 0), lm_head.weight)
+        return tensor_model_parallel_all_reduce(rows * here[:, None])
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Augmenting outputs of new positions, whose keys and values are written to the cache.
+
+        Args:
+            positions: int64 [N].
+            hidden: [N, D], the target's pre-norm hidden states h_t.
+            embeds: [N, D], from `embed`, of the tokens at t + 1.
+
+        Returns:
+            g, [N, D].
+        """
+        return self.model(positions, hidden, embeds)
+
+    def first(self, g: torch.Tensor) -> torch.Tensor:
+        """As `head.model.Clover2DraftModel.first`, [N, D]."""
+        return self.clover_head_norm(self.clover_head_mlp(g))
+
+    def advance(self, r: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `head.model.Clover2DraftModel.advance`, [N, D]."""
+        e = embeds * self.config.embed_scale
+        r = self.clover_head_mlp_rnn2(r, e)
+        return r, self.clover_head_norm(self.clover_head_mlp2(torch.cat([r, e], dim=-1)))
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits over the draft vocabulary, [N, draft V]; the name is vLLM's for it."""
+        assert self._draft_head is not None, "bind_target first"
+        return self._draft_head(hidden_states)
+
+    def candidates(self, states: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best tokens: float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids."""
+        logits = self.compute_logits(states).float()
+        best, index = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+        log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
+        return log_probs, index if self.draft_vocab is None else self.draft_vocab[index]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint with the published names (`head.checkpoint`).
+
+        Raises:
+            UserError: a weight is missing.
+        """
+        parameters = dict(self.named_parameters())
+        wanted = set(self._checkpoint_names(parameters))
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if name == "draft_vocab" and self.draft_vocab is not None:
+                self.draft_vocab.copy_(tensor)
+                continue
+            wanted.discard(name)
+            own = name if name.startswith("clover_head") and "mlp_rnn." not in name else f"model.{name}"
+            share: str | int | None = None
+            for part, (fused, index) in _FUSED.items():
+                if part in own:
+                    own, share = own.replace(part, fused), index
+                    break
+            parameter = parameters[own]
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            if share is None:
+                loader(parameter, tensor)
+            else:
+                loader(parameter, tensor, share)
+            loaded.add(own)
+        if wanted:
+            raise UserError(f"The Clover-2 checkpoint lacks {len(wanted)} weights, {min(wanted)} for one.")
+        return loaded
+
+    @staticmethod
+    def _checkpoint_names(parameters: Iterable[str]) -> Iterator[str]:
+        for name in parameters:
+            plain = name.removeprefix("model.")
+            parts = [part for part, (fused, _) in _FUSED.items() if fused in plain]
+            for part in parts:
+                yield plain.replace(_FUSED[part][0], part)
+            if not parts:
+                yield plain
