@@ -95,7 +95,7 @@ class CloverOptions:
 
     def width(self, num_nodes: int) -> int:
         """Nodes expanded per level of a `best_first` tree."""
-        return self.draft_width if self.draft_width is not None else max(2, num_nodes // 2)
+        return self.draft_width if self.draft_width is not None else max(2, num_nodes // 4)
 
     @property
     def cutoffs(self) -> Cutoffs:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from clover_vllm.tree import ROOT, DraftTrees, ancestor_bits
-from clover_vllm.tree.masks import row_offsets
+from clover_vllm.tree import ROOT, DraftTrees
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,19 @@ class RequestTree:
         return cls(tokens, list(range(-1, count - 1)), list(range(1, count + 1)), signed(masks), True)
 
     @classmethod
+    def make(cls, tokens: list[int], parents: list[int], depths: list[int]) -> RequestTree:
+        """From nodes in parent-first order."""
+        masks: list[int] = []
+        for node, parent in enumerate(parents):
+            masks.append((1 if parent == ROOT else masks[parent]) | 1 << (node + 1))
+        return cls(tokens, parents, depths, signed(masks), _is_chain(parents))
+
+    @classmethod
     def from_batch(cls, trees: DraftTrees) -> list[RequestTree]:
-        """The trees of a batch, one transfer per tensor."""
-        offsets, rows = trees.offsets.tolist(), row_offsets(trees).tolist()
-        tokens, parents = trees.tokens.tolist(), trees.parents.tolist()
-        depths, masks = trees.depths.tolist(), ancestor_bits(trees).tolist()
-        made = []
-        for r in range(trees.num_requests):
-            first, last = offsets[r], offsets[r + 1]
-            own = parents[first:last]
-            made.append(
-                cls(
-                    tokens[first:last],
-                    own,
-                    depths[first:last],
-                    masks[rows[r] + 1 : rows[r + 1]],
-                    own == list(range(-1, last - first - 1)),
-                )
-            )
-        return made
+        """The trees of a batch. Their masks are those of `tree.ancestor_bits`."""
+        offsets = trees.offsets.tolist()
+        tokens, parents, depths = trees.tokens.tolist(), trees.parents.tolist(), trees.depths.tolist()
+        return [cls.make(tokens[a:b], parents[a:b], depths[a:b]) for a, b in pairwise(offsets)]
 
     def prefix(self, count: int) -> RequestTree:
         """The first nodes, which again are a tree."""
@@ -56,7 +50,7 @@ class RequestTree:
             self.parents[:count],
             self.depths[:count],
             self.masks[:count],
-            self.parents[:count] == list(range(-1, count - 1)),
+            _is_chain(self.parents[:count]),
         )
 
     def likeliest_chain(self) -> RequestTree:
@@ -68,6 +62,10 @@ class RequestTree:
                 tokens.append(self.tokens[node])
                 current = node
         return RequestTree.chain(tokens)
+
+
+def _is_chain(parents: list[int]) -> bool:
+    return parents == list(range(-1, len(parents) - 1))
 
 
 def signed(masks: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ Legend: N rows of any requests, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -42,6 +42,7 @@ from vllm.platforms import current_platform
 
 from clover_vllm.errors import UserError
 from clover_vllm.head.config import Clover2Config
+from clover_vllm.head.model import RMSNorm  # on a CPU half the time of vLLM's, for a handful of rows
 
 # Checkpoint name of a weight -> the fused parameter that holds it, and its share of that.
 _FUSED: dict[str, tuple[str, str | int]] = {
@@ -273,7 +274,7 @@ class Clover2DraftModel(nn.Module):
         Raises:
             UserError: the lm_head has no plain weight (it is quantised), or not the head's size.
         """
-        language_model = target.get_language_model() if supports_multimodal(target) else target
+        language_model = cast(Any, target).get_language_model() if supports_multimodal(target) else target
         lm_head = getattr(language_model, "lm_head", None)
         if not isinstance(lm_head, VocabParallelEmbedding):
             raise UserError(f"Clover-2 needs the target's lm_head, which {type(target).__name__} lacks.")
@@ -333,16 +334,15 @@ class Clover2DraftModel(nn.Module):
 
     def candidates(self, states: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Best tokens: float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids."""
-        logits = self.compute_logits(states).float()
-        best, index = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
-        log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
-        return log_probs, index if self.draft_vocab is None else self.draft_vocab[index]
+        log_probs = torch.log_softmax(self.compute_logits(states), dim=-1, dtype=torch.float32)
+        best, index = log_probs.topk(min(num_candidates, log_probs.shape[-1]), dim=-1)
+        return best, index if self.draft_vocab is None else self.draft_vocab[index]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint with the published names (`head.checkpoint`).
 
         Raises:
-            UserError: a weight is missing.
+            UserError: a weight is missing or not finite.
         """
         parameters = dict(self.named_parameters())
         wanted = set(self._checkpoint_names(parameters))
@@ -352,6 +352,8 @@ class Clover2DraftModel(nn.Module):
                 self.draft_vocab.copy_(tensor)
                 continue
             wanted.discard(name)
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"The Clover-2 checkpoint's weight {name} is not finite.")
             own = name if name.startswith("clover_head") and "mlp_rnn." not in name else f"model.{name}"
             share: str | int | None = None
             for part, (fused, index) in _FUSED.items():

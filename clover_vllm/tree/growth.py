@@ -96,58 +96,61 @@ def grow_best_first(
     k = min(num_nodes, 8) if num_candidates is None else num_candidates
     cutoffs = cutoffs or Cutoffs()
     log_probs, tokens = drafter.first(k)
-    requests, device = tokens.shape[0], tokens.device
-    scores = cutoffs.apply(log_probs)  # [R, P], -inf: not a candidate
-    open_scores = scores.clone()  # -inf also where already expanded
-    parents = torch.full_like(tokens, ROOT)
-    depths = torch.ones_like(tokens)
-    parent_slots = torch.zeros_like(tokens)  # slot of the parent's recurrent state
-    slots = 0
+    requests, k = tokens.shape
+    # The pool holds the k children of every expanded node, slot by slot: pool entry c is a child of
+    # the node with slot c // k, whose own pool entry is expanded[:, c // k - 1].
+    pool = cutoffs.apply(log_probs)  # [R, P]; -inf: not a candidate, or expanded already
+    expanded = tokens.new_empty(requests, 0)
+    scores = pool.new_empty(requests, 0)  # of the expanded
+    slot_depths = tokens.new_zeros(requests, 1)
     for _ in range(rounds - 1):
-        best, chosen = open_scores.topk(min(width, open_scores.shape[1]), dim=1)  # [R, W]
-        open_scores.scatter_(1, chosen, -torch.inf)
-        w = chosen.shape[1]
-        child_log_probs, child_tokens = drafter.expand(
-            parent_slots.gather(1, chosen), tokens.gather(1, chosen), k
-        )
-        child_scores = (best[..., None] + cutoffs.apply(child_log_probs)).flatten(1)
-        own_slots = torch.arange(slots + 1, slots + 1 + w, device=device).expand(requests, w)
-        slots += w
-        repeat = child_log_probs.shape[2]
-        scores = torch.cat([scores, child_scores], dim=1)
-        open_scores = torch.cat([open_scores, child_scores], dim=1)
+        best, chosen = pool.topk(min(width, pool.shape[1]), dim=1)  # [R, W]
+        pool.scatter_(1, chosen, -torch.inf)
+        parent_slots = chosen // k
+        child_log_probs, child_tokens = drafter.expand(parent_slots, tokens.gather(1, chosen), k)
+        child_scores = best[..., None] + cutoffs.apply(child_log_probs)
+        pool = torch.cat([pool, child_scores.flatten(1)], dim=1)
         tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
-        parents = torch.cat([parents, chosen.repeat_interleave(repeat, dim=1)], dim=1)
-        depths = torch.cat([depths, depths.gather(1, chosen).add(1).repeat_interleave(repeat, dim=1)], dim=1)
-        parent_slots = torch.cat([parent_slots, own_slots.repeat_interleave(repeat, dim=1)], dim=1)
-    return _select(scores, tokens, parents, depths, num_nodes)
+        expanded = torch.cat([expanded, chosen], dim=1)
+        scores = torch.cat([scores, best], dim=1)
+        slot_depths = torch.cat([slot_depths, slot_depths.gather(1, parent_slots) + 1], dim=1)
+    # Where fewer are left than fit, an entry is expanded again, with -inf: its first score counts.
+    scores = pool.scatter_reduce(1, expanded, scores, "amax")
+    return _select(scores, tokens, expanded, slot_depths, num_nodes)
 
 
 def _select(
     scores: torch.Tensor,
     tokens: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
+    expanded: torch.Tensor,
+    slot_depths: torch.Tensor,
     num_nodes: int,
 ) -> DraftTrees:
-    """The best candidates [R, P] as trees.
+    """The best of the pool as trees.
 
     The sort is stable and a parent stands before its children in the pool, so the parent comes
     first even where a child is certain and both scores are equal.
+
+    Args:
+        scores: [R, P] joint log-probabilities of the pool.
+        tokens: [R, P].
+        expanded: [R, S], pool entries of the nodes with slots 1, 2, ... .
+        slot_depths: [R, S + 1], depths of the slots' nodes; the pool holds P / (S + 1) children each.
+        num_nodes: most nodes per tree.
     """
-    n = min(num_nodes, scores.shape[1])
+    n, k = min(num_nodes, scores.shape[1]), scores.shape[1] // slot_depths.shape[1]
     ordered, index = torch.sort(scores, dim=1, descending=True, stable=True)
     ordered, index = ordered[:, :n], index[:, :n]
     position = torch.full_like(tokens, ROOT)
     position.scatter_(1, index, torch.arange(n, device=tokens.device).expand_as(index))
-    pool_parents = parents.gather(1, index)
-    own_parents = position.gather(1, pool_parents.clamp(min=0))
-    own_parents = torch.where(pool_parents == ROOT, pool_parents, own_parents)
+    # Where each slot's node stands in the selection; the root is slot 0.
+    of_slot = torch.cat([torch.full_like(index[:, :1], ROOT), position.gather(1, expanded)], dim=1)
+    parent_slots = index // k
     keep = ordered > -torch.inf
     return DraftTrees(
         tokens.gather(1, index)[keep],
-        own_parents[keep],
-        depths.gather(1, index)[keep],
+        of_slot.gather(1, parent_slots)[keep],
+        slot_depths.gather(1, parent_slots).add_(1)[keep],
         ordered[keep],
         offsets_of(keep.sum(dim=1)),
     )
