@@ -18,7 +18,7 @@ from clover_vllm.errors import UserError
 
 app = typer.Typer(
     name="clover-vllm",
-    help="Clover-2 draft heads for vLLM: targets, data, training, evaluation.",
+    help="Clover-2 for vLLM: benchmarks, targets, data, training, evaluation.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -302,15 +302,67 @@ def convert(
 
 @app.command()
 @_one_line
-def demo(
+def bench(
+    methods: Annotated[
+        str, typer.Option(help="Compared with plain: ngram, suffix, eagle, clover-chain, clover-N (N nodes).")
+    ] = "plain,ngram,eagle,clover-chain,clover-4,clover-8,clover-16",
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,2,4,8,16",
+    repetitions: Annotated[int, typer.Option(help="Runs per method and concurrency.")] = 3,
+    server: Annotated[
+        bool, typer.Option("--server", help="Through `vllm serve` and `vllm bench serve` instead of LLM.")
+    ] = False,
+    target: Annotated[str | None, typer.Option(help="Target; by default smollm2-135m.")] = None,
+    head: Annotated[str | None, typer.Option(help="Clover-2 head; by default the shipped one.")] = None,
+    eagle_head: Annotated[str | None, typer.Option(help="EAGLE head; by default the shipped one.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompt_ids, messages or prompt; by default held out.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts per run.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; else every request has a seed.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Without torch.compile.")] = False,
+    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json and plots.")] = None,
+) -> None:
+    """Measure methods side by side: the same prompts, flags and process settings, alternating order.
+
+    Starts one engine (or server) per method and runs them in turn; those that wait use no processor
+    time. Prints speed with its spread, tokens per step, latencies, how often greedy output equals
+    plain decoding, and where a step's time goes.
+    """
+    from clover_vllm.bench.run import BenchSettings, names, parse_list
+    from clover_vllm.bench.run import bench as run
+
+    values = locals_without(locals(), "BenchSettings", "names", "parse_list", "run")
+    values.update(methods=names(methods), concurrency=parse_list(concurrency))
+    run(BenchSettings(**values))
+
+
+@app.command()
+@_one_line
+def trees(
     prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, max=2048, help="Longest answer, tokens.")] = 96,
     steps: Annotated[int, typer.Option(min=0, help="Draft trees shown per prompt.")] = 3,
 ) -> None:
-    """Evaluate the shipped head on a few prompts, and show drafted trees beside what the target said."""
+    """Draft offline with the shipped head, and show its trees beside what the target said."""
     from clover_vllm.train.demo import run_demo
 
     run_demo(prompts, tokens, steps)
+
+
+@app.command()
+@_one_line
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
+    tokens: Annotated[int, typer.Option(min=16, max=1024, help="Longest answer, tokens.")] = 128,
+    nodes: Annotated[int, typer.Option(min=1, max=63, help="Tree nodes per step.")] = 8,
+) -> None:
+    """Serve the shipped target and head with `vllm serve`, and chat with it beside plain vLLM."""
+    from clover_vllm.bench.demo import run_demo
+
+    run_demo(prompts, tokens, nodes)
 
 
 def main() -> None:

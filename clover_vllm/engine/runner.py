@@ -88,6 +88,10 @@ class CloverRunner(GPUModelRunner):
             impl.check_trees()
         self._cache_rows = CacheRows([layers[name].kv_cache for name in names])
 
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        with self.timer.measure("verify"):
+            return super().execute_model(*args, **kwargs)
+
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:

@@ -8,17 +8,24 @@ from contextlib import contextmanager
 
 
 class StepTimer:
-    """Adds up host seconds per part of a step; on a GPU these are launch times."""
+    """Adds up host seconds per part of a step; on a GPU these are launch times.
+
+    A part measured inside another counts for itself only.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self._inner: list[float] = []  # seconds of parts inside the running ones
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
+        self._inner.append(0.0)
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-            self.counts[part] = self.counts.get(part, 0) + 1
+            elapsed = time.perf_counter() - started
+            own = elapsed - self._inner.pop()
+            self.seconds[part] = self.seconds.get(part, 0.0) + own
+            if self._inner:
+                self._inner[-1] += elapsed

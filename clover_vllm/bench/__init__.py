@@ -1,0 +1,1 @@
+"""`clover-vllm bench`: methods side by side on the same prompts, flags and process settings."""

@@ -1,0 +1,132 @@
+"""Runs of several methods through `LLM`, in alternating order, each engine in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.progress import Progress
+
+from clover_vllm.bench.methods import Method
+from clover_vllm.bench.worker import Run
+from clover_vllm.engine.environment import prepare
+from clover_vllm.errors import UserError
+
+RAW_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    methods: list[Method]  # the first is what the others are compared with
+    llm: dict[str, Any]  # arguments of vllm.LLM, the same for all
+    requests: list[dict[str, Any]]  # [{"prompt": token ids, "params": SamplingParams arguments}]
+    concurrencies: list[int]
+    repetitions: int
+    warm_up: int = 4  # requests that are not measured
+
+
+@dataclass
+class Result:
+    """All repetitions of one method at one concurrency, in order."""
+
+    method: str
+    concurrency: int
+    runs: list[Run] = field(default_factory=list)
+
+
+class Engine:
+    """A `bench.worker` process; it sleeps while others run."""
+
+    def __init__(self, method: Method, llm: dict[str, Any]) -> None:
+        self.method = method
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        self._log = open(os.memfd_create("log"), "w+")  # noqa: SIM115  # closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "clover_vllm.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        settings = dict(llm)
+        if method.speculative is not None:
+            settings["speculative_config"] = method.speculative
+        self._ask({"llm": settings})
+
+    def run(self, requests: Sequence[dict[str, Any]], concurrency: int) -> Run:
+        return Run(**self._ask({"requests": list(requests), "concurrency": concurrency}))
+
+    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            last = self._log.read().strip().splitlines()[-RAW_LOG_LINES:]
+            print("\n".join(last), file=sys.stderr)
+            raise UserError(f"The engine for {self.method.name} ended; its last lines are above.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def measure(plan: Plan, progress: Progress) -> list[Result]:
+    """Start one engine per method, then run them in turn, forwards and backwards.
+
+    Raises:
+        UserError: an engine ended.
+    """
+    prepare()
+    total = len(plan.methods) * (1 + len(plan.concurrencies) * plan.repetitions)
+    task = progress.add_task("", total=total)
+    results = {(m.name, c): Result(m.name, c) for c in plan.concurrencies for m in plan.methods}
+    with ExitStack() as stack:
+        engines = []
+        for method in plan.methods:
+            progress.update(task, description=f"starting {method.name}")
+            engine = stack.enter_context(Engine(method, plan.llm))
+            engine.run(plan.requests[: plan.warm_up], max(plan.concurrencies))
+            engines.append(engine)
+            progress.advance(task)
+        for concurrency in plan.concurrencies:
+            for order in orders(len(engines), plan.repetitions):
+                for i in order:
+                    name = engines[i].method.name
+                    progress.update(task, description=f"{name}, concurrency {concurrency}")
+                    run = engines[i].run(plan.requests, concurrency)
+                    results[name, concurrency].runs.append(run)
+                    progress.advance(task)
+    return list(results.values())
+
+
+def orders(count: int, repetitions: int) -> Iterator[list[int]]:
+    """Forwards, backwards, forwards: drift of the machine hits no method alone."""
+    for repetition in range(repetitions):
+        order = list(range(count))
+        yield order[::-1] if repetition % 2 else order

@@ -1,0 +1,73 @@
+"""Plots of benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Rows = list[dict[str, Any]]
+
+
+def plot_speedups(rows: Rows, path: Path) -> None:
+    """Speed-up over the first method by concurrency, with the spread of the repetitions."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    baseline = rows[0]["method"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        style = {"color": "black", "linestyle": "--"} if method == baseline else {"marker": "o"}
+        axis.errorbar(
+            [row["concurrency"] for row in own],
+            [row["speedup"] for row in own],
+            yerr=[row["speedup_sd"] for row in own],
+            label=method,
+            capsize=3,
+            **style,
+        )
+    concurrencies = sorted({row["concurrency"] for row in rows})
+    axis.set(xscale="log", xlabel="concurrent requests", ylabel=f"tokens per second over {baseline}")
+    axis.set_xticks(concurrencies, [str(c) for c in concurrencies])
+    axis.minorticks_off()
+    _finish(figure, axis, path)
+
+
+def plot_lengths(rows: Rows, path: Path) -> None:
+    """Tokens per verified draft, bonus token included, at the lowest concurrency."""
+    lowest = min(row["concurrency"] for row in rows)
+    own = [row for row in rows if row["concurrency"] == lowest]
+    figure, axis = plt.subplots(figsize=(8, 4), constrained_layout=True)
+    bars = axis.bar([row["method"] for row in own], [row["acceptance_length"] for row in own])
+    axis.bar_label(bars, fmt="%.2f")
+    axis.set(ylabel="tokens per step", title=f"concurrency {lowest}")
+    axis.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_split(rows: Rows, baseline: str, path: Path) -> None:
+    """Milliseconds per step by part, beside a step of the first method."""
+    figure, axis = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+    timed = [row for row in rows if row["ms_by_part"] or row["method"] == baseline]
+    labels = [f"{row['method']}\n{row['concurrency']}" for row in timed]
+    bottom = [0.0] * len(timed)
+    parts = next((list(row["ms_by_part"]) for row in timed if row["ms_by_part"]), [])
+    whole = [0.0 if row["ms_by_part"] else row["ms_per_step"] for row in timed]
+    axis.bar(labels, whole, label=f"{baseline} step", color="lightgrey")
+    for part in parts:
+        heights = [row["ms_by_part"].get(part, 0.0) for row in timed]
+        axis.bar(labels, heights, bottom=bottom, label=part)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    axis.set(xlabel="method and concurrency", ylabel="ms per step")
+    axis.tick_params(axis="x", labelsize=7)
+    _finish(figure, axis, path)
+
+
+def _finish(figure: Any, axis: Any, path: Path) -> None:
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

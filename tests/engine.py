@@ -1,0 +1,55 @@
+"""Runs `run_engine.py` in a process of its own, with the settings in which vLLM is fastest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from clover_vllm.engine.environment import prepare
+
+Json = dict[str, Any]
+
+
+def run_engine(
+    llm: Json, requests: list[Json], timeout: float = 840, env: dict[str, str] | None = None, **more: Any
+) -> Json:
+    """Outputs and statistics of requests; see `run_engine.py` for the arguments."""
+    before = dict(os.environ)
+    try:
+        prepare()
+        settings = {**os.environ, **(env or {})}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    with tempfile.TemporaryDirectory() as folder:
+        spec, out = Path(folder) / "spec.json", Path(folder) / "out.json"
+        spec.write_text(json.dumps({"llm": llm, "requests": requests, **more}))
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parent / "run_engine.py"), str(spec), str(out)],
+            env=settings,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        found: Json = json.loads(out.read_text())
+        return found
+
+
+def tokens_of(run: Json) -> list[list[list[int]]]:
+    """Token ids by request, by sequence."""
+    return [[sequence["tokens"] for sequence in outputs] for outputs in run["outputs"]]
+
+
+def differing(a: Json, b: Json) -> int:
+    """Tokens that differ between two runs of the same requests, missing ones included."""
+    count = 0
+    for one, other in zip(tokens_of(a), tokens_of(b), strict=True):
+        for x, y in zip(one, other, strict=True):
+            count += sum(p != q for p, q in zip(x, y, strict=False)) + abs(len(x) - len(y))
+    return count

@@ -1,0 +1,206 @@
+"""The engine with trees on small random targets: every path of the glue, exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import Json, differing, run_engine, tokens_of
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from clover_vllm.head import Clover2DraftModel
+from clover_vllm.head.checkpoint import save_head
+from clover_vllm.head.init import config_for_target, init_from_target
+from clover_vllm.train.target_model import FrozenTarget
+
+VOCAB = 211
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], Any, bool]] = {
+    "llama tied": (LlamaConfig, LlamaForCausalLM, True),
+    "llama untied": (LlamaConfig, LlamaForCausalLM, False),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, False),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, True),
+}
+
+
+def make_pair(folder: Path, family: str) -> tuple[Path, Path]:
+    """A random target and an untrained head for it."""
+    torch.manual_seed(0)
+    config, model, tied = FAMILIES[family]
+    model(config(**SIZES, tie_word_embeddings=tied)).float().save_pretrained(folder / "target")
+    frozen = FrozenTarget(folder / "target", torch.float32)
+    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
+    init_from_target(head, frozen.layers, frozen.norm)
+    save_head(head, folder / "head")
+    return folder / "target", folder / "head"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_pair(tmp_path_factory.mktemp("llama"), "llama tied")
+
+
+def llm(target: Path, **more: Any) -> Json:
+    return {
+        "model": str(target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        **more,
+    }
+
+
+def speculative(head: Path, **options: Any) -> Json:
+    return {"method": "clover2", "model": str(head), "num_speculative_tokens": 8, **options}
+
+
+def random_requests(count: int, **params: Any) -> list[Json]:
+    """Prompts of 3 to 120 tokens, some of them twice, arriving over time."""
+    generator = torch.Generator().manual_seed(1)
+    requests: list[Json] = []
+    for i in range(count):
+        length = int(torch.randint(3, 120, (1,), generator=generator))
+        prompt = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        if i % 7 == 6:
+            prompt = requests[i - 5]["prompt"]
+        wanted = int(torch.randint(1, 60, (1,), generator=generator))
+        requests.append(
+            {
+                "prompt": prompt,
+                "step": int(torch.randint(0, 40, (1,), generator=generator)),
+                "params": {"temperature": 0.0, "max_tokens": wanted, "ignore_eos": True, **params},
+            }
+        )
+    return requests
+
+
+def continuations(requests: list[Json], plain: Json) -> dict[str, list[int]]:
+    """The longest known answer per prompt, for scripted trees."""
+    known: dict[str, list[int]] = {}
+    for request, (tokens,) in zip(requests, tokens_of(plain), strict=True):
+        key = json.dumps(request["prompt"])
+        known[key] = max(known.get(key, []), tokens, key=len)
+    return known
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
+    """Right continuations in scattered rows, chunked prompts, preemptions, prefix hits: same tokens,
+    and the same keys and values as a plain prefill computes."""
+    target, head = make_pair(tmp_path, family)
+    requests = random_requests(40)
+    plain = run_engine(llm(target), requests)
+    settings = llm(
+        target, max_num_batched_tokens=48, num_gpu_blocks_override=7, speculative_config=speculative(head)
+    )
+    scripted = run_engine(
+        settings,
+        requests,
+        scripted={"continuations": continuations(requests, plain), "seed": 3},
+        check_cache=True,
+    )
+    stats = scripted["stats"]
+    assert differing(plain, scripted) == 0
+    assert stats["trees"]["branching"] > 100
+    assert stats["steps"] < plain["stats"]["steps"]
+    assert stats["preempted"] > 0
+    assert stats["leaked_blocks"] == 0
+    assert stats["cache_rows"] > 1000
+    assert stats["cache_error"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def plain_dozen(llama: tuple[Path, Path]) -> Json:
+    return run_engine(llm(llama[0]), random_requests(12))
+
+
+@pytest.mark.parametrize("tree", ["best_first", "chain", "published", [[0], [1], [0, 0], [0, 0, 0]]])
+def test_every_shape_drafts_and_changes_nothing(
+    llama: tuple[Path, Path], plain_dozen: Json, tree: object
+) -> None:
+    target, head = llama
+    run = run_engine(llm(target, speculative_config=speculative(head, tree=tree)), random_requests(12))
+    assert differing(plain_dozen, run) == 0
+    assert run["stats"]["leaked_blocks"] == 0
+    assert run["stats"]["worker"] == "CloverCPUWorker"
+
+
+def test_method_is_inferred_from_the_head_and_compiled_targets_work(llama: tuple[Path, Path]) -> None:
+    """Without "method"; with torch.compile; a seeded prompt in chunks, which ends plain vLLM 0.32.0."""
+    target, head = llama
+    requests = random_requests(8)
+    requests += random_requests(8, temperature=0.9, seed=5)
+    plain = run_engine(llm(target, max_num_batched_tokens=1024), requests)
+    settings = llm(
+        target,
+        max_num_batched_tokens=40,
+        enforce_eager=False,
+        speculative_config={"model": str(head)},
+    )
+    run = run_engine(settings, requests)
+    assert run["stats"]["worker"] == "CloverCPUWorker"
+    assert differing(plain, run) == 0
+
+
+def test_max_model_len_inside_a_tree_and_aborts(llama: tuple[Path, Path]) -> None:
+    target, head = llama
+    requests = random_requests(24)
+    for i, request in enumerate(requests):
+        request["params"]["max_tokens"] = None
+        if i % 4 == 3:
+            request["abort"] = request["step"] + 5 + i
+    plain = run_engine(llm(target, max_model_len=160), [r for r in requests if "abort" not in r])
+    settings = llm(target, max_model_len=160, speculative_config=speculative(head))
+    known = continuations([r for r in requests if "abort" not in r], plain)
+    for request in requests:
+        known.setdefault(json.dumps(request["prompt"]), [])
+    run = run_engine(settings, requests, scripted={"continuations": known, "seed": 4})
+    kept = {"outputs": [o for r, o in zip(requests, run["outputs"], strict=True) if "abort" not in r]}
+    assert differing(plain, kept) == 0
+    assert all(
+        len(r["prompt"]) + len(tokens) == 160
+        for r, (tokens,) in zip((r for r in requests if "abort" not in r), tokens_of(kept), strict=True)
+    )
+    assert run["stats"]["leaked_blocks"] == 0
+
+
+def test_other_methods_run_as_if_clover_were_not_installed(llama: tuple[Path, Path]) -> None:
+    """No method and ngram: vLLM's own worker, and the outputs of a vLLM without plugins."""
+    target, _ = llama
+    requests = random_requests(8)
+    for more in ({}, {"speculative_config": _ngram()}):
+        with_plugin = run_engine(llm(target, **more), requests)
+        without = run_engine(llm(target, **more), requests, env={"VLLM_PLUGINS": ""})
+        assert with_plugin["outputs"] == without["outputs"]
+        assert with_plugin["stats"]["steps"] == without["stats"]["steps"]
+        assert with_plugin["stats"]["worker"] == "CPUWorker"
+
+
+def _ngram() -> Json:
+    return {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
