@@ -12,7 +12,10 @@ import pytest
 import torch
 from engine import Json, differing, run_engine, tokens_of
 
+from clover_vllm.engine.options import CloverOptions
+from clover_vllm.head.checkpoint import load_head
 from clover_vllm.home import shipped_head
+from clover_vllm.train.evaluate import Answer, Evaluator, best_first
 from clover_vllm.train.target_model import FrozenTarget
 
 HELD_OUT = shipped_head() / "held-out.jsonl.gz"
@@ -144,3 +147,25 @@ def test_half_precision_differs_at_near_ties_only(
         f"{dtype}: {len(differences)} of {count} answers differ, largest gap {max(differences, default=0):.3f}"
     )
     assert max(differences, default=0.0) < 0.5
+
+
+def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
+    """The engine loses none of the head's quality: same target, same answers, same tree, float32."""
+    options = CloverOptions()
+    requests = greedy(16)
+    llm = engine(smollm2, max_num_seqs=1, max_num_batched_tokens=1024, speculative_config=speculative())
+    run = run_engine(llm, requests)
+    answers = [tokens for (tokens,) in tokens_of(run)]
+    # A request's first step is its prompt, which emits one token.
+    steps = run["stats"]["steps"] - len(requests)
+    in_engine = (sum(map(len, answers)) - len(requests)) / steps
+
+    target = FrozenTarget(smollm2, torch.float32)
+    evaluator = Evaluator(target, load_head(shipped_head()))
+    shape = best_first(8, options.rounds(8), options.width(8))
+    outcomes = [
+        evaluator.measure(Answer("", torch.tensor(r["prompt"]), torch.tensor(tokens)), [shape])[0]
+        for r, tokens in zip(requests, answers, strict=True)
+    ]
+    evaluated = sum(o.tokens for o in outcomes) / sum(o.steps for o in outcomes)
+    assert in_engine == pytest.approx(evaluated, rel=0.02)

@@ -20,6 +20,7 @@ from clover_vllm.tree import (
     grow_static,
     walk,
 )
+from clover_vllm.tree.walk import walk_tree
 
 Path = tuple[int, ...]
 
@@ -230,3 +231,17 @@ def test_walk_equals_brute_force(trees: DraftTrees, data: st.DataObject) -> None
         assert accepted.nodes[r, :length].tolist() == path
         assert bool((accepted.nodes[r, length:] == ROOT).all())
         assert int(accepted.last[r]) == current
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12))
+def test_walking_on_the_host_equals_walking_tensors(seed: int, requests: int, nodes: int) -> None:
+    trees = grow_best_first(TableDrafter(requests, 5, seed), nodes, 4, 3, num_candidates=min(nodes, 5))
+    generator = torch.Generator().manual_seed(seed)
+    emitted = torch.randint(0, 5, (trees.tokens.shape[0] + requests,), generator=generator)
+    accepted = walk(trees, emitted)
+    for r in range(requests):
+        first, last = trees.offsets[r : r + 2].tolist()
+        own = emitted[first + r : last + r + 1].tolist()
+        nodes_of = walk_tree(trees.tokens[first:last].tolist(), trees.parents[first:last].tolist(), own)
+        assert nodes_of == accepted.nodes[r, : int(accepted.lengths[r])].tolist()

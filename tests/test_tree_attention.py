@@ -13,6 +13,7 @@ from clover_vllm.attention import (
     tree_attention,
     tree_attention_reference,
 )
+from clover_vllm.attention.cache_rows import CacheRows
 from clover_vllm.attention.tree_attention import native_library
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -148,3 +149,30 @@ def test_nodes_do_not_see_their_siblings() -> None:
     tree_attention(query, key, value, key_cache, value_cache, inputs, after)
     changed = (before != after).flatten(1).any(dim=1)
     assert changed.tolist() == [bool(int(m) >> 4 & 1) for m in inputs.masks]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_rows_move_within_and_between_blocks(dtype: torch.dtype) -> None:
+    """Native and PyTorch moves agree, and everything else stays."""
+    torch.manual_seed(0)
+    caches = [torch.randn(5, 3, 32, 128).to(dtype) for _ in range(2)]
+    sources, destinations = [9, 40, 41, 100], [7, 30, 40, 99]
+    native, plain = [c.clone() for c in caches], [c.clone() for c in caches]
+    CacheRows(native).move(sources, destinations)
+    CacheRows(plain)._move_in_torch(torch.tensor(sources), torch.tensor(destinations))
+    for before, a, b in zip(caches, native, plain, strict=True):
+        assert torch.equal(a, b)
+        pages = [c.view(5, 3, 2, -1) for c in (before, a)]
+        keys = [p[:, :, 0].unflatten(-1, (64, 32)).permute(0, 3, 1, 2).flatten(0, 1) for p in pages]
+        values = [p[:, :, 1].unflatten(-1, (32, 64)).permute(0, 2, 1, 3).flatten(0, 1) for p in pages]
+        kept = [slot for slot in range(160) if slot not in destinations]
+        for old, new in (keys, values):
+            assert torch.equal(new[destinations], old[sources])
+            assert torch.equal(new[kept], old[kept])
+
+
+def test_moving_nothing_is_fine() -> None:
+    cache = torch.randn(1, 1, 32, 64)
+    before = cache.clone()
+    CacheRows([cache]).move([], [])
+    assert torch.equal(cache, before)

@@ -55,13 +55,13 @@ def plot_split(rows: Rows, baseline: str, path: Path) -> None:
     labels = [f"{row['method']}\n{row['concurrency']}" for row in timed]
     bottom = [0.0] * len(timed)
     parts = next((list(row["ms_by_part"]) for row in timed if row["ms_by_part"]), [])
-    whole = [0.0 if row["ms_by_part"] else row["ms_per_step"] for row in timed]
+    whole = [0.0 if row["ms_by_part"] else row["ms_per_decode_step"] for row in timed]
     axis.bar(labels, whole, label=f"{baseline} step", color="lightgrey")
     for part in parts:
         heights = [row["ms_by_part"].get(part, 0.0) for row in timed]
         axis.bar(labels, heights, bottom=bottom, label=part)
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-    axis.set(xlabel="method and concurrency", ylabel="ms per step")
+    axis.set(xlabel="method and concurrency", ylabel="ms per decode step")
     axis.tick_params(axis="x", labelsize=7)
     _finish(figure, axis, path)
 

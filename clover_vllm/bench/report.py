@@ -66,7 +66,7 @@ class Comparison:
             "nodes_per_draft": _ratio(
                 sum(r.draft_tokens for r in result.runs), sum(r.drafts for r in result.runs)
             ),
-            "ms_per_step": 1e3 * sum(r.seconds for r in result.runs) / sum(r.steps for r in result.runs),
+            "ms_per_decode_step": decode_step(result.runs),
             "ttft_ms": _median_ms([x for r in result.runs for x in r.ttft]),
             "tpot_ms": _median_ms([x for r in result.runs for x in r.tpot]),
             "itl_ms": _median_ms([x for r in result.runs for x in r.itl]),
@@ -90,13 +90,18 @@ def acceptance_by_depth(runs: Sequence[Run]) -> list[float]:
     return [_ratio(count, drafts) for count in found]
 
 
+def decode_step(runs: Sequence[Run]) -> float:
+    """Milliseconds per step that only decodes."""
+    return 1e3 * _ratio(sum(r.decode_seconds for r in runs), sum(r.decode_steps for r in runs))
+
+
 def split(runs: Sequence[Run]) -> dict[str, float]:
-    """Milliseconds per step by part, empty for methods that are not timed."""
+    """Milliseconds per decode step by part, empty for methods that are not timed."""
     if not any(r.parts for r in runs):
         return {}
-    steps = sum(r.steps for r in runs)
-    parts = {name: 1e3 * sum(r.parts.get(name, 0.0) for r in runs) / steps for name in PARTS}
-    parts["vllm"] = 1e3 * sum(r.seconds for r in runs) / steps - sum(parts.values())
+    steps = sum(r.decode_steps for r in runs)
+    parts = {name: 1e3 * _ratio(sum(r.parts.get(name, 0.0) for r in runs), steps) for name in PARTS}
+    parts["vllm"] = decode_step(runs) - sum(parts.values())
     return parts
 
 
@@ -133,14 +138,14 @@ def table(comparison: Comparison) -> Table:
 
 def split_table(comparison: Comparison) -> Table:
     """Where a step's time goes, for Clover's methods, in plain steps of the same concurrency too."""
-    found = Table(title=f"Milliseconds per step (and share of a {comparison.baseline} step)")
+    found = Table(title=f"Milliseconds per decode step (and share of a {comparison.baseline} step)")
     for name in ("concurrency", "method", *PARTS, "vllm", "step"):
         found.add_column(name, justify="left" if name == "method" else "right")
     for row in comparison.rows():
         if not row["ms_by_part"]:
             continue
-        base = comparison._row(comparison.of(comparison.baseline, row["concurrency"]))["ms_per_step"]
-        cells = [*row["ms_by_part"].values(), row["ms_per_step"]]
+        base = comparison._row(comparison.of(comparison.baseline, row["concurrency"]))["ms_per_decode_step"]
+        cells = [*row["ms_by_part"].values(), row["ms_per_decode_step"]]
         found.add_row(
             str(row["concurrency"]), row["method"], *(f"{ms:.2f} ({ms / base:.2f})" for ms in cells)
         )

@@ -101,9 +101,8 @@ def bench(settings: BenchSettings) -> None:
         "max_tokens": settings.max_tokens,
         "temperature": settings.temperature,
     }
-    console.print(report.table(comparison))
-    if not settings.server:
-        console.print(report.split_table(comparison))
+    for found in (report.table(comparison), *([] if settings.server else [report.split_table(comparison)])):
+        console.print(found, width=max(console.width, 120), crop=False)
     if settings.output is not None:
         report.write(comparison, settings.output, header)
         console.print(f"Written: {settings.output / 'bench.json'} and plots.", highlight=False)

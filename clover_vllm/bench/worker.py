@@ -22,6 +22,8 @@ class Run:
     seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
+    decode_steps: int = 0  # those before which no request arrived
+    decode_seconds: float = 0.0
     drafts: int = 0  # drafts verified, one per request and step
     draft_tokens: int = 0
     accepted: int = 0
@@ -29,7 +31,7 @@ class Run:
     ttft: list[float] = field(default_factory=list)  # seconds, per request
     tpot: list[float] = field(default_factory=list)  # seconds per output token after the first
     itl: list[float] = field(default_factory=list)  # seconds between outputs, any request
-    parts: dict[str, float] = field(default_factory=dict)  # seconds by part of a step, Clover only
+    parts: dict[str, float] = field(default_factory=dict)  # seconds by part of decode steps, Clover only
     outputs: list[list[int]] = field(default_factory=list)
 
 
@@ -68,6 +70,7 @@ def measure(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> Run:
     running = 0
     started = time.perf_counter()
     while queue or running:
+        begun, decodes = time.perf_counter(), not (queue and running < concurrency)
         while queue and running < concurrency:
             i, request = queue.pop()
             name = f"{started}-{i}"
@@ -95,6 +98,8 @@ def measure(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> Run:
                 count = len(outputs[name])
                 if count > 1:
                     run.tpot.append((last[name] - first[name]) / (count - 1))
+        run.decode_steps += decodes
+        run.decode_seconds += decodes * (time.perf_counter() - begun)
     run.seconds = time.perf_counter() - started
     run.outputs = list(outputs.values())
     run.tokens = sum(map(len, run.outputs))

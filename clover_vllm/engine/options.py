@@ -26,9 +26,10 @@ class CloverOptions:
             own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
             a list of paths of child ranks, such as [[0], [1], [0, 0]], is a fixed tree of one's own.
             A fixed tree is cut to its first `num_speculative_tokens` nodes.
-        draft_rounds: drafting levels of `best_first`, so its greatest depth; by default 4 for up to
-            9 nodes, 5 up to 15, 6 above.
-        draft_width: nodes that each level of `best_first` expands; by default half the nodes.
+        draft_rounds: drafting levels of `best_first`, so its greatest depth; by default 3 for up to
+            8 nodes, 4 up to 12, 5 up to 16, 6 above.
+        draft_width: nodes that each level of `best_first` expands; by default a quarter of the nodes,
+            at least 2.
         draft_candidates: children considered per node in `best_first`.
         draft_top_p: a child is dropped once its likelier siblings hold this share of their parent's
             probability (Clover, arXiv 2405.00263); 1 keeps all.
@@ -74,24 +75,22 @@ class CloverOptions:
             return chain(num_nodes)
         if self.tree == "published":
             return StaticTopology(PUBLISHED_25.paths[:num_nodes])
-        if isinstance(self.tree, str):
+        form = "a list of paths of child ranks such as [[0], [1], [0, 0]]"
+        if not isinstance(self.tree, list) or not self.tree or not all(map(_is_path, self.tree)):
             raise UserError(
-                f"Clover's option tree is {self.tree!r}; it must be one of {', '.join(SHAPES)}, or a list "
-                "of paths of child ranks such as [[0], [1], [0, 0]]."
+                f"Clover's option tree is {self.tree!r}; it must be one of {', '.join(SHAPES)}, or {form}."
             )
         try:
             shape = StaticTopology([tuple(path) for path in self.tree])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"Clover's option tree is not a tree of child ranks: {error}") from error
-        if not len(shape) or not all(type(rank) is int for path in shape.paths for rank in path):
-            raise UserError("Clover's option tree must list at least one path of whole child ranks.")
+        except ValueError as error:
+            raise UserError(f"Clover's option tree is not {form}: {error}") from error
         return StaticTopology(shape.paths[:num_nodes])
 
     def rounds(self, num_nodes: int) -> int:
         """Drafting levels of a `best_first` tree."""
         if self.draft_rounds is not None:
             return self.draft_rounds
-        return min(num_nodes, 4 if num_nodes < 10 else 5 if num_nodes < 16 else 6)
+        return min(num_nodes, 3 if num_nodes <= 8 else 4 if num_nodes <= 12 else 5 if num_nodes <= 16 else 6)
 
     def width(self, num_nodes: int) -> int:
         """Nodes expanded per level of a `best_first` tree."""
@@ -103,6 +102,10 @@ class CloverOptions:
 
     def __str__(self) -> str:
         return self.tree if isinstance(self.tree, str) else f"fixed tree of {len(self.tree)} nodes"
+
+
+def _is_path(path: object) -> bool:
+    return isinstance(path, list) and bool(path) and all(type(rank) is int for rank in path)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(CloverOptions))

@@ -144,6 +144,12 @@ class CloverRunner(GPUModelRunner):
                     shifts.append(depth - node - 1)
         self.positions[torch.tensor(rows, device=self.device)] += torch.tensor(shifts, device=self.device)
 
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        step = self.scorer.step
+        self.timer.finish_step(step is not None and step.decodes_only)
+        return output
+
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
         with self.timer.measure("sample"):
             output = super()._sample(logits, spec_decode_metadata)

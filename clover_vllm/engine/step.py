@@ -92,6 +92,11 @@ class StepTrees:
         """Whether any tree is more than a chain, so that the step needs masks."""
         return any(tree is not None and not tree.is_chain for tree in self.trees)
 
+    @property
+    def decodes_only(self) -> bool:
+        """Whether no request has more rows than its root and its drafts."""
+        return all(self.root_row(r) == first for r, first in enumerate(self.first_rows))
+
     def root_row(self, request: int) -> int:
         """Index of the row of a request's root; drafts are the request's last rows."""
         tree = self.trees[request]

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 
 class StepTimer:
-    """Adds up host seconds per part of a step; on a GPU these are launch times.
+    """Adds up host seconds per part of the steps that only decode; on a GPU these are launch times.
 
-    A part measured inside another counts for itself only.
+    A part measured inside another counts for itself only. Steps with prompt chunks are left out:
+    their cost depends on the prompts.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._step: dict[str, float] = {}
         self._inner: list[float] = []  # seconds of parts inside the running ones
 
     @contextmanager
@@ -26,6 +28,13 @@ class StepTimer:
         finally:
             elapsed = time.perf_counter() - started
             own = elapsed - self._inner.pop()
-            self.seconds[part] = self.seconds.get(part, 0.0) + own
+            self._step[part] = self._step.get(part, 0.0) + own
             if self._inner:
                 self._inner[-1] += elapsed
+
+    def finish_step(self, decode_only: bool) -> None:
+        """Count the parts measured since the last call, or forget them."""
+        if decode_only:
+            for part, seconds in self._step.items():
+                self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        self._step.clear()

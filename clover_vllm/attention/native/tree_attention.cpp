@@ -312,6 +312,14 @@ void run(const Problem& p, const T* query, const T* keys, const T* values, const
   const auto& all = pieces;
   const auto& firsts = groups;
   const int64_t total = pieces.size(), merges = groups.size() - 1;
+  bool merging = false;
+  for (const Piece& piece : all) merging |= !piece.alone;
+  if (!merging) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < total; i++)
+      run_piece(p, all[i], query, keys, values, key_cache, value_cache, results, output);
+    return;
+  }
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)

@@ -1,0 +1,166 @@
+"""What Clover touches in vLLM is checked first, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from conftest import one_sentence, tiny_llama
+from vllm.engine.arg_utils import EngineArgs
+
+from clover_vllm.engine import hooks, plugin
+from clover_vllm.errors import UserError
+from clover_vllm.head import Clover2DraftModel
+from clover_vllm.head.checkpoint import save_head
+
+
+def test_installed_vllm_is_as_expected() -> None:
+    assert hooks.complaints(vllm.__version__) == []
+
+
+@pytest.mark.parametrize(
+    ("symbol", "words"),
+    [
+        (hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.gone", ("self",), ""), "does not exist"),
+        (hooks.Symbol("vllm.gone.module", "f", (), ""), "does not exist"),
+        (
+            hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("self", "x"), ""),
+            "takes other arguments",
+        ),
+    ],
+)
+def test_changed_symbols_are_named(monkeypatch: pytest.MonkeyPatch, symbol: hooks.Symbol, words: str) -> None:
+    monkeypatch.setattr(hooks, "HOOKS", (symbol,))
+    (found,) = hooks.complaints(vllm.__version__)
+    assert words in found
+    assert symbol.name in found
+
+
+class FakeArgs:
+    """Stands for EngineArgs; the original returns what it was given."""
+
+    def __init__(self, speculative_config: dict[str, Any] | None, **flags: Any) -> None:
+        self.speculative_config = speculative_config
+        self.spec_method = flags.get("spec_method")
+        self.spec_model = flags.get("spec_model")
+        self.spec_tokens = flags.get("spec_tokens")
+
+    def create_speculative_config(self, target_model_config: Any, target_parallel_config: Any) -> Any:
+        return ("original", target_model_config, target_parallel_config)
+
+
+def fresh() -> type[FakeArgs]:
+    class Args(FakeArgs):
+        create_speculative_config = FakeArgs.create_speculative_config
+
+    return Args
+
+
+def test_other_methods_reach_the_original() -> None:
+    args = fresh()
+    hooks.install(args, [])
+    for given in (None, {}, {"method": "ngram"}, {"method": "eagle", "model": "x"}):
+        assert args(given).create_speculative_config(1, target_parallel_config=2) == ("original", 1, 2)
+
+
+def test_installing_twice_is_harmless() -> None:
+    args = fresh()
+    hooks.install(args, [])
+    first = args.create_speculative_config
+    hooks.install(args, [])
+    assert args.create_speculative_config is first
+
+
+def test_unsupported_vllm_runs_untouched_and_says_so_when_asked() -> None:
+    args = fresh()
+    hooks.install(args, hooks.complaints("0.99.1"))
+    assert args({"method": "ngram"}).create_speculative_config(1, 2) == ("original", 1, 2)
+    with pytest.raises(UserError) as caught:
+        args({"method": "clover2", "model": "head"}).create_speculative_config(1, 2)
+    one_sentence(caught.value)
+    assert "0.99.1" in str(caught.value)
+    assert hooks.SUPPORTED_VLLM[0] in str(caught.value)
+
+
+def test_flags_and_json_may_not_contradict() -> None:
+    args = fresh()
+    hooks.install(args, [])
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        args({"method": "clover2"}, spec_method="eagle").create_speculative_config(1, 2)
+
+
+def test_registering_twice_is_harmless() -> None:
+    plugin.register()
+    hooked = EngineArgs.create_speculative_config
+    plugin.register()
+    assert EngineArgs.create_speculative_config is hooked
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny target, and an untrained head for another one."""
+    import torch
+
+    from clover_vllm.head.init import config_for_target, init_from_target
+    from clover_vllm.train.target_model import FrozenTarget
+
+    folder = tmp_path_factory.mktemp("pair")
+    target = tiny_llama(folder / "target")
+    frozen = FrozenTarget(target, torch.float32)
+    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
+    init_from_target(head, frozen.layers, frozen.norm)
+    save_head(head, folder / "head")
+    return target, folder / "head"
+
+
+def configuration(target: Path, speculative: dict[str, Any], **more: Any) -> Any:
+    plugin.register()
+    args = EngineArgs(model=str(target), skip_tokenizer_init=True, speculative_config=speculative, **more)
+    return args.create_engine_config()
+
+
+def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
+    """Validated, EAGLE-like for the scheduler, and pickled to the worker."""
+    import pickle
+
+    target, head = pair
+    made = configuration(target, {"model": str(head), "draft_width": 3})
+    spec = pickle.loads(pickle.dumps(made.speculative_config))
+    assert spec.method == "clover2"
+    assert spec.num_speculative_tokens == 8
+    assert spec.clover.draft_width == 3
+    assert spec.use_eagle()
+    assert made.num_prefill_lookahead_tokens == 1
+    assert made.parallel_config.worker_cls == "clover_vllm.engine.worker.CloverCPUWorker"
+    assert not made.scheduler_config.async_scheduling
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "words"),
+    [
+        ({"num_speculative_tokens": 64}, {}, "num_speculative_tokens"),
+        ({"num_speculative_tokens": 0}, {}, "num_speculative_tokens"),
+        ({"num_speculative_tokens": "8"}, {}, "num_speculative_tokens"),
+        ({"model": None}, {}, "needs a head"),
+        ({"treee": "chain"}, {}, "Did you mean tree?"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline"),
+        ({}, {"worker_cls": "a.b.Worker"}, "worker"),
+    ],
+)
+def test_bad_configurations_are_refused_before_the_engine_starts(
+    pair: tuple[Path, Path], changes: dict[str, Any], more: dict[str, Any], words: str
+) -> None:
+    target, head = pair
+    given = {"method": "clover2", "model": str(head), **changes}
+    with pytest.raises(UserError, match=words) as caught:
+        configuration(target, {k: v for k, v in given.items() if v is not None}, **more)
+    assert "\n" not in str(caught.value)
+
+
+def test_head_of_another_target_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tiny_llama(tmp_path / "other", vocab=300)
+    with pytest.raises(UserError, match="vocab_size 211") as caught:
+        configuration(other, {"method": "clover2", "model": str(pair[1])})
+    one_sentence(caught.value)
