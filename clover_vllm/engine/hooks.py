@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -171,35 +172,66 @@ def _arguments(module: str, name: str) -> tuple[str, ...] | None:
 
 
 def install(engine_args: type, problems: list[str]) -> None:
-    """Hook `EngineArgs.create_speculative_config`; a second call does nothing.
+    """Make `EngineArgs.create_speculative_config` know clover2; a second call does nothing.
+
+    A vLLM with our patches (see `patches/`) has a place for that, and is not hooked.
 
     Args:
         engine_args: `vllm.engine.arg_utils.EngineArgs`.
-        problems: from `complaints`. If there are any, the hook only explains them to whoever asks for
-            clover2.
+        problems: from `complaints`. If there are any, whoever asks for clover2 is told them.
     """
+    register = getattr(
+        importlib.import_module("vllm.config.speculative"), "register_speculative_config_factory", None
+    )
+    if register is not None:
+        register(functools.partial(speculative_config, problems=problems) if problems else speculative_config)
+        return
     original: Callable[..., Any] | None = getattr(engine_args, "create_speculative_config", None)
     if original is None or hasattr(original, "clover_original"):
         return
 
     @functools.wraps(original)
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        from clover_vllm.engine.config import asks_for_clover, clover_config
-
-        given = _given(self)
-        if not asks_for_clover(given):
-            return original(self, target_model_config, target_parallel_config)
-        if problems:
-            raise UserError(
-                f"Clover-2 cannot run on this vLLM ({'; '.join(problems)}); "
-                f"it works with vLLM {', '.join(SUPPORTED_VLLM)}."
-            )
-        from vllm.platforms import current_platform
-
-        return clover_config(given, target_model_config, target_parallel_config, current_platform.device_type)
+        made = speculative_config(_given(self), target_model_config, target_parallel_config, problems)
+        return original(self, target_model_config, target_parallel_config) if made is None else made
 
     create_speculative_config.clover_original = original  # type: ignore[attr-defined]
     engine_args.create_speculative_config = create_speculative_config  # type: ignore[attr-defined]
+
+
+def speculative_config(
+    given: dict[str, Any], target: Any, parallel: Any, problems: Sequence[str] = ()
+) -> Any:
+    """Clover's SpeculativeConfig, or None if somebody else's method is meant.
+
+    Args:
+        given: a speculative configuration as the user wrote it.
+        target: ModelConfig of the target.
+        parallel: its ParallelConfig.
+        problems: from `complaints`.
+
+    Raises:
+        UserError: clover2 is meant, and there are problems, or it is configured wrongly.
+    """
+    from clover_vllm.engine.config import asks_for_clover, clover_config
+
+    if not asks_for_clover(given):
+        return None
+    if problems:
+        raise UserError(
+            f"Clover-2 cannot run on this vLLM ({'; '.join(problems)}); "
+            f"it works with vLLM {', '.join(SUPPORTED_VLLM)}."
+        )
+    from vllm.platforms import current_platform
+
+    return clover_config(given, target, parallel, current_platform.device_type)
+
+
+def forget_cached_backends() -> None:
+    """Let a backend registered just now be selected, though others were before in this process."""
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def _given(engine_args: Any) -> dict[str, Any]:

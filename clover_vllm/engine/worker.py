@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from clover_vllm.engine.hooks import forget_cached_backends
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
 from clover_vllm.errors import UserError
 
@@ -23,7 +23,7 @@ class CloverCPUWorker(CPUWorker):
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
         )
-        selector._cached_get_attn_backend.cache_clear()
+        forget_cached_backends()
         self.model_runner = CloverCPUModelRunner(self.vllm_config, torch.device("cpu"))
 
 
