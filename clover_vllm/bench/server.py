@@ -97,9 +97,17 @@ class Server:
                 found[f"{name}[{position}]"] = found.get(f"{name}[{position}]", 0.0) + float(value)
         return found
 
+    def pause(self) -> None:
+        """Stop all of the server's processes, which poll even when idle, until `resume`."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """End the server and everything that it started."""
         if self._process.poll() is None:
+            self.resume()
             os.killpg(self._process.pid, signal.SIGINT)
             try:
                 self._process.wait(30)
