@@ -37,7 +37,7 @@ def measure(
     repetitions: int,
     progress: Progress,
 ) -> Comparison:
-    """One server per method, all up at once; they are loaded in turn, forwards and backwards.
+    """One server per method; they are loaded in turn, forwards and backwards, the others stopped.
 
     Args:
         methods: the first is what the others are compared with.
@@ -71,15 +71,18 @@ def measure(
             _load(
                 server, llm["model"], data, min(4, len(prompts)), max_tokens, temperature, max(concurrencies)
             )
+            server.pause()
             progress.advance(task)
         for concurrency in concurrencies:
             for order in orders(len(servers), repetitions):
                 for i in order:
                     name = methods[i].name
                     progress.update(task, description=f"{name}, concurrency {concurrency}")
+                    servers[i].resume()
                     run = _load(
                         servers[i], llm["model"], data, len(prompts), max_tokens, temperature, concurrency
                     )
+                    servers[i].pause()
                     results[name, concurrency].runs.append(run)
                     progress.advance(task)
     return Comparison(list(results.values()))

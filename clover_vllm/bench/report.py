@@ -108,7 +108,7 @@ def split(runs: Sequence[Run]) -> dict[str, float]:
 def table(comparison: Comparison) -> Table:
     found = Table(title="Output tokens per second, and side by side with " + comparison.baseline)
     for name in (
-        "concurrency",
+        "at once",
         "method",
         "tokens/s",
         "speed-up",
@@ -118,7 +118,7 @@ def table(comparison: Comparison) -> Table:
         "ITL",
         "equal",
     ):
-        found.add_column(name, justify="left" if name == "method" else "right")
+        found.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     last = None
     for row in comparison.rows():
         if last not in (None, row["concurrency"]):
@@ -139,8 +139,8 @@ def table(comparison: Comparison) -> Table:
 def split_table(comparison: Comparison) -> Table:
     """Where a step's time goes, for Clover's methods, in plain steps of the same concurrency too."""
     found = Table(title=f"Milliseconds per decode step (and share of a {comparison.baseline} step)")
-    for name in ("concurrency", "method", *PARTS, "vllm", "step"):
-        found.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("at once", "method", *PARTS, "vllm", "step"):
+        found.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in comparison.rows():
         if not row["ms_by_part"]:
             continue

@@ -102,7 +102,7 @@ def bench(settings: BenchSettings) -> None:
         "temperature": settings.temperature,
     }
     for found in (report.table(comparison), *([] if settings.server else [report.split_table(comparison)])):
-        console.print(found, width=max(console.width, 120), crop=False)
+        console.print(found, width=max(console.width, 110), soft_wrap=True)
     if settings.output is not None:
         report.write(comparison, settings.output, header)
         console.print(f"Written: {settings.output / 'bench.json'} and plots.", highlight=False)
