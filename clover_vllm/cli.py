@@ -347,9 +347,9 @@ def trees(
     steps: Annotated[int, typer.Option(min=0, help="Draft trees shown per prompt.")] = 3,
 ) -> None:
     """Draft offline with the shipped head, and show its trees beside what the target said."""
-    from clover_vllm.train.demo import run_demo
+    from clover_vllm.train.show_trees import show_trees
 
-    run_demo(prompts, tokens, steps)
+    show_trees(prompts, tokens, steps)
 
 
 @app.command()

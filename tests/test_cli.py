@@ -17,7 +17,7 @@ from clover_vllm.cli import app
 from clover_vllm.head import Clover2DraftModel
 from clover_vllm.head.checkpoint import save_head
 
-COMMANDS = ["target", "data", "train", "eval", "convert", "demo"]
+COMMANDS = ["target", "data", "train", "eval", "convert", "bench", "trees", "demo"]
 
 
 def run(*arguments: str | Path) -> Result:

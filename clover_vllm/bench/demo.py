@@ -16,7 +16,7 @@ from clover_vllm.bench.online import COUNTERS
 from clover_vllm.bench.server import Server
 from clover_vllm.home import shipped_head
 from clover_vllm.target import make_target
-from clover_vllm.train.demo import PROMPTS
+from clover_vllm.train.show_trees import PROMPTS
 
 FLAGS = ["--max-model-len", "2048", "--max-num-seqs", "8", "--no-enable-log-requests"]
 NAME = "smollm2-135m"

@@ -1,4 +1,4 @@
-"""`clover-vllm demo`: the shipped head at work on a few prompts, offline."""
+"""`clover-vllm trees`: the shipped head at work on a few prompts, offline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = [
     "Write a short story about a lighthouse keeper.",
     "List five healthy snacks for school children.",
 ]
-"""Written for this demo, so in no training set."""
+"""Written for demonstrations, so in no training set."""
 
 NODES = 8
 
@@ -41,7 +41,7 @@ class _Shown:
     starts: list[int]  # positions at which steps start
 
 
-def run_demo(num_prompts: int, max_tokens: int, steps: int) -> None:
+def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
     """Answer prompts with the target, draft along, print both.
 
     Raises:
