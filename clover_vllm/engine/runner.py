@@ -260,7 +260,9 @@ class CloverRunner(GPUModelRunner):
 
     def _remember(self, trees: Any, drafting: list[int], requests: int) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in range(requests)]
-        self._drafts.clear()
+        # A running request that this step had no budget for keeps its drafts, here as in the scheduler.
+        done = set(self.input_batch.req_ids)
+        self._drafts = {k: v for k, v in self._drafts.items() if k in self.requests and k not in done}
         if trees is None:
             return drafts
         for r, drafted in zip(drafting, RequestTree.from_batch(trees), strict=True):
