@@ -144,6 +144,8 @@ def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
         ({"num_speculative_tokens": 0}, {}, "num_speculative_tokens"),
         ({"num_speculative_tokens": "8"}, {}, "num_speculative_tokens"),
         ({"model": None}, {}, "needs a head"),
+        ({"model": "missing/head"}, {}, "missing/head"),
+        ({"draft_tensor_parallel_size": 3}, {}, "draft_tensor_parallel_size"),
         ({"treee": "chain"}, {}, "Did you mean tree?"),
         ({}, {"pipeline_parallel_size": 2}, "pipeline"),
         ({}, {"worker_cls": "a.b.Worker"}, "worker"),

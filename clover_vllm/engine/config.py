@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import SkipValidation
+from pydantic import SkipValidation, ValidationError
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
@@ -149,9 +149,16 @@ def clover_config(
             f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
         )
     shared["method"] = METHOD
-    made = CloverSpeculativeConfig(
-        **shared, clover=options, target_model_config=target, target_parallel_config=parallel
-    )
+    try:
+        made = CloverSpeculativeConfig(
+            **shared, clover=options, target_model_config=target, target_parallel_config=parallel
+        )
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ").splitlines()[0].rstrip(".")
+        raise UserError(f"The Clover-2 head {shared['model']!r} cannot be used: {reason}.") from error
+    except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
     check_fits(made.draft_model_config.hf_config, target)
     parallel.worker_cls = WORKERS[device]
     return made
