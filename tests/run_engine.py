@@ -10,6 +10,8 @@ which requests share a step then depends on nothing but the requests. Keys of SP
         the given continuation among random siblings in random shapes and sizes.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
+Stats: engine steps, preemptions, prompt tokens found in the prefix cache, cache blocks not given back.
+
 OUT: {"outputs": [[{"tokens", "finish", "logprobs"} per sequence] per request], "stats": {...}}.
 """
 
@@ -45,7 +47,7 @@ def main() -> None:
     requests, waiting, step = spec["requests"], set(range(len(spec["requests"]))), 0
     aborts = {str(i): r["abort"] for i, r in enumerate(requests) if "abort" in r}
     outputs: list[list[Json]] = [[] for _ in requests]
-    preempted = 0
+    preempted = cached = 0
     while waiting or engine.has_unfinished_requests():
         for i in sorted(waiting):
             if requests[i].get("step", 0) <= step or not engine.has_unfinished_requests():
@@ -63,6 +65,7 @@ def main() -> None:
             del aborts[i]
             engine.abort_request([i])
         for done in engine.step():
+            cached += done.num_cached_tokens or 0
             outputs[int(done.request_id)] = [
                 {"tokens": list(o.token_ids), "finish": o.finish_reason, "logprobs": logprobs(o.logprobs)}
                 for o in done.outputs
@@ -76,6 +79,7 @@ def main() -> None:
     stats: Json = {
         "steps": step,
         "preempted": preempted,
+        "cached_tokens": cached,
         "leaked_blocks": pool.num_gpu_blocks - 1 - free,
         "fallbacks": getattr(runner, "fallbacks", {}),
         "trees": getattr(runner, "tests_trees", None),

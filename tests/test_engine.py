@@ -72,6 +72,7 @@ def llm(target: Path, **more: Any) -> Json:
         "skip_tokenizer_init": True,
         "max_model_len": 256,
         "max_num_seqs": 8,
+        "block_size": 32,
         **more,
     }
 
@@ -117,7 +118,7 @@ def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
     requests = random_requests(40)
     plain = run_engine(llm(target), requests)
     settings = llm(
-        target, max_num_batched_tokens=48, num_gpu_blocks_override=7, speculative_config=speculative(head)
+        target, max_num_batched_tokens=48, num_gpu_blocks_override=26, speculative_config=speculative(head)
     )
     scripted = run_engine(
         settings,
@@ -130,6 +131,7 @@ def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
     assert stats["trees"]["branching"] > 100
     assert stats["steps"] < plain["stats"]["steps"]
     assert stats["preempted"] > 0
+    assert stats["cached_tokens"] > 32
     assert stats["leaked_blocks"] == 0
     assert stats["cache_rows"] > 1000
     assert stats["cache_error"] < 1e-5
@@ -188,6 +190,42 @@ def test_max_model_len_inside_a_tree_and_aborts(llama: tuple[Path, Path]) -> Non
         for r, (tokens,) in zip((r for r in requests if "abort" not in r), tokens_of(kept), strict=True)
     )
     assert run["stats"]["leaked_blocks"] == 0
+
+
+def test_request_features_beside_each_other(llama: tuple[Path, Path]) -> None:
+    """Penalties, masks, minimum lengths, stop tokens, logprobs, seeds and n, all in one batch."""
+    target, head = llama
+    features: list[Json] = [
+        {},
+        {"repetition_penalty": 1.4},
+        {"presence_penalty": 0.8, "frequency_penalty": 0.6, "temperature": 0.7, "seed": 3},
+        {"allowed_token_ids": list(range(3, 60))},
+        {"min_tokens": 9, "stop_token_ids": list(range(3, 120)), "ignore_eos": False},
+        {"stop_token_ids": list(range(3, 30))},
+        {"logprobs": 3},
+        {"logprobs": 0, "temperature": 1.0, "seed": 11},
+        {"temperature": 0.9, "top_k": 5, "seed": 4},
+        {"temperature": 1.1, "top_p": 0.7, "seed": 5, "n": 2},
+        {"logprobs": 2, "repetition_penalty": 1.2, "temperature": 0.6, "seed": 6},
+        {"prompt_logprobs": 1},
+    ]
+    requests = random_requests(36)
+    for i, request in enumerate(requests):
+        request["params"].update(features[i % len(features)])
+        request["params"]["max_tokens"] = 24
+    plain = run_engine(llm(target, max_num_batched_tokens=2048), requests)
+    known = {json.dumps(r["prompt"]): o[0]["tokens"] for r, o in zip(requests, plain["outputs"], strict=True)}
+    settings = llm(target, max_num_batched_tokens=64, speculative_config=speculative(head))
+    run = run_engine(settings, requests, scripted={"continuations": known, "seed": 5})
+    assert run["stats"]["trees"]["branching"] > 30
+    assert differing(plain, run) == 0
+    for a, b in zip(plain["outputs"], run["outputs"], strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert one["finish"] == other["finish"]
+            assert (one["logprobs"] is None) == (other["logprobs"] is None)
+            for position, again in zip(one["logprobs"] or [], other["logprobs"] or [], strict=True):
+                assert [(t, rank) for t, _, rank in position] == [(t, rank) for t, _, rank in again]
+                assert [p for _, p, _ in position] == pytest.approx([p for _, p, _ in again], abs=1e-4)
 
 
 def test_other_methods_run_as_if_clover_were_not_installed(llama: tuple[Path, Path]) -> None:

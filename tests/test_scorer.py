@@ -266,3 +266,59 @@ def _wide(rng: random.Random, nodes: int) -> RequestTree:
     for parent in parents:
         depths.append(1 if parent < 0 else depths[parent] + 1)
     return RequestTree.make(list(range(nodes)), parents, depths)
+
+
+def test_requests_that_score_chosen_tokens_share_a_batch() -> None:
+    """`logprob_token_ids` of different lengths, on paths of different depths."""
+    rng = random.Random(8)
+    trees = [random_tree(rng, 8) for _ in range(4)]
+    logits = torch.cat([rows_of(tree) for tree in trees])
+    wanted = {0: [1, 2], 1: [1, 2, 3, 4], 3: [5]}
+    scorer = TreeScorer(Sampler())
+    scorer.step, scorer.batch = StepTrees(list(trees), [], []), Batch([None] * 4, [])
+    spec = SpecDecodeMetadata.make_dummy([tree.tokens for tree in trees], torch.device("cpu"))
+    sampled = scorer(spec, None, logits, metadata(4, greedy=True, logprob_token_ids=wanted))
+    assert sampled.logprobs_tensors is not None
+    assert sampled.logprobs_tensors.logprobs.shape == (4 * sampled.sampled_token_ids.shape[1], 5)
+    plain = score(TreeScorer(Sampler()), trees, logits, metadata(4, greedy=True))
+    got = [[token for token in row if token >= 0] for row in sampled.sampled_token_ids.tolist()]
+    assert got == plain
+
+
+def test_processors_and_masks_see_every_depth() -> None:
+    """Minimum lengths, allowed tokens and bad words along a path, as in plain decoding."""
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.logits_processor import BatchUpdate, MinTokensLogitsProcessor
+
+    rng = random.Random(9)
+    mask = torch.zeros(1, VOCAB, dtype=torch.bool)
+    mask[0, 5] = True
+    config, deep = VllmConfig(), 0
+    for _ in range(40):
+        tree, history = random_tree(rng, 30), list[int]()
+
+        def make(history: list[int]) -> SamplingMetadata:
+            processor = MinTokensLogitsProcessor(config, torch.device("cpu"), False)
+            params = SamplingParams(min_tokens=2, stop_token_ids=[0, 1, 2])
+            params.update_from_generation_config({}, 0)
+            processor.update_state(BatchUpdate(1, [], [(0, params, [3], history)], []))
+            return metadata(
+                1,
+                greedy=True,
+                allowed_token_ids_mask=mask,
+                bad_words_token_ids={0: [[3, 4]]},
+                logitsprocs=LogitsProcessors([processor]),
+                output_token_ids=[history],
+            )
+
+        (got,) = score(
+            TreeScorer(Sampler()), [tree], rows_of(tree), make(history), output_token_ids=[history]
+        )
+        plain: list[int] = []
+        for _ in got:
+            sampled = Sampler()(language(tuple(plain))[None].clone(), make(list(plain)))
+            plain.append(int(sampled.sampled_token_ids[0, 0]))
+        assert got == plain
+        deep += len(got) > 2
+    assert deep > 0

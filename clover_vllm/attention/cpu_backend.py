@@ -12,7 +12,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -60,8 +60,6 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         problem = None
         if self.isa != TREE_ISA:
             problem = f"the CPU attention kernel {self.isa!r} (only {TREE_ISA!r} is supported)"
-        elif self.window_size != -1:
-            problem = "sliding-window attention"
         elif self.kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
             problem = f"the KV cache type {self.kv_cache_dtype}"
         if problem is not None:
@@ -206,13 +204,22 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         """As the builder's, for what only the layer knows.
 
         Raises:
-            UserError: ALiBi, soft-capped scores or attention sinks.
+            UserError: the layer attends in a way that the tree kernel does not know.
         """
-        if self.alibi_slopes is not None or self.logits_soft_cap or self.sinks is not None:
-            raise UserError(
-                "Clover-2 cannot verify trees with ALiBi, soft-capped scores or attention sinks yet; set "
-                'the speculative option "tree" to "chain".'
-            )
+        problems = {
+            "ALiBi": self.alibi_slopes is not None,
+            "soft-capped scores": bool(self.logits_soft_cap),
+            "attention sinks": self.sinks is not None,
+            "sliding-window attention": self.sliding_window != -1,
+            "layers that share their KV cache": self.kv_sharing_target_layer_name is not None,
+            "attention that is not a decoder's": self.attn_type != AttentionType.DECODER,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise UserError(
+                    f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" '
+                    'to "chain".'
+                )
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

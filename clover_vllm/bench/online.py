@@ -89,7 +89,8 @@ def measure(
 
 
 def _flags(llm: dict[str, Any]) -> list[str]:
-    flags = ["--no-enable-log-requests"]
+    # Repetitions ask the same prompts again; offline the prefix cache is emptied before each run.
+    flags = ["--no-enable-log-requests", "--no-enable-prefix-caching"]
     for name, value in llm.items():
         flag = f"--{name.replace('_', '-')}"
         if name in ("model", "disable_log_stats"):
@@ -122,6 +123,8 @@ def _load(
         "--max-concurrency", str(concurrency), "--temperature", str(temperature), "--disable-tqdm",
         "--save-result", "--save-detailed", "--result-dir", str(data.parent), "--result-filename", result.name,
     ]  # fmt: skip
+    if temperature:
+        command += ["--extra-body", json.dumps({"seed": 0})]
     # The load generator computes nothing: vLLM's threads stay on the cores alone.
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,6 +145,13 @@ def clover_config(
         raise UserError("Clover-2 does not work with pipeline parallelism yet; use tensor parallelism.")
     if device not in WORKERS:
         raise UserError(f"Clover-2 does not run on {device!r} yet; it runs on {', '.join(WORKERS)}.")
+    if device != "cpu":
+        if options.tree != "chain":
+            raise UserError(
+                'Clover-2 verifies trees only on CPUs yet; set the speculative option "tree" to "chain".'
+            )
+        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
+            raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
     if parallel.worker_cls not in ("auto", WORKERS[device]):
         raise UserError(
             f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
@@ -160,8 +168,24 @@ def clover_config(
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
     check_fits(made.draft_model_config.hf_config, target)
+    _check_ranks(options, nodes, made.draft_model_config.hf_config)
     parallel.worker_cls = WORKERS[device]
     return made
+
+
+def _check_ranks(options: CloverOptions, num_nodes: int, head: PretrainedConfig) -> None:
+    """Refuse a fixed tree that asks for more candidates than the head scores.
+
+    Raises:
+        UserError: it does.
+    """
+    shape = options.fixed_shape(num_nodes)
+    scored = head.draft_vocab_size or head.vocab_size
+    if shape is not None and shape.max_rank >= scored:
+        raise UserError(
+            f"Clover's option tree asks for child rank {shape.max_rank}, but the head scores only {scored} "
+            "tokens, ranks from 0."
+        )
 
 
 def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:

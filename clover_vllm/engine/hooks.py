@@ -121,6 +121,33 @@ RELIED_ON = (
         "attention of the augmenting layers",
     ),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), "brings our runner"),
+    Symbol("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",), "brings our runner"),
+    Symbol(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "KV moves"),
+    Symbol(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output"), "timing"),
+    Symbol(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), "timing"),
+    Symbol(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config"), "finds the layers"),
+    Symbol(_RUNNER, "GPUModelRunner._attn_group_iterator", ("self",), "finds the metadata builders"),
+    Symbol(
+        "vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer._get_model", ("self",), "the head"
+    ),
+    Symbol(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer._get_slot_mapping",
+        ("self", "num_tokens", "slot_mapping"),
+        "the head's cache",
+    ),
+    Symbol(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer.dummy_run",
+        ("self", "num_tokens"),
+        "compiling the head",
+    ),
+    Symbol(
+        "vllm._custom_ops",
+        "cpu_attn_get_scheduler_metadata",
+        ("num_reqs", "num_heads", "num_kv_heads", "head_dim", "seq_lens", "dtype", "query_start_loc"),
+        "long prompt chunks beside trees",
+    ),
 )
 
 

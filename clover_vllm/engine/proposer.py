@@ -149,9 +149,9 @@ class Clover2Proposer(EagleProposer):
             num_tokens=count,
             slot_mapping=self._get_slot_mapping(count, accepted.slots),
         ):
-            return self.model(
-                accepted.positions, hidden[accepted.rows], self.model.embed(accepted.next_tokens)
-            )
+            # Placeholders of multimodal prompts and of embeddings lie outside the vocabulary.
+            tokens = accepted.next_tokens.clamp(0, self.model.config.vocab_size - 1)
+            return self.model(accepted.positions, hidden[accepted.rows], self.model.embed(tokens))
 
 
 def accepted_rows(

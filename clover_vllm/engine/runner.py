@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -52,6 +53,9 @@ class CloverRunner(GPUModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            holder.in_spec_mode = False  # the scorer samples as without speculation, row by row
         if self._branching and self.kv_caches:
             self._prepare_trees()
 
@@ -65,6 +69,11 @@ class CloverRunner(GPUModelRunner):
             raise UserError(
                 "Clover-2 cannot verify trees for targets with several kinds of attention or with "
                 'M-RoPE yet; set the speculative option "tree" to "chain".'
+            )
+        if self.vllm_config.kv_transfer_config is not None:
+            raise UserError(
+                "Clover-2 cannot verify trees with a KV connector yet, which may save rows before they are "
+                'moved into place; set the speculative option "tree" to "chain".'
             )
         layers = self.compilation_config.static_forward_context
         names = [
@@ -214,7 +223,14 @@ class CloverRunner(GPUModelRunner):
         common_attn_metadata: CommonAttentionMetadata,
         slot_mappings: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]] | None,
     ) -> list[list[int]]:
-        del sampling_metadata, hidden_states, sample_hidden_states, spec_decode_metadata, slot_mappings
+        del (
+            scheduler_output,
+            sampling_metadata,
+            hidden_states,
+            sample_hidden_states,
+            spec_decode_metadata,
+            slot_mappings,
+        )
         assert isinstance(sampled_token_ids, list)
         assert aux_hidden_states is not None
         step = self.scorer.step
@@ -223,15 +239,10 @@ class CloverRunner(GPUModelRunner):
             accepted = self._accepted_rows(step, sampled_token_ids, common_attn_metadata)
         with self.timer.measure("draft"):
             trees = self.drafter.draft(
-                aux_hidden_states[0], accepted, common_attn_metadata, self._nodes(scheduler_output)
+                aux_hidden_states[0], accepted, common_attn_metadata, self.num_spec_tokens
             )
         with self.timer.measure("python"):
             return self._remember(trees, accepted.drafting, len(step.rows))
-
-    def _nodes(self, scheduler_output: SchedulerOutput) -> int:
-        """Most nodes per tree; vLLM can lower it with the batch (dynamic speculative decoding)."""
-        wanted = scheduler_output.num_spec_tokens_to_schedule
-        return self.num_spec_tokens if wanted is None else min(wanted, self.num_spec_tokens)
 
     def _accepted_rows(
         self, step: StepTrees, sampled: list[list[int]], common: CommonAttentionMetadata
@@ -252,11 +263,17 @@ class CloverRunner(GPUModelRunner):
                 tokens.append([*input_ids[first + 1 : root + 1].tolist(), *own])
                 drafting.append(r)
             else:
-                request = self.requests[batch.req_ids[r]]
-                following = request.get_token_id(computed[r] + step.rows[r])
+                following = self._token_at(batch.req_ids[r], computed[r] + step.rows[r])
                 kept.append([*before, root])
                 tokens.append([*input_ids[first + 1 : root + 1].tolist(), following])
         return accepted_rows(kept, tokens, step.first_rows, computed, common.slot_mapping, drafting)
+
+    def _token_at(self, request_id: str, position: int) -> int:
+        """A request's token, or 0 where its prompt is given as embeddings: drafts there are poor then."""
+        try:
+            return self.requests[request_id].get_token_id(position)
+        except ValueError:
+            return 0
 
     def _remember(self, trees: Any, drafting: list[int], requests: int) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in range(requests)]
@@ -265,7 +282,11 @@ class CloverRunner(GPUModelRunner):
         self._drafts = {k: v for k, v in self._drafts.items() if k in self.requests and k not in done}
         if trees is None:
             return drafts
-        for r, drafted in zip(drafting, RequestTree.from_batch(trees), strict=True):
+        made = RequestTree.from_batch(trees)
+        if self.parallel_config.tensor_parallel_size > 1:
+            # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
+            made = get_tp_group().broadcast_object(made, src=0)
+        for r, drafted in zip(drafting, made, strict=True):
             request_id = self.input_batch.req_ids[r]
             params = self.requests[request_id].sampling_params
             if params is not None and params.structured_outputs is not None:

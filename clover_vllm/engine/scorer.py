@@ -45,7 +45,7 @@ class TreeScorer(nn.Module):
     the root, and where a child carries that token it samples there, until none does. Every row is
     thus an ordinary step of vLLM's `Sampler`, with the accepted path as the request's history and one
     draw of its generator per output token. So greedy and seeded requests get the tokens of plain
-    decoding, others its distribution, and every sampling parameter works.
+    decoding, and others its distribution, whatever vLLM's sampling parameters.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -130,6 +130,7 @@ class TreeScorer(nn.Module):
         holder = sampling_metadata.thinking_budget_state_holder
         may_narrow = all(is_idle(processor) for processor in sampling_metadata.logitsprocs.all)
         may_narrow &= holder is None or not holder.has_tracked_requests()
+        may_narrow &= not sampling_metadata.logprob_token_ids  # its table is as wide as its widest request
         live = sorted(set(everyone).difference(batch.discarded))
         chosen = everyone
         while True:
@@ -224,7 +225,7 @@ def narrow(metadata: SamplingMetadata, chosen: list[int], live: list[int]) -> Sa
         output_token_ids=[metadata.output_token_ids[r] for r in chosen] if metadata.output_token_ids else [],
         allowed_token_ids_mask=rows(metadata.allowed_token_ids_mask),
         bad_words_token_ids=remap(metadata.bad_words_token_ids),
-        logprob_token_ids=remap(metadata.logprob_token_ids) if metadata.logprob_token_ids else None,
+        logprob_token_ids=None,  # such batches are not narrowed
         spec_token_ids=[[] for _ in chosen],
     )
 

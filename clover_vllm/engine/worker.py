@@ -18,8 +18,8 @@ class CloverCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """As the base class, then with our attention backend and runner."""
+        _refuse_v2(self.vllm_config.use_v2_model_runner)
         super().init_device()
-        _refuse_v2(self.use_v2_model_runner)
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
         )
@@ -31,7 +31,7 @@ class CloverGPUWorker(Worker):
     """A worker on a GPU, with the V1 runner."""
 
     def _make_model_runner(self) -> GPUModelRunner:
-        _refuse_v2(self.use_v2_model_runner)
+        _refuse_v2(self.vllm_config.use_v2_model_runner)
         return CloverRunner(self.vllm_config, self.device)
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,27 @@ def check_target(config: Clover2Config, target_config: Any, lm_head: torch.Tenso
             raise UserError(
                 f"Head and target do not fit: {made_for} with {name} {ours}, but the target has {theirs}."
             )
-    if lm_head is None or config.target_probe is None:
+    if lm_head is not None:
+        check_probe(config, probe_lm_head(lm_head))
+
+
+def check_probe(config: Clover2Config, measured: Sequence[float]) -> None:
+    """Refuse another model's lm_head of the right size.
+
+    Args:
+        config: the head's.
+        measured: by `probe_lm_head`, on the target.
+
+    Raises:
+        UserError: it is not what the head was made for.
+    """
+    if config.target_probe is None:
         return
-    measured = probe_lm_head(lm_head)
     if any(abs(a - b) > 0.1 * max(a, b) for a, b in zip(config.target_probe, measured, strict=True)):
         raise UserError(
-            f"Head and target do not fit: {made_for}, and this target's lm_head is another "
-            "model's although its sizes are the same; give the head its own target."
+            f"Head and target do not fit: this head was made for {config.target or 'a target'}, and this "
+            "target's lm_head is another model's although its sizes are the same; give the head its own "
+            "target."
         )
 
 

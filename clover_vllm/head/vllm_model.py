@@ -31,6 +31,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -41,6 +42,7 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 from vllm.platforms import current_platform
 
 from clover_vllm.errors import UserError
+from clover_vllm.head.checkpoint import PROBED_ROWS, check_probe, probe_lm_head
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.head.model import RMSNorm  # on a CPU half the time of vLLM's, for a handful of rows
 
@@ -267,12 +269,14 @@ class Clover2DraftModel(nn.Module):
         # The target's; plain attributes, lest they count as the head's own weights.
         self._lm_head: VocabParallelEmbedding | None = None
         self._draft_head: RowSlice | None = None
+        self._logits_processor = LogitsProcessor(config.vocab_size)
 
     def bind_target(self, target: nn.Module) -> None:
         """Share the target's lm_head, and slice its draft-vocabulary rows once.
 
         Raises:
-            UserError: the lm_head has no plain weight (it is quantised), or not the head's size.
+            UserError: the lm_head has no plain weight (it is quantised), not the head's size, or is
+                another model's.
         """
         language_model = cast(Any, target).get_language_model() if supports_multimodal(target) else target
         lm_head = getattr(language_model, "lm_head", None)
@@ -287,11 +291,10 @@ class Clover2DraftModel(nn.Module):
                 f"{self.config.hidden_size}; the target's is {lm_head.org_vocab_size} x {weight.shape[1]}."
             )
         object.__setattr__(self, "_lm_head", lm_head)
-        rows = self.draft_vocab
-        if rows is None:
-            rows = torch.arange(self.config.vocab_size, device=weight.device)
-        draft_head = RowSlice(self.embed(rows))
-        object.__setattr__(self, "_draft_head", draft_head)
+        probed = torch.linspace(0, self.config.vocab_size - 1, PROBED_ROWS).long()
+        check_probe(self.config, probe_lm_head(self.embed(probed.to(weight.device)).cpu()))
+        if self.draft_vocab is not None:
+            object.__setattr__(self, "_draft_head", RowSlice(self.embed(self.draft_vocab)))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Unscaled lm_head rows of token ids [N], [N, D], whichever ranks hold them."""
@@ -329,8 +332,10 @@ class Clover2DraftModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits over the draft vocabulary, [N, draft V]; the name is vLLM's for it."""
-        assert self._draft_head is not None, "bind_target first"
-        return self._draft_head(hidden_states)
+        if self._draft_head is not None:
+            return self._draft_head(hidden_states)
+        assert self._lm_head is not None, "bind_target first"
+        return self._logits_processor(self._lm_head, hidden_states)
 
     def candidates(self, states: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Best tokens: float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids."""
@@ -342,16 +347,29 @@ class Clover2DraftModel(nn.Module):
         """Load a checkpoint with the published names (`head.checkpoint`).
 
         Raises:
-            UserError: a weight is missing or not finite.
+            UserError: a weight is missing, unknown or not finite.
         """
         parameters = dict(self.named_parameters())
-        wanted = set(self._checkpoint_names(parameters))
+        known = set(self._checkpoint_names(parameters))
+        if self.draft_vocab is not None:
+            known.add("draft_vocab")
+        wanted = set(known)
         loaded: set[str] = set()
         for name, tensor in weights:
-            if name == "draft_vocab" and self.draft_vocab is not None:
+            if name not in known:
+                raise UserError(
+                    f"The Clover-2 checkpoint holds {name}, which its configuration has no place for."
+                )
+            wanted.discard(name)
+            if name == "draft_vocab":
+                assert self.draft_vocab is not None
+                if tensor.shape != self.draft_vocab.shape or not _are_tokens(tensor, self.config.vocab_size):
+                    raise UserError(
+                        f"The Clover-2 checkpoint's draft_vocab must be {len(self.draft_vocab)} token ids below "
+                        f"{self.config.vocab_size}."
+                    )
                 self.draft_vocab.copy_(tensor)
                 continue
-            wanted.discard(name)
             if not torch.isfinite(tensor).all():
                 raise UserError(f"The Clover-2 checkpoint's weight {name} is not finite.")
             own = name if name.startswith("clover_head") and "mlp_rnn." not in name else f"model.{name}"
@@ -380,3 +398,7 @@ class Clover2DraftModel(nn.Module):
                 yield plain.replace(_FUSED[part][0], part)
             if not parts:
                 yield plain
+
+
+def _are_tokens(tensor: torch.Tensor, vocab_size: int) -> bool:
+    return not tensor.is_floating_point() and bool(((tensor >= 0) & (tensor < vocab_size)).all())
