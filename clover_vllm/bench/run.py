@@ -65,6 +65,8 @@ def bench(settings: BenchSettings) -> None:
         "max_num_seqs": max(settings.concurrency),
         "disable_log_stats": False,
     }
+    if Path(target).is_dir() and not any(Path(target).glob("tokenizer*")):
+        llm["skip_tokenizer_init"] = True  # prompts are token ids
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     header: dict[str, Any]
