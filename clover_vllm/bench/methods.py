@@ -12,7 +12,6 @@ from clover_vllm.home import shipped_head
 
 CLOVER_TREES = (4, 8, 16)
 CLOVER_CHAIN = 4
-DEFAULT_METHODS = ("plain", "ngram", "eagle", "clover-chain", "clover-4", "clover-8", "clover-16")
 
 
 @dataclass(frozen=True)

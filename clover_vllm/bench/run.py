@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +172,6 @@ def parse_list(text: str) -> list[int]:
         raise UserError(f"{text!r} is not a list of whole numbers such as 1,2,4.") from None
 
 
-def names(text: str | Sequence[str]) -> list[str]:
+def names(text: str) -> list[str]:
     """`plain,clover-8` as names."""
-    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(text, str) else list(text)
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -13,7 +13,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait(self, seconds: float = 600, on_wait: Callable[[], None] = lambda: None) -> None:
+    def wait(self, seconds: float = 600) -> None:
         """Until the server answers.
 
         Raises:
@@ -77,7 +76,6 @@ class Server:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
-                on_wait()
                 time.sleep(0.5)
         raise UserError(f"vllm serve did not answer within {seconds:.0f} s.{self._tail()}")
 
