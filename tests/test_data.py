@@ -124,7 +124,9 @@ def test_ten_kills_at_random_moments_leave_the_same_answers(
         # Odd ones while it starts (or at its first shard, should this start be a quick one), even ones while it
         # generates or writes.
         latest = time.monotonic() + rng.uniform(0.05, 0.9) * startup if kill % 2 else float("inf")
-        while time.monotonic() < latest and process.poll() is None and len(shards(tmp_path / "broken")) <= done:
+        while (
+            time.monotonic() < latest and process.poll() is None and len(shards(tmp_path / "broken")) <= done
+        ):
             time.sleep(0.002)
         if not kill % 2:
             time.sleep(rng.uniform(0.0, 0.05))

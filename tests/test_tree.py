@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -121,6 +122,32 @@ def test_every_prefix_of_a_tree_is_a_tree_sorted_by_joint_probability(
         assert paths_of(cut, r) == paths_of(trees, r)[: int(sizes[r])]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    requests=st.integers(1, 3),
+    nodes=st.integers(1, 20),
+    rounds=st.integers(1, 6),
+    width=st.integers(1, 6),
+    k=st.integers(1, 6),
+    min_share=st.sampled_from([0.0, 0.3, 0.9]),
+)
+def test_growth_on_the_host_equals_growth_in_tensors(
+    seed: int, requests: int, nodes: int, rounds: int, width: int, k: int, min_share: float
+) -> None:
+    found = []
+    for limit in (0, 64):
+        with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
+            drafter = TableDrafter(requests, 7, seed)
+            found.append(grow_best_first(drafter, nodes, rounds, width, k, Cutoffs(min_share=min_share)))
+    in_tensors, on_host = found
+    for name in ("tokens", "parents", "depths", "offsets"):
+        one, two = getattr(in_tensors, name), getattr(on_host, name)
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two), name
+    torch.testing.assert_close(in_tensors.log_probs, on_host.log_probs)
+
+
 class CertainDrafter(TableDrafter):
     """All probability on one token: every score of a path ties with its parent's."""
 
@@ -131,9 +158,11 @@ class CertainDrafter(TableDrafter):
 
 
 def test_ties_keep_parents_first_and_impossible_tokens_never_grow() -> None:
-    trees = grow_best_first(CertainDrafter(2, 5, 0), 8, 4, 2, num_candidates=3)
-    for r in range(2):
-        assert paths_of(trees, r) == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+    for limit in (0, 64):
+        with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
+            trees = grow_best_first(CertainDrafter(2, 5, 0), 8, 4, 2, num_candidates=3)
+        for r in range(2):
+            assert paths_of(trees, r) == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
 
 
 def test_cutoffs_drop_unlikely_children() -> None:

@@ -1,18 +1,22 @@
 """Growing draft trees from a drafter, for many requests at once.
 
-A drafter scores continuations; this file decides which to keep. All shapes are fixed by the
-arguments, so nothing here waits for a device. Legend: R requests, K candidates per node, W nodes
+A drafter scores continuations; this file decides which to keep. Legend: R requests, K candidates per node, W nodes
 expanded per round, P candidates in a request's pool.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from clover_vllm.tree.topology import ROOT, DraftTrees, StaticTopology, offsets_of
+
+HOST_REQUESTS = 64
+"""On a CPU, up to so many requests grow in plain Python, which is the quicker then."""
 
 
 class Drafter(Protocol):
@@ -96,6 +100,101 @@ def grow_best_first(
     k = min(num_nodes, 8) if num_candidates is None else num_candidates
     cutoffs = cutoffs or Cutoffs()
     log_probs, tokens = drafter.first(k)
+    on_host = tokens.device.type == "cpu" and len(tokens) <= HOST_REQUESTS
+    grow = _grow_on_host if on_host else _grow_on_device
+    return grow(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs)
+
+
+def _grow_on_host(
+    drafter: Drafter,
+    log_probs: torch.Tensor,
+    tokens: torch.Tensor,
+    num_nodes: int,
+    rounds: int,
+    width: int,
+    cutoffs: Cutoffs,
+) -> DraftTrees:
+    """Best-first growth in plain Python: a few hundred numbers, where tensor operations cost more than they do."""
+    k = tokens.shape[1]
+    pools = [
+        _Pool(scores, own, k)
+        for scores, own in zip(cutoffs.apply(log_probs).tolist(), tokens.tolist(), strict=True)
+    ]
+    for _ in range(rounds - 1):
+        chosen = [pool.take(width) for pool in pools]  # as many in each: all pools have one size
+        slots = torch.tensor([[c // k for c in own] for own in chosen])
+        level = torch.tensor([[pool.tokens[c] for c in own] for pool, own in zip(pools, chosen, strict=True)])
+        child_log_probs, child_tokens = drafter.expand(slots, level, k)
+        children = zip(cutoffs.apply(child_log_probs).tolist(), child_tokens.tolist(), strict=True)
+        for pool, own, (scores, ids) in zip(pools, chosen, children, strict=True):
+            for c, child_scores, child_ids in zip(own, scores, ids, strict=True):
+                pool.add(c, child_scores, child_ids)
+    trees = [pool.best(num_nodes) for pool in pools]
+    sizes = torch.tensor([len(scores) for *_, scores in trees])
+    return DraftTrees(
+        torch.tensor([t for own, *_ in trees for t in own], dtype=torch.long),
+        torch.tensor([p for _, own, *_ in trees for p in own], dtype=torch.long),
+        torch.tensor([d for _, _, own, _ in trees for d in own], dtype=torch.long),
+        torch.tensor([s for *_, own in trees for s in own], dtype=torch.float32),
+        offsets_of(sizes),
+    )
+
+
+class _Pool:
+    """Candidates of one request. Those of the node with slot s are entries s * k to s * k + k - 1."""
+
+    def __init__(self, scores: list[float], tokens: list[int], k: int) -> None:
+        self.tokens = tokens
+        self._k = k
+        self._scores = scores
+        self._open = scores.copy()  # -inf: expanded
+        self._entries = [ROOT]  # of the slots' nodes
+        self._depths = [0]
+
+    def take(self, width: int) -> list[int]:
+        """The best entries to expand next; expanded ones only where no others are left."""
+        return heapq.nlargest(width, range(len(self._open)), key=self._open.__getitem__)
+
+    def add(self, entry: int, log_probs: list[float], tokens: list[int]) -> None:
+        """Children of an entry; of one without probability left, none that counts."""
+        score = self._open[entry]
+        self._open[entry] = -math.inf
+        self._entries.append(entry)
+        self._depths.append(self._depths[entry // self._k] + 1)
+        scores = [score + p for p in log_probs]
+        self._scores += scores
+        self._open += scores
+        self.tokens += tokens
+
+    def best(self, num_nodes: int) -> tuple[list[int], list[int], list[int], list[float]]:
+        """Tokens, parents, depths and scores of the best entries, parents first.
+
+        The sort is stable and a parent stands before its children, also where a child is certain and both
+        scores are equal.
+        """
+        scores, k = self._scores, self._k
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:num_nodes]
+        order = [c for c in order if scores[c] > -math.inf]
+        position = {c: i for i, c in enumerate(order)}
+        position[ROOT] = ROOT
+        return (
+            [self.tokens[c] for c in order],
+            [position[self._entries[c // k]] for c in order],
+            [self._depths[c // k] + 1 for c in order],
+            [scores[c] for c in order],
+        )
+
+
+def _grow_on_device(
+    drafter: Drafter,
+    log_probs: torch.Tensor,
+    tokens: torch.Tensor,
+    num_nodes: int,
+    rounds: int,
+    width: int,
+    cutoffs: Cutoffs,
+) -> DraftTrees:
+    """Best-first growth in tensors of fixed shapes, which never wait for the device."""
     requests, k = tokens.shape
     # The pool holds the k children of every expanded node, slot by slot: pool entry c is a child of
     # the node with slot c // k, whose own pool entry is expanded[:, c // k - 1].
