@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from unittest.mock import patch
 
 import pytest
@@ -131,21 +132,26 @@ def test_every_prefix_of_a_tree_is_a_tree_sorted_by_joint_probability(
     width=st.integers(1, 6),
     k=st.integers(1, 6),
     min_share=st.sampled_from([0.0, 0.3, 0.9]),
+    min_joint=st.sampled_from([0.0, 0.05, 0.2, 0.9]),
 )
 def test_growth_on_the_host_equals_growth_in_tensors(
-    seed: int, requests: int, nodes: int, rounds: int, width: int, k: int, min_share: float
+    seed: int, requests: int, nodes: int, rounds: int, width: int, k: int, min_share: float, min_joint: float
 ) -> None:
+    cutoffs = Cutoffs(min_share=min_share, min_joint=min_joint)
     found = []
     for limit in (0, 64):
         with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
             drafter = TableDrafter(requests, 7, seed)
-            found.append(grow_best_first(drafter, nodes, rounds, width, k, Cutoffs(min_share=min_share)))
+            found.append(grow_best_first(drafter, nodes, rounds, width, k, cutoffs))
     in_tensors, on_host = found
     for name in ("tokens", "parents", "depths", "offsets"):
         one, two = getattr(in_tensors, name), getattr(on_host, name)
         assert one.dtype == two.dtype
         assert torch.equal(one, two), name
     torch.testing.assert_close(in_tensors.log_probs, on_host.log_probs)
+    for r in range(requests):
+        for path in paths_of(on_host, r):
+            assert len(path) == 1 or math.exp(drafter.joint(r, path[:-1])) >= min_joint - 1e-4
 
 
 class CertainDrafter(TableDrafter):

@@ -35,6 +35,8 @@ class CloverOptions:
             probability (Clover, arXiv 2405.00263); 1 keeps all.
         draft_min_share: a child is dropped if it is less likely than this share of its best sibling;
             0 keeps all, Clover used 0.25.
+        draft_min_joint: a node of `best_first` is expanded if the joint probability of its path is at
+            least this. On a CPU, a level that no request grows into is not computed.
 
     Raises:
         UserError: a value that cannot work.
@@ -46,6 +48,7 @@ class CloverOptions:
     draft_candidates: int | None = None
     draft_top_p: float = 1.0
     draft_min_share: float = 0.0
+    draft_min_joint: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("draft_rounds", "draft_width", "draft_candidates"):
@@ -54,13 +57,11 @@ class CloverOptions:
                 raise UserError(
                     f"Clover's option {name} is {value!r}; it must be a whole number from 1 to {MAX_NODES}."
                 )
-        for name, low, high in (("draft_top_p", "above 0", 1.0), ("draft_min_share", "0", 1.0)):
+        for name, low in (("draft_top_p", "above 0"), ("draft_min_share", "0"), ("draft_min_joint", "0")):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= high or (name == "draft_top_p" and value == 0):
-                raise UserError(
-                    f"Clover's option {name} is {value!r}; it must be a number from {low} to {high:g}."
-                )
+            if not number or not 0 <= value <= 1 or (name == "draft_top_p" and value == 0):
+                raise UserError(f"Clover's option {name} is {value!r}; it must be a number from {low} to 1.")
         self.fixed_shape(MAX_NODES)
 
     def fixed_shape(self, num_nodes: int) -> StaticTopology | None:
@@ -98,7 +99,7 @@ class CloverOptions:
 
     @property
     def cutoffs(self) -> Cutoffs:
-        return Cutoffs(self.draft_top_p, self.draft_min_share)
+        return Cutoffs(self.draft_top_p, self.draft_min_share, self.draft_min_joint)
 
     def __str__(self) -> str:
         return self.tree if isinstance(self.tree, str) else f"fixed tree of {len(self.tree)} nodes"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,14 +53,21 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class Cutoffs:
-    """Clover's candidate cut-offs (arXiv 2405.00263): children that are too unlikely never grow.
+    """Where growing stops early.
 
-    A child stays while the siblings before it hold less than `top_p` of their parent's
-    probability, and while its own is at least `min_share` of its best sibling's.
+    Clover's candidate cut-offs (arXiv 2405.00263): a child stays while the siblings before it hold less than
+    `top_p` of their parent's probability, and while its own is at least `min_share` of its best sibling's.
+    Ours, for best-first growth: a node is expanded if its joint probability is at least `min_joint`.
     """
 
     top_p: float = 1.0
     min_share: float = 0.0
+    min_joint: float = 0.0
+
+    @property
+    def min_score(self) -> float:
+        """The logarithm of `min_joint`."""
+        return math.log(self.min_joint) if self.min_joint > 0.0 else -math.inf
 
     def apply(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Set dropped children of [..., K] falling log-probabilities to -inf."""
@@ -121,6 +129,8 @@ def _grow_on_host(
         for scores, own in zip(cutoffs.apply(log_probs).tolist(), tokens.tolist(), strict=True)
     ]
     for _ in range(rounds - 1):
+        if not any(pool.may_grow(cutoffs.min_score) for pool in pools):
+            break
         chosen = [pool.take(width) for pool in pools]  # as many in each: all pools have one size
         slots = torch.tensor([[c // k for c in own] for own in chosen])
         level = torch.tensor([[pool.tokens[c] for c in own] for pool, own in zip(pools, chosen, strict=True)])
@@ -128,7 +138,7 @@ def _grow_on_host(
         children = zip(cutoffs.apply(child_log_probs).tolist(), child_tokens.tolist(), strict=True)
         for pool, own, (scores, ids) in zip(pools, chosen, children, strict=True):
             for c, child_scores, child_ids in zip(own, scores, ids, strict=True):
-                pool.add(c, child_scores, child_ids)
+                pool.add(c, child_scores, child_ids, cutoffs.min_score)
     trees = [pool.best(num_nodes) for pool in pools]
     sizes = torch.tensor([len(scores) for *_, scores in trees])
     return DraftTrees(
@@ -155,10 +165,16 @@ class _Pool:
         """The best entries to expand next; expanded ones only where no others are left."""
         return heapq.nlargest(width, range(len(self._open)), key=self._open.__getitem__)
 
-    def add(self, entry: int, log_probs: list[float], tokens: list[int]) -> None:
-        """Children of an entry; of one without probability left, none that counts."""
+    def may_grow(self, min_score: float) -> bool:
+        """Whether an unexpanded entry is likely enough."""
+        return max(self._open) >= max(min_score, -sys.float_info.max)
+
+    def add(self, entry: int, log_probs: list[float], tokens: list[int], min_score: float) -> None:
+        """Children of an entry; of one that is not likely enough, none that counts."""
         score = self._open[entry]
         self._open[entry] = -math.inf
+        if score < min_score:
+            score = -math.inf
         self._entries.append(entry)
         self._depths.append(self._depths[entry // self._k] + 1)
         scores = [score + p for p in log_probs]
@@ -207,7 +223,8 @@ def _grow_on_device(
         pool.scatter_(1, chosen, -torch.inf)
         parent_slots = chosen // k
         child_log_probs, child_tokens = drafter.expand(parent_slots, tokens.gather(1, chosen), k)
-        child_scores = best[..., None] + cutoffs.apply(child_log_probs)
+        from_scores = best.masked_fill(best < cutoffs.min_score, -torch.inf)
+        child_scores = from_scores[..., None] + cutoffs.apply(child_log_probs)
         pool = torch.cat([pool, child_scores.flatten(1)], dim=1)
         tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
         expanded = torch.cat([expanded, chosen], dim=1)
