@@ -24,9 +24,10 @@ def patched_copy(folder: Path) -> Path:
         for line in patch.read_text().splitlines():
             if line.startswith("+++ b/"):
                 file = folder / line.removeprefix("+++ b/")
-                source = file.resolve()
-                file.unlink()
-                shutil.copy(source, file)
+                if file.is_symlink():
+                    source = file.resolve()
+                    file.unlink()
+                    shutil.copy(source, file)
         with patch.open() as diff:
             subprocess.run(
                 ["patch", "-p1", "--no-backup-if-mismatch", "-F0"], cwd=folder, stdin=diff, check=True
@@ -35,19 +36,21 @@ def patched_copy(folder: Path) -> Path:
 
 
 def test_patched_vllm_needs_no_hooks(tmp_path: Path) -> None:
-    assert len(PATCHES) == 2
+    assert len(PATCHES) == 3
     copy = patched_copy(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     check = (
         "import vllm; from vllm.engine.arg_utils import EngineArgs; from clover_vllm.engine import plugin;"
         f"assert vllm.__file__.startswith({str(copy)!r}), vllm.__file__; plugin.register(); plugin.register();"
         "assert not hasattr(EngineArgs.create_speculative_config, 'clover_original');"
+        "from vllm import SamplingParams;"
+        "assert not hasattr(SamplingParams._validate_spec_decode, 'clover_original');"
         "from vllm.config.speculative import speculative_config_factories as found; assert len(found) == 1"
     )
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     target, head = make_pair(tmp_path, "llama tied")
     settings = llm(target, speculative_config=speculative(head))
-    requests = random_requests(6)
+    requests = random_requests(6, min_p=0.1, temperature=0.8, seed=1, logit_bias={7: 3.0})
     hooked = run_engine(settings, requests)
     patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
     assert patched["stats"]["worker"] == "CloverCPUWorker"

@@ -73,6 +73,10 @@ class CloverSpeculativeConfig(SpeculativeConfig):
     def use_eagle(self) -> bool:
         return True
 
+    def samples_every_token(self) -> bool:
+        """Whether each token is an ordinary sampling step, with all of its parameters (see `engine.hooks`)."""
+        return True
+
     def compute_hash(self) -> str:
         # The target's compiled graph returns its last layer's output too, which the base class
         # counts in only for methods it knows.

@@ -11,6 +11,7 @@ files without importing them, so the check costs no import and has no side effec
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib
 import importlib.util
@@ -49,6 +50,20 @@ HOOKS = (
         ("backend", "attn_selector_config", "num_heads"),
         "Its cache is emptied when a Clover worker registers its attention backend, because a process "
         "may have built an engine without Clover before.",
+    ),
+    Symbol(
+        "vllm.sampling_params",
+        "SamplingParams._validate_spec_decode",
+        ("self", "speculative_config"),
+        "vLLM refuses min_p and logit_bias with any speculation. With clover2 each token is an ordinary "
+        "sampling step, so the hook lets them pass.",
+    ),
+    Symbol(
+        "vllm.v1.sample.logits_processor",
+        "build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+        "For the same reason Clover's workers build all logits processors, the user's own too; the "
+        "function is replaced in vllm.v1.worker.gpu_model_runner, and only there.",
     ),
 )
 
@@ -224,6 +239,56 @@ def install(engine_args: type, problems: list[str]) -> None:
 
     create_speculative_config.clover_original = original  # type: ignore[attr-defined]
     engine_args.create_speculative_config = create_speculative_config  # type: ignore[attr-defined]
+
+
+def samples_every_token(spec: Any) -> bool:
+    """Whether a speculative configuration is of a method whose tokens are ordinary sampling steps."""
+    says: Callable[[], bool] | None = getattr(spec, "samples_every_token", None)
+    return says is not None and says()
+
+
+def _knows_sampling_methods() -> bool:
+    """Whether this vLLM has our patch that asks a method for `samples_every_token`."""
+    config: Any = importlib.import_module("vllm.config.speculative").SpeculativeConfig
+    return hasattr(config, "samples_every_token")
+
+
+def install_sampling(sampling_params: type) -> None:
+    """Let min_p and logit_bias pass `SamplingParams.verify` with clover2; a second call does nothing.
+
+    Args:
+        sampling_params: `vllm.SamplingParams`.
+    """
+    original: Callable[..., None] = sampling_params._validate_spec_decode  # type: ignore[attr-defined]
+    if _knows_sampling_methods() or hasattr(original, "clover_original"):
+        return
+
+    @functools.wraps(original)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not samples_every_token(speculative_config):
+            original(self, speculative_config)
+
+    _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
+    sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]
+
+
+def install_logits_processors() -> None:
+    """Let runners made from now on build all logits processors with clover2; for our workers."""
+    from vllm.v1.worker import gpu_model_runner
+
+    original: Callable[..., Any] = gpu_model_runner.build_logitsprocs
+    if _knows_sampling_methods() or hasattr(original, "clover_original"):
+        return
+
+    @functools.wraps(original)
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if samples_every_token(vllm_config.speculative_config):
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.speculative_config = None
+        return original(vllm_config, *args, **kwargs)
+
+    build_logitsprocs.clover_original = original  # type: ignore[attr-defined]
+    gpu_model_runner.build_logitsprocs = build_logitsprocs
 
 
 def speculative_config(

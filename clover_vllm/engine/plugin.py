@@ -24,10 +24,11 @@ def register() -> None:
         logger.warning("clover-vllm stays inactive: %s.", "; ".join(problems))
         return
     from transformers import AutoConfig
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, SamplingParams
 
     from clover_vllm.head.config import Clover2Config
 
+    hooks.install_sampling(SamplingParams)
     AutoConfig.register("clover2", Clover2Config, exist_ok=True)
     if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("Clover2DraftModel", "clover_vllm.head.vllm_model:Clover2DraftModel")

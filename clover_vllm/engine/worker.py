@@ -8,7 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from clover_vllm.engine.hooks import forget_cached_backends
+from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
 from clover_vllm.errors import UserError
 
@@ -19,6 +19,7 @@ class CloverCPUWorker(CPUWorker):
     def init_device(self) -> None:
         """As the base class, then with our attention backend and runner."""
         _refuse_v2(self.vllm_config.use_v2_model_runner)
+        install_logits_processors()
         super().init_device()
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
@@ -32,6 +33,7 @@ class CloverGPUWorker(Worker):
 
     def _make_model_runner(self) -> GPUModelRunner:
         _refuse_v2(self.vllm_config.use_v2_model_runner)
+        install_logits_processors()
         return CloverRunner(self.vllm_config, self.device)
 
 
