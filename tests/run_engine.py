@@ -53,6 +53,8 @@ def main() -> None:
             if requests[i].get("step", 0) <= step or not engine.has_unfinished_requests():
                 waiting.discard(i)
                 params = dict(requests[i]["params"])
+                if "logit_bias" in params:
+                    params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
                 if "structured_outputs" in params:
                     params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
                 engine.add_request(
@@ -81,16 +83,24 @@ def main() -> None:
         "preempted": preempted,
         "cached_tokens": cached,
         "leaked_blocks": pool.num_gpu_blocks - 1 - free,
-        "fallbacks": getattr(runner, "fallbacks", {}),
+        "fallbacks": fallbacks(runner),
         "trees": getattr(runner, "tests_trees", None),
         "worker": type(core.model_executor.driver_worker.worker).__name__,
     }
-    if hasattr(runner, "counters"):
-        stats["counters"] = vars(runner.counters)
     if probe is not None:
         stats["cache_error"] = probe.error(llm)
         stats["cache_rows"] = probe.rows
     Path(sys.argv[2]).write_text(json.dumps({"outputs": outputs, "stats": stats}))
+
+
+def fallbacks(runner: Any) -> dict[str, float]:
+    """By reason, those that happened."""
+    from clover_vllm.engine.metrics import REASONS
+
+    if not hasattr(runner, "counters"):
+        return {}
+    found = dict(zip(REASONS, runner.counters.fallbacks.tolist(), strict=True))
+    return {reason: count for reason, count in found.items() if count}
 
 
 def logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:

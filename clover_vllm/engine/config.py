@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 
+from clover_vllm.engine.metrics import make_counters
 from clover_vllm.engine.options import DEFAULT_NODES, CloverOptions, split_options
 from clover_vllm.errors import UserError
 from clover_vllm.head.config import Clover2Config
@@ -48,6 +49,8 @@ class CloverSpeculativeConfig(SpeculativeConfig):
 
     method: str | None = METHOD  # type: ignore[assignment]
     clover: SkipValidation[CloverOptions] = None  # type: ignore[assignment]
+    counters: str = ""
+    """Name of the file in which workers count (`engine.metrics`)."""
 
     def __post_init__(self) -> None:
         target = self.target_model_config
@@ -174,6 +177,7 @@ def clover_config(
     check_fits(made.draft_model_config.hf_config, target)
     _check_ranks(options, nodes, made.draft_model_config.hf_config)
     parallel.worker_cls = WORKERS[device]
+    made.counters = make_counters(nodes, parallel.data_parallel_size)
     return made
 
 

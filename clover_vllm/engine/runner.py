@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from clover_vllm.attention.cache_rows import CacheRows
 from clover_vllm.attention.cpu_backend import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
+from clover_vllm.engine.metrics import Counters, counters_path
 from clover_vllm.engine.proposer import Clover2Proposer, accepted_rows
 from clover_vllm.engine.scorer import Batch, TreeScorer
 from clover_vllm.engine.step import RequestTree, StepTrees
@@ -45,7 +46,7 @@ class CloverRunner(GPUModelRunner):
         self.rejection_sampler = self.scorer
         self.use_aux_hidden_state_outputs = True
         self.timer = StepTimer()
-        self.fallbacks: dict[str, int] = {}
+        self.counters = self._make_counters()
         self._drafts: dict[str, RequestTree] = {}  # by request, until they are scheduled
         self._cache_rows: CacheRows | None = None
         self._builders: list[TreeCPUAttentionMetadataBuilder] = []
@@ -135,7 +136,7 @@ class CloverRunner(GPUModelRunner):
             if drafted is not None and drafted.tokens[:count] == tokens and rows[r] == count + 1:
                 trees[r] = drafted.prefix(count)
             else:  # any reading of the rows is exact; a chain needs no masks
-                self._count_fallback("unknown_draft")
+                self.counters.count_fallback("unknown_draft")
                 trees[r] = RequestTree.chain(list(tokens))
         return StepTrees(trees, rows, first_rows)
 
@@ -156,7 +157,9 @@ class CloverRunner(GPUModelRunner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         step = self.scorer.step
-        self.timer.finish_step(step is not None and step.decodes_only)
+        seconds = self.timer.finish_step(step is not None and step.decodes_only)
+        if step is not None:
+            self.counters.count_step(step, seconds)
         return output
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
@@ -291,15 +294,22 @@ class CloverRunner(GPUModelRunner):
             params = self.requests[request_id].sampling_params
             if params is not None and params.structured_outputs is not None:
                 # The grammar follows drafts one after the other.
-                self._count_fallback("structured_output")
+                self.counters.count_fallback("structured_output")
                 drafted = drafted.likeliest_chain()
-            if drafted.tokens:
+            if not drafted.tokens:
+                self.counters.count_fallback("non_finite_draft")
+            else:
                 self._drafts[request_id] = drafted
                 drafts[r] = drafted.tokens
         return drafts
 
-    def _count_fallback(self, reason: str) -> None:
-        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+    def _make_counters(self) -> Counters:
+        """In a file that the front end reads too; one rank counts for all."""
+        parallel = self.parallel_config
+        path = None
+        if get_tp_group().is_first_rank:
+            path = counters_path(self.speculative_config.counters, parallel.data_parallel_index)
+        return Counters(self.num_spec_tokens, path, write=True)
 
 
 class CloverCPUModelRunner(CloverRunner, CPUModelRunner):

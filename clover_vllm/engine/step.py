@@ -18,28 +18,34 @@ class RequestTree:
     depths: list[int]  # 1 under the root
     masks: list[int]  # of the node rows: bit j, the request's row j is visible (64th bit: the sign)
     is_chain: bool
+    probabilities: Sequence[float] = ()  # joint, as the head sees them; empty where it does not say
 
     @classmethod
-    def chain(cls, tokens: list[int]) -> RequestTree:
+    def chain(cls, tokens: list[int], probabilities: Sequence[float] = ()) -> RequestTree:
         """A single path."""
         count = len(tokens)
         masks = [(1 << (i + 2)) - 1 for i in range(count)]
-        return cls(tokens, list(range(-1, count - 1)), list(range(1, count + 1)), signed(masks), True)
+        return cls(
+            tokens, list(range(-1, count - 1)), list(range(1, count + 1)), signed(masks), True, probabilities
+        )
 
     @classmethod
-    def make(cls, tokens: list[int], parents: list[int], depths: list[int]) -> RequestTree:
+    def make(
+        cls, tokens: list[int], parents: list[int], depths: list[int], probabilities: Sequence[float] = ()
+    ) -> RequestTree:
         """From nodes in parent-first order."""
         masks: list[int] = []
         for node, parent in enumerate(parents):
             masks.append((1 if parent == ROOT else masks[parent]) | 1 << (node + 1))
-        return cls(tokens, parents, depths, signed(masks), _is_chain(parents))
+        return cls(tokens, parents, depths, signed(masks), _is_chain(parents), probabilities)
 
     @classmethod
     def from_batch(cls, trees: DraftTrees) -> list[RequestTree]:
         """The trees of a batch. Their masks are those of `tree.ancestor_bits`."""
         offsets = trees.offsets.tolist()
         tokens, parents, depths = trees.tokens.tolist(), trees.parents.tolist(), trees.depths.tolist()
-        return [cls.make(tokens[a:b], parents[a:b], depths[a:b]) for a, b in pairwise(offsets)]
+        joint = trees.log_probs.exp().tolist()
+        return [cls.make(tokens[a:b], parents[a:b], depths[a:b], joint[a:b]) for a, b in pairwise(offsets)]
 
     def prefix(self, count: int) -> RequestTree:
         """The first nodes, which again are a tree."""
@@ -51,17 +57,19 @@ class RequestTree:
             self.depths[:count],
             self.masks[:count],
             _is_chain(self.parents[:count]),
+            self.probabilities[:count],
         )
 
     def likeliest_chain(self) -> RequestTree:
         """The path of first children; a tree's nodes stand in falling order of probability."""
-        tokens: list[int] = []
+        path: list[int] = []
         current = ROOT
         for node, parent in enumerate(self.parents):
             if parent == current:
-                tokens.append(self.tokens[node])
+                path.append(node)
                 current = node
-        return RequestTree.chain(tokens)
+        probabilities = [self.probabilities[node] for node in path] if self.probabilities else ()
+        return RequestTree.chain([self.tokens[node] for node in path], probabilities)
 
 
 def _is_chain(parents: list[int]) -> bool:

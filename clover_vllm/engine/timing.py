@@ -32,9 +32,10 @@ class StepTimer:
             if self._inner:
                 self._inner[-1] += elapsed
 
-    def finish_step(self, decode_only: bool) -> None:
-        """Count the parts measured since the last call, or forget them."""
+    def finish_step(self, decode_only: bool) -> dict[str, float]:
+        """The parts measured since the last call; added up if the step only decodes."""
         if decode_only:
             for part, seconds in self._step.items():
                 self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-        self._step.clear()
+        step, self._step = self._step, {}
+        return step

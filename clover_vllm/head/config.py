@@ -42,6 +42,8 @@ class Clover2Config(PretrainedConfig):
         embed_scale: multiplies lm_head rows used as token embeddings (1.0 for published ones).
         target: name of the target model, for error messages and model cards.
         target_probe: what `probe_lm_head` measured on the target, or None if unknown.
+        first_acceptance: share of steps whose likeliest draft token is accepted, greedy on held-out
+            prompts, as measured by `clover-vllm eval`; or None. A server far below it warns.
 
     Raises:
         UserError: a size or a combination of sizes that cannot work.
@@ -70,6 +72,7 @@ class Clover2Config(PretrainedConfig):
         embed_scale: float = 1.0,
         target: str | None = None,
         target_probe: Sequence[float] | None = None,
+        first_acceptance: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.hidden_size = hidden_size
@@ -99,6 +102,7 @@ class Clover2Config(PretrainedConfig):
         self.embed_scale = embed_scale
         self.target = target
         self.target_probe = None if target_probe is None else list(target_probe)
+        self.first_acceptance = first_acceptance
         self.check()
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", ["Clover2DraftModel"])

@@ -70,7 +70,8 @@ class Cutoffs:
         return math.log(self.min_joint) if self.min_joint > 0.0 else -math.inf
 
     def apply(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Set dropped children of [..., K] falling log-probabilities to -inf."""
+        """Set dropped children of [..., K] falling log-probabilities to -inf, and those that are not numbers."""
+        log_probs = log_probs.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if self.top_p >= 1.0 and self.min_share <= 0.0:
             return log_probs
         probs = log_probs.exp()
