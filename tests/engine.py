@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from clover_vllm.engine.environment import prepare
 
@@ -53,3 +56,17 @@ def differing(a: Json, b: Json) -> int:
         for x, y in zip(one, other, strict=True):
             count += sum(p != q for p, q in zip(x, y, strict=False)) + abs(len(x) - len(y))
     return count
+
+
+def assert_same(plain: Json, trees: Json, chosen: Iterable[int]) -> None:
+    """Every sequence of the chosen requests is the same: tokens, text, ends and logprobs."""
+    for i in chosen:
+        for one, other in zip(plain["outputs"][i], trees["outputs"][i], strict=True):
+            for key in ("tokens", "text", "finish", "stop"):
+                assert one[key] == other[key], f"{key} of request {i}"
+            for key in ("logprobs", "prompt_logprobs"):
+                assert (one[key] is None) == (other[key] is None)
+                for position, again in zip(one[key] or [], other[key] or [], strict=True):
+                    assert [(t, rank) for t, _, rank in position] == [(t, rank) for t, _, rank in again]
+                    expected = pytest.approx([p for _, p, _ in again], abs=1e-4)
+                    assert [p for _, p, _ in position] == expected

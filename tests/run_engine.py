@@ -5,14 +5,15 @@ which requests share a step then depends on nothing but the requests. Keys of SP
 
     llm: arguments of vllm.LLM.
     requests: [{"prompt": token ids, "params": SamplingParams arguments, "step": arrives before this
-        engine step (0), "abort": aborted at this step (never)}].
+        engine step (0), "abort": aborted at this step (never), "lora": folder of an adapter (none),
+        "embeds": give the prompt as embeddings of this .pt file (no), "priority": (0)}].
     scripted: {"continuations": {prompt as text: tokens}, "seed": int}: trees are not drafted but hide
         the given continuation among random siblings in random shapes and sizes.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
 Stats: engine steps, preemptions, prompt tokens found in the prefix cache, cache blocks not given back.
 
-OUT: {"outputs": [[{"tokens", "finish", "logprobs"} per sequence] per request], "stats": {...}}.
+OUT: {"outputs": [[{"tokens", "text", "finish", ...} per sequence] per request], "stats": {...}}.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ Json = dict[str, Any]
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
+    import torch
     from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
+    from vllm.inputs import EmbedsPrompt, TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     llm = LLM(**{"disable_log_stats": True, **spec["llm"]})
@@ -57,10 +60,16 @@ def main() -> None:
                     params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
                 if "structured_outputs" in params:
                     params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+                prompt: Any = TokensPrompt(prompt_token_ids=requests[i]["prompt"])
+                if "embeds" in requests[i]:
+                    prompt = EmbedsPrompt(prompt_embeds=torch.load(requests[i]["embeds"]))
+                lora = requests[i].get("lora")
                 engine.add_request(
                     str(i),
-                    TokensPrompt(prompt_token_ids=requests[i]["prompt"]),
+                    prompt,
                     SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY),
+                    lora_request=LoRARequest(lora, len(lora), lora) if lora else None,
+                    priority=requests[i].get("priority", 0),
                 )
         due = [i for i, at in aborts.items() if at <= step]
         for i in due:
@@ -69,7 +78,14 @@ def main() -> None:
         for done in engine.step():
             cached += done.num_cached_tokens or 0
             outputs[int(done.request_id)] = [
-                {"tokens": list(o.token_ids), "finish": o.finish_reason, "logprobs": logprobs(o.logprobs)}
+                {
+                    "tokens": list(o.token_ids),
+                    "text": o.text,
+                    "finish": o.finish_reason,
+                    "stop": o.stop_reason,
+                    "logprobs": logprobs(o.logprobs),
+                    "prompt_logprobs": logprobs(done.prompt_logprobs),
+                }
                 for o in done.outputs
             ]
         if probe is not None:
@@ -107,7 +123,7 @@ def logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:
     """Per position (token, logprob, rank), sampled token first."""
     if found is None:
         return None
-    return [[(t, v.logprob, v.rank) for t, v in position.items()] for position in found]
+    return [[(t, v.logprob, v.rank) for t, v in (position or {}).items()] for position in found]
 
 
 def script(runner: Any, wanted: Json) -> None:
@@ -117,28 +133,21 @@ def script(runner: Any, wanted: Json) -> None:
     rng = random.Random(wanted["seed"])
     known = {tuple(json.loads(k)): v for k, v in wanted["continuations"].items()}
     vocab = runner.model_config.get_vocab_size()
-    original = runner._remember
     runner.tests_trees = {"nodes": 0, "branching": 0}
 
-    def remember(trees: Any, drafting: list[int], requests: int) -> list[list[int]]:
+    def host_trees(trees: Any, drafting: list[int]) -> list[RequestTree]:
         del trees
-        drafts = original(None, [], requests)
+        made = []
         for r in drafting:
-            request_id = runner.input_batch.req_ids[r]
-            state = runner.requests[request_id]
-            answer = known.get(tuple(state.prompt_token_ids), [])
-            tree = hide(
-                rng, answer[len(state.output_token_ids) :], rng.randrange(runner.num_spec_tokens + 1), vocab
-            )
-            if tree[0]:
-                made = RequestTree.make(*tree)
-                runner._drafts[request_id] = made
-                drafts[r] = made.tokens
-                runner.tests_trees["nodes"] += len(made.tokens)
-                runner.tests_trees["branching"] += not made.is_chain
-        return drafts
+            state = runner.requests[runner.input_batch.req_ids[r]]
+            answer = known.get(tuple(state.prompt_token_ids or ()), [])
+            nodes = rng.randrange(runner.num_spec_tokens + 1)
+            made.append(RequestTree.make(*hide(rng, answer[len(state.output_token_ids) :], nodes, vocab)))
+            runner.tests_trees["nodes"] += len(made[-1].tokens)
+            runner.tests_trees["branching"] += not made[-1].is_chain
+        return made
 
-    runner._remember = remember
+    runner._host_trees = host_trees
 
 
 def hide(

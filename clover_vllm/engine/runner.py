@@ -27,6 +27,7 @@ from clover_vllm.engine.scorer import Batch, TreeScorer
 from clover_vllm.engine.step import RequestTree, StepTrees
 from clover_vllm.engine.timing import StepTimer
 from clover_vllm.errors import UserError
+from clover_vllm.tree import DraftTrees
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -278,14 +279,14 @@ class CloverRunner(GPUModelRunner):
         except ValueError:
             return 0
 
-    def _remember(self, trees: Any, drafting: list[int], requests: int) -> list[list[int]]:
+    def _remember(self, trees: DraftTrees | None, drafting: list[int], requests: int) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in range(requests)]
         # A running request that this step had no budget for keeps its drafts, here as in the scheduler.
         done = set(self.input_batch.req_ids)
         self._drafts = {k: v for k, v in self._drafts.items() if k in self.requests and k not in done}
         if trees is None:
             return drafts
-        made = RequestTree.from_batch(trees)
+        made = self._host_trees(trees, drafting)
         if self.parallel_config.tensor_parallel_size > 1:
             # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
             made = get_tp_group().broadcast_object(made, src=0)
@@ -302,6 +303,11 @@ class CloverRunner(GPUModelRunner):
                 self._drafts[request_id] = drafted
                 drafts[r] = drafted.tokens
         return drafts
+
+    def _host_trees(self, trees: DraftTrees, drafting: list[int]) -> list[RequestTree]:
+        """The trees of the drafting requests as records on the host."""
+        del drafting  # tests script trees by request
+        return RequestTree.from_batch(trees)
 
     def _make_counters(self) -> Counters:
         """In a file that the front end reads too; one rank counts for all."""

@@ -1,0 +1,270 @@
+"""Every request feature of vLLM, with trees, gives what plain vLLM gives for the same request.
+
+The trees are scripted: they hide plain vLLM's answer among random siblings, so that paths are accepted
+whatever the parameters. All features share a batch, with prompts in chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import Json, assert_same, run_engine
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from clover_vllm.head import Clover2DraftModel
+from clover_vllm.head.checkpoint import save_head
+from clover_vllm.head.init import config_for_target, init_from_target
+from clover_vllm.train.target_model import FrozenTarget
+
+VOCAB = 320
+SEEDED = {"temperature": 0.9, "seed": 5}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy", "zzz"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+FEATURES: dict[str, Json] = {
+    "greedy": {},
+    "temperature": SEEDED,
+    "top_p": {**SEEDED, "top_p": 0.7},
+    "top_k": {**SEEDED, "top_k": 5},
+    "min_p": {**SEEDED, "min_p": 0.2},
+    "seed": {"temperature": 1.0, "seed": 12345},
+    "presence_penalty": {"presence_penalty": 1.5},
+    "frequency_penalty": {**SEEDED, "frequency_penalty": 0.9},
+    "repetition_penalty": {"repetition_penalty": 1.6},
+    "logit_bias": {"logit_bias": {"20": 6.0, "30": -50.0, "99": 5.0}},
+    "logit_bias, seeded": {**SEEDED, "logit_bias": {"20": 6.0, "30": -50.0, "99": 5.0}},
+    "bad_words": {"bad_words": ["a", "the", "e", "i", "o", "r", "s"]},
+    "allowed_token_ids": {"allowed_token_ids": list(range(40, 120))},
+    "min_tokens": {"min_tokens": 12, "stop_token_ids": list(range(3, 160)), "ignore_eos": False},
+    "stop": {"stop": ["a", "e", "B"]},
+    "stop, included": {"stop": ["a", "e", "B"], "include_stop_str_in_output": True},
+    "stop_token_ids": {"stop_token_ids": list(range(3, 40))},
+    "ignore_eos": {"logit_bias": {"2": 100.0}, "ignore_eos": True},
+    "eos": {"logit_bias": {"2": 7.0}, "ignore_eos": False},
+    "n": {**SEEDED, "n": 3},
+    "logprobs": {"logprobs": 3},
+    "logprobs, sampled token": {**SEEDED, "logprobs": 0},
+    "logprobs, with penalties": {**SEEDED, "logprobs": 2, "repetition_penalty": 1.3},
+    "prompt_logprobs": {"prompt_logprobs": 2},
+    "structured: JSON schema": {"structured_outputs": {"json": SCHEMA}, "ignore_eos": False},
+    "structured: regex": {"structured_outputs": {"regex": r"[a-f]{4}-\d{3,9}(x|yz)*"}, "ignore_eos": False},
+    "structured: choice": {
+        "structured_outputs": {"choice": ["positive", "negative", "neither of them"]},
+        "ignore_eos": False,
+    },
+    "structured: grammar": {
+        "structured_outputs": {"grammar": 'root ::= item ("," item)*\nitem ::= [0-9]+ | "(" root ")"'},
+        "ignore_eos": False,
+    },
+    "structured, seeded": {**SEEDED, "structured_outputs": {"json": SCHEMA}, "ignore_eos": False},
+    "thinking budget": {"thinking_token_budget": 6, "logit_bias": {"300": 100.0}},
+}
+COPIES = 3
+
+
+def make_spoken_pair(folder: Path) -> tuple[Path, Path]:
+    """A random Llama with a byte-level tokenizer of 320 tokens, and an untrained head."""
+    torch.manual_seed(0)
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(
+        ["the cat sat on the mat and thought of <think> its dinner </think> " * 3] * 20, trainer
+    )
+    assert words.get_vocab_size() <= VOCAB
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder / "target")
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder / "target")
+    frozen = FrozenTarget(folder / "target", torch.float32)
+    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
+    init_from_target(head, frozen.layers, frozen.norm)
+    save_head(head, folder / "head")
+    return folder / "target", folder / "head"
+
+
+def llm(target: Path, **more: Any) -> Json:
+    return {
+        "model": str(target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "max_num_batched_tokens": 4096,
+        **more,
+    }
+
+
+def with_trees(head: Path) -> Json:
+    """Prompts come in chunks here; plain vLLM cannot do that with seeds."""
+    return {
+        "max_num_batched_tokens": 64,
+        "speculative_config": {"method": "clover2", "model": str(head), "num_speculative_tokens": 8},
+    }
+
+
+def requests_of(features: list[Json], seed: int = 1, **more: Any) -> list[Json]:
+    """Requests of each feature in turn, with prompts of their own, arriving over time."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": [rng.randrange(3, 300) for _ in range(rng.randrange(3, 70))],
+            "step": rng.randrange(60),
+            "params": {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True, **feature},
+            **more,
+        }
+        for _ in range(COPIES)
+        for feature in features
+    ]
+
+
+def both(settings: Json, head: Path, requests: list[Json], **more: Any) -> tuple[Json, Json]:
+    """Outputs of plain vLLM and of trees that hide plain vLLM's answers."""
+    plain = run_engine(settings, requests)
+    known = {json.dumps(r["prompt"]): o[0]["tokens"] for r, o in zip(requests, plain["outputs"], strict=True)}
+    trees = run_engine(
+        {**settings, **with_trees(head), **more}, requests, scripted={"continuations": known, "seed": 5}
+    )
+    assert trees["stats"]["trees"]["branching"] > len(requests)
+    assert trees["stats"]["steps"] < plain["stats"]["steps"]
+    assert trees["stats"]["leaked_blocks"] == 0
+    return plain, trees
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_spoken_pair(tmp_path_factory.mktemp("spoken"))
+
+
+@pytest.fixture(scope="module")
+def runs(pair: tuple[Path, Path]) -> tuple[Json, Json]:
+    target, head = pair
+    settings = llm(
+        target, reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+    )
+    return both(settings, head, requests_of(list(FEATURES.values())))
+
+
+@pytest.mark.parametrize("feature", list(FEATURES))
+def test_feature(runs: tuple[Json, Json], feature: str) -> None:
+    plain, trees = runs
+    chosen = range(list(FEATURES).index(feature), COPIES * len(FEATURES), len(FEATURES))
+    assert_same(plain, trees, chosen)
+    assert all(plain["outputs"][i][0]["tokens"] for i in chosen)
+
+
+def test_structured_requests_get_chains_and_are_counted(runs: tuple[Json, Json]) -> None:
+    assert runs[1]["stats"]["fallbacks"]["structured_output"] > 0
+    first = list(FEATURES).index("structured: choice")
+    assert runs[1]["outputs"][first][0]["text"] in ("positive", "negative", "neither of them")
+
+
+def test_custom_logits_processors_and_processed_logprobs(pair: tuple[Path, Path]) -> None:
+    """Processors of a user's own beside vLLM's; also priorities."""
+    target, head = pair
+    settings = llm(
+        target,
+        logits_processors=["processors:PerRequest", "processors:CountsSteps"],
+        logprobs_mode="processed_logprobs",
+        scheduling_policy="priority",
+    )
+    requests = requests_of(
+        [
+            {},
+            {"extra_args": {"every_other": True}},
+            {**SEEDED, "extra_args": {"every_other": True}, "logprobs": 2},
+            {"extra_args": {"favour": True}, "min_p": 0.1},
+            {**SEEDED, "extra_args": {"favour": True, "every_other": True}, "presence_penalty": 0.5},
+            {**SEEDED, "logprobs": 3, "top_k": 7},
+        ]
+    )
+    for i, request in enumerate(requests):
+        request["priority"] = i % 3
+    plain, trees = both(settings, head, requests)
+    assert_same(plain, trees, range(len(requests)))
+    for i in range(1, len(requests), 6):
+        assert [t % 2 for t in plain["outputs"][i][0]["tokens"]] == [1, 0] * 16
+
+
+def make_adapter(folder: Path, target: Path, seed: int) -> Path:
+    """A random LoRA adapter of rank 4."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    model = LlamaForCausalLM.from_pretrained(target)
+    modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    for name, layer in model.named_modules():
+        if name.rpartition(".")[2] in modules:
+            rows, columns = layer.weight.shape
+            prefix = f"base_model.model.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": modules, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_lora_adapters_on_the_target(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two adapters in one batch. No request goes without: in a batch with adapters, plain vLLM 0.32.0 on a
+    CPU gives such a request the last adapter (index -1), alone it does not."""
+    target, head = pair
+    adapters = [make_adapter(tmp_path / "one", target, 1), make_adapter(tmp_path / "number two", target, 2)]
+    requests = requests_of([{}, {}, SEEDED, SEEDED])
+    for i, request in enumerate(requests):
+        request["lora"] = str(adapters[i % 2])
+    settings = llm(target, enable_lora=True, max_loras=2, max_lora_rank=8)
+    plain, trees = both(settings, head, requests, max_num_batched_tokens=128)
+    assert_same(plain, trees, range(len(requests)))
+    swapped = [{**r, "lora": str(adapters[1 - i % 2])} for i, r in enumerate(requests)]
+    other = run_engine(settings, swapped)
+    for one, two in zip(plain["outputs"], other["outputs"], strict=True):
+        assert one[0]["tokens"] != two[0]["tokens"]
+
+
+def test_prompts_as_embeddings_and_logprobs_of_chosen_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The latter in no batch with other logprobs, whose candidates plain vLLM 0.32.0 loses then."""
+    target, head = pair
+    model = LlamaForCausalLM.from_pretrained(target)
+    requests = requests_of([{}, SEEDED, {"logprob_token_ids": [5, 9, 77]}, {}])
+    for i, request in enumerate(requests):
+        if i % 3 != 2:
+            path = tmp_path / f"{i}.pt"
+            ids = torch.tensor(request["prompt"])
+            torch.save(model.get_input_embeddings()(ids).detach(), path)
+            request["embeds"] = str(path)
+    settings = llm(target, enable_prompt_embeds=True)
+    plain, trees = both(settings, head, requests)
+    assert_same(plain, trees, range(len(requests)))
