@@ -341,6 +341,23 @@ def bench(
 
 @app.command()
 @_one_line
+def torture(
+    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 2000,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="How long, instead of --requests.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first engine; the next one has the next seed.")] = 0,
+    per_engine: Annotated[int, typer.Option(min=1, help="Requests per engine.")] = 300,
+    wave: Annotated[int, typer.Option(min=1, help="Requests submitted together.")] = 60,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Random requests through random engines with Clover-2, each compared with plain vLLM (float32)."""
+    from clover_vllm.bench.torture import TortureSettings
+    from clover_vllm.bench.torture import torture as run
+
+    run(TortureSettings(**locals_without(locals(), "TortureSettings", "run")))
+
+
+@app.command()
+@_one_line
 def trees(
     prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, max=2048, help="Longest answer, tokens.")] = 96,

@@ -15,15 +15,10 @@ import pytest
 import torch
 from engine import Json, assert_same, run_engine
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from clover_vllm.head import Clover2DraftModel
-from clover_vllm.head.checkpoint import save_head
-from clover_vllm.head.init import config_for_target, init_from_target
-from clover_vllm.train.target_model import FrozenTarget
+from clover_vllm.bench.tiny import make_tiny_pair
 
-VOCAB = 320
 SEEDED = {"temperature": 0.9, "seed": 5}
 SCHEMA = {
     "type": "object",
@@ -71,47 +66,6 @@ FEATURES: dict[str, Json] = {
     "thinking budget": {"thinking_token_budget": 6, "logit_bias": {"300": 100.0}},
 }
 COPIES = 3
-
-
-def make_spoken_pair(folder: Path) -> tuple[Path, Path]:
-    """A random Llama with a byte-level tokenizer of 320 tokens, and an untrained head."""
-    torch.manual_seed(0)
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words.train_from_iterator(
-        ["the cat sat on the mat and thought of <think> its dinner </think> " * 3] * 20, trainer
-    )
-    assert words.get_vocab_size() <= VOCAB
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(folder / "target")
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder / "target")
-    frozen = FrozenTarget(folder / "target", torch.float32)
-    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
-    init_from_target(head, frozen.layers, frozen.norm)
-    save_head(head, folder / "head")
-    return folder / "target", folder / "head"
 
 
 def llm(target: Path, **more: Any) -> Json:
@@ -165,7 +119,7 @@ def both(settings: Json, head: Path, requests: list[Json], **more: Any) -> tuple
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_spoken_pair(tmp_path_factory.mktemp("spoken"))
+    return make_tiny_pair(tmp_path_factory.mktemp("spoken"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,411 @@
+"""`clover-vllm torture`: random requests through random engines, each compared with plain vLLM.
+
+One plain engine with ample settings answers every request. Engines with Clover-2 and random settings (a
+tiny cache, a tiny token budget, a small max_model_len, any tree) get the same requests, arriving over time,
+some of them twice, some aborted. Every request that finishes must be the same to the last token, and
+every cache block must come back. The target is tiny and random, in float32, so that thousands of requests
+take minutes; half of the trees hide the right answer, lest everything be rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from clover_vllm.bench.tiny import VOCAB, make_tiny_pair
+from clover_vllm.engine.environment import prepare
+from clover_vllm.errors import UserError
+
+Json = dict[str, Any]
+
+LONGEST = 384
+"""Longest max_model_len of a tortured engine, tokens."""
+
+LOGPROB_ERROR = 1e-3
+"""Largest difference of a logprob that counts as equal (float32, other batches)."""
+
+
+@dataclass(frozen=True)
+class TortureSettings:
+    """What to run.
+
+    Args:
+        requests: how many in all, unless `minutes` is given.
+        minutes: how long, instead.
+        seed: of the first engine's settings and requests; the next engine has the next one.
+        per_engine: requests per engine.
+        wave: requests submitted together.
+        output: JSON file for the result.
+    """
+
+    requests: int = 2000
+    minutes: float | None = None
+    seed: int = 0
+    per_engine: int = 300
+    wave: int = 60
+    output: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """What was seen (filled by `torture`)."""
+
+    requests: int = 0
+    compared: int = 0
+    tokens: int = 0
+    differences: list[str] = field(default_factory=list)
+    leaked_blocks: int = 0
+    engines: int = 0
+    preempted: int = 0
+    cached_tokens: int = 0
+    drafts: float = 0.0
+    accepted: float = 0.0
+    seconds: float = 0.0
+    rss_growth: list[float] = field(default_factory=list)  # per engine, after its second wave
+
+    @property
+    def clean(self) -> bool:
+        return not self.differences and not self.leaked_blocks
+
+
+class Engine:
+    """A `torture_worker` process."""
+
+    def __init__(self, llm: Json, script: int | None, core: int | None) -> None:
+        """
+        Args:
+            llm: arguments of vllm.LLM.
+            script: seed of scripted trees, or None.
+            core: processor core to bind to, or None.
+        """
+        settings = dict(os.environ)
+        if core is not None:
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the engine
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "clover_vllm.bench.torture_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=settings,
+        )
+        self._tell({"llm": llm, "script": script})
+
+    def wait(self) -> None:
+        """Until the engine is ready.
+
+        Raises:
+            UserError: it ended.
+        """
+        self._hear()
+
+    def run(self, requests: list[Json], known: list[Any]) -> Json:
+        """A wave; see `torture_worker`.
+
+        Raises:
+            UserError: the engine ended.
+        """
+        self._tell({"requests": requests, "known": known})
+        return self._hear()
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._errors.close()
+
+    def _tell(self, message: Json) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `_hear` says why
+
+    def _hear(self) -> Json:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            lines = [x for x in self._errors.read().splitlines() if x.strip()]
+            raise UserError(f"an engine ended: {lines[-1] if lines else 'no word'}.")
+        found: Json = json.loads(line)
+        return found
+
+
+def engine_settings(rng: random.Random) -> Json:
+    """Random arguments of vllm.LLM with Clover-2, the model left out."""
+    nodes = rng.choice([1, 2, 3, 5, 8, 8, 12, 16])
+    max_model_len = rng.choice([64, 96, 160, 256, LONGEST])
+    block = rng.choice([32, 64, 128])
+    max_num_seqs = rng.choice([1, 2, 4, 8, 16])
+    one = -(-(max_model_len + nodes + 2) // block)  # blocks that the longest request needs
+    tree: Any = rng.choice(["best_first"] * 3 + ["chain", "published", [[0], [1], [0, 0], [1, 0], [0, 0, 0]]])
+    return {
+        "max_model_len": max_model_len,
+        "block_size": block,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max(max_num_seqs + 1, rng.choice([20, 40, 64, 200, 512])),
+        "num_gpu_blocks_override": one + 2 + rng.randrange(1 + 2 * one),
+        "enable_prefix_caching": rng.random() < 0.7,
+        "scheduling_policy": rng.choice(["fcfs", "priority"]),
+        "speculative_config": {
+            "method": "clover2",
+            "num_speculative_tokens": nodes,
+            "tree": tree,
+            "draft_min_joint": rng.choice([0.0, 0.0, 0.05, 0.3]),
+            "draft_min_share": rng.choice([0.0, 0.0, 0.25]),
+        },
+    }
+
+
+def random_params(rng: random.Random, longest: int) -> Json:
+    """Random sampling parameters; whatever samples has a seed.
+
+    Args:
+        rng: where the randomness comes from.
+        longest: most output tokens.
+    """
+    params: Json = {"max_tokens": min(longest, rng.choice([1, 2, 8, 20, 40, 80, 10_000]))}
+    may = rng.random
+
+    def some(probability: float, **values: Any) -> None:
+        if may() < probability:
+            params.update(values)
+
+    params["ignore_eos"] = may() < 0.5
+    if may() < 0.5:
+        params.update(temperature=rng.uniform(0.2, 1.5), seed=rng.randrange(2**31))
+        some(0.3, top_p=rng.uniform(0.3, 0.99))
+        some(0.3, top_k=rng.randrange(1, 50))
+        some(0.3, min_p=rng.uniform(0.01, 0.4))
+        some(0.15, n=rng.randrange(2, 4))
+    else:
+        params["temperature"] = 0.0
+    some(0.15, presence_penalty=rng.uniform(-1, 2))
+    some(0.15, frequency_penalty=rng.uniform(-1, 2))
+    some(0.15, repetition_penalty=rng.uniform(0.8, 1.6))
+    some(0.15, logit_bias={str(rng.randrange(VOCAB)): rng.uniform(-20, 8) for _ in range(3)})
+    some(0.1, bad_words=rng.sample(["a", "e", "th", "cat", "B", " the", "7"], 3))
+    some(0.15, stop=rng.sample(["a", "e", "Q", "th", "x", "7"], 2), include_stop_str_in_output=may() < 0.5)
+    some(0.15, stop_token_ids=rng.sample(range(3, VOCAB), 12))
+    some(0.15, min_tokens=rng.randrange(0, params["max_tokens"] + 1))
+    some(0.2, logprobs=rng.choice([0, 1, 5]))
+    some(0.05, prompt_logprobs=rng.choice([0, 2]))
+    kind = rng.randrange(24)
+    if kind == 0:
+        params["allowed_token_ids"] = sorted(rng.sample(range(3, VOCAB), 60))
+    elif kind < 4:
+        params["structured_outputs"] = (
+            {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+            {"regex": r"[a-f]{4}-\d{3,9}(x|yz)*"},
+            {"choice": ["positive", "negative", "neither of them"]},
+        )[kind - 1]
+        params.pop("bad_words", None)
+        params.pop("min_tokens", None)
+        params["ignore_eos"] = False
+    return params
+
+
+def random_wave(rng: random.Random, count: int, max_model_len: int, prompts: list[list[int]]) -> list[Json]:
+    """Requests that arrive over time; `prompts` remembers theirs, for later repetitions and extensions."""
+    wave = []
+    for _ in range(count):
+        longest = max_model_len - 1
+        prompt = [rng.randrange(3, VOCAB) for _ in range(min(longest, rng.choice([1, 3, 10, 40, 90, 200])))]
+        if prompts and rng.random() < 0.3:
+            prompt = (rng.choice(prompts) + prompt[: rng.choice([0, 1, 20])])[:longest]
+        prompts.append(prompt)
+        request: Json = {
+            "prompt": prompt,
+            "params": random_params(rng, max_model_len - len(prompt)),
+            "step": rng.randrange(2 * count),
+            "priority": rng.randrange(3),
+        }
+        if rng.random() < 0.08:
+            request["abort"] = request["step"] + rng.randrange(30)
+        wave.append(request)
+    return wave
+
+
+def difference(plain: list[Json], trees: list[Json]) -> str | None:
+    """What differs between a request's sequences, or None.
+
+    Args:
+        plain, trees: sequences as `drive` returns them.
+    """
+    if len(plain) != len(trees):
+        return f"{len(plain)} sequences against {len(trees)}"
+    for one, other in zip(plain, trees, strict=True):
+        if one["tokens"] != other["tokens"]:
+            pairs = enumerate(zip(one["tokens"], other["tokens"], strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(one["tokens"]), len(other["tokens"])))
+            return f"token {at} of {len(one['tokens'])} against {len(other['tokens'])} tokens"
+        for key in ("text", "finish", "stop"):
+            if one[key] != other[key]:
+                return f"{key} {one[key]!r} against {other[key]!r}"
+        for key in ("logprobs", "prompt_logprobs"):
+            for position, again in zip(one[key] or [], other[key] or [], strict=True):
+                # Ranks and candidates of nearly equal logits may swap; the values may not move.
+                values, others = ([p for _, p, _ in x] for x in (position, again))
+                far = [abs(a - b) > LOGPROB_ERROR for a, b in zip(values, others, strict=True) if a != b]
+                if any(far):
+                    return f"{key} {position} against {again}"
+            if (one[key] is None) != (other[key] is None):
+                return f"{key} missing"
+    return None
+
+
+def torture(settings: TortureSettings) -> Outcome:
+    """Run, show progress and a table, and write the result.
+
+    Raises:
+        UserError: something differs, a block is lost, or an engine ends; the sentence reproduces it.
+    """
+    prepare()
+    console = Console(stderr=True)
+    outcome = Outcome()
+    cores = sorted(os.sched_getaffinity(0))
+    until = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    started = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+        target, head = make_tiny_pair(Path(folder))
+        total = settings.requests if until is None else None
+        task = progress.add_task("requests", total=total)
+        same = {"model": str(target), "dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
+        ample = {"max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": 8192}
+        plain = Engine({**same, **ample}, None, cores[-1])
+        pool = ThreadPoolExecutor(1)
+        try:
+            plain.wait()
+            seed = settings.seed
+            while outcome.requests < settings.requests if until is None else time.monotonic() < until:
+                rng = random.Random(seed)
+                llm = engine_settings(rng)
+                llm["speculative_config"]["model"] = str(head)
+                trees = Engine({**same, **llm}, seed, cores[0])
+                try:
+                    _one_engine(settings, seed, rng, llm, plain, trees, pool, outcome, until, progress, task)
+                finally:
+                    trees.stop()
+                outcome.engines += 1
+                seed += 1
+        finally:
+            pool.shutdown()
+            plain.stop()
+    outcome.seconds = time.monotonic() - started
+    _show(outcome)
+    if settings.output is not None:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        settings.output.write_text(json.dumps(asdict(outcome), indent=2))
+    if not outcome.clean:
+        raise UserError(
+            f"{len(outcome.differences)} requests differ from plain vLLM and {outcome.leaked_blocks} cache "
+            f"blocks were lost; the first: {(outcome.differences or ['blocks only'])[0]}."
+        )
+    return outcome
+
+
+def _one_engine(
+    settings: TortureSettings,
+    seed: int,
+    rng: random.Random,
+    llm: Json,
+    plain: Engine,
+    trees: Engine,
+    pool: ThreadPoolExecutor,
+    outcome: Outcome,
+    until: float | None,
+    progress: Progress,
+    task: Any,
+) -> None:
+    """Waves through one engine; plain vLLM answers the next wave meanwhile."""
+    again = f"clover-vllm torture --seed {seed} --requests {settings.per_engine} --wave {settings.wave}"
+    prompts: list[list[int]] = []
+    sizes = [settings.wave] * (settings.per_engine // settings.wave) or [settings.per_engine]
+    if until is None:
+        left = settings.requests - outcome.requests
+        sizes = [size for i, size in enumerate(sizes) if i * settings.wave < left]
+    waves = [random_wave(rng, size, llm["max_model_len"], prompts) for size in sizes]
+
+    def answer(wave: list[Json]) -> Json:
+        return plain.run([{**r, "abort": None} for r in wave], [])
+
+    coming = pool.submit(answer, waves[0])
+    rss: list[int] = []
+    try:
+        trees.wait()
+        for i, wave in enumerate(waves):
+            expected = coming.result()["outputs"]
+            if i + 1 < len(waves):
+                coming = pool.submit(answer, waves[i + 1])
+            known = [
+                [r["prompt"], max((s["tokens"] for s in o), key=len, default=[])]
+                for r, o in zip(wave, expected, strict=True)
+            ]
+            found = trees.run(wave, known)
+            stats = found["stats"]
+            rss.append(stats["rss"])
+            for name in ("preempted", "cached_tokens", "leaked_blocks"):
+                setattr(outcome, name, getattr(outcome, name) + stats[name])
+            for j, (request, one, other) in enumerate(zip(wave, expected, found["outputs"], strict=True)):
+                outcome.requests += 1
+                if "abort" in request and len(other) != len(one):
+                    continue  # cut short, as asked
+                if "abort" in request and any(s["finish"] == "abort" for s in other):
+                    continue
+                outcome.compared += 1
+                outcome.tokens += sum(len(s["tokens"]) for s in one)
+                wrong = difference(one, other)
+                if wrong is not None:
+                    outcome.differences.append(f"{wrong} (request {j} of wave {i}; run: {again})")
+            progress.update(task, completed=outcome.requests)
+            if until is not None and time.monotonic() > until:
+                break
+        outcome.accepted += stats["accepted"]
+        outcome.drafts += stats["drafts"]
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')} (run: {again}).") from None
+    finally:
+        coming.exception()  # the plain engine must be idle before the next one asks
+    if len(rss) > 2:
+        outcome.rss_growth.append(rss[-1] / rss[1] - 1)
+
+
+def _show(outcome: Outcome) -> None:
+    table = Table(title="Random requests, compared with plain vLLM", show_header=False)
+    for name, value in (
+        ("requests", f"{outcome.requests:,}"),
+        ("compared (the others were aborted)", f"{outcome.compared:,}"),
+        ("their tokens", f"{outcome.tokens:,}"),
+        ("requests that differ", str(len(outcome.differences))),
+        ("cache blocks lost", str(outcome.leaked_blocks)),
+        ("engines", str(outcome.engines)),
+        ("preemptions, at least", str(outcome.preempted)),
+        ("prompt tokens found in the prefix cache", f"{outcome.cached_tokens:,}"),
+        ("tokens per verified draft", f"{1 + outcome.accepted / max(outcome.drafts, 1):.2f}"),
+        ("memory growth after the second wave, worst engine", f"{max(outcome.rss_growth, default=0):.1%}"),
+        ("minutes", f"{outcome.seconds / 60:.1f}"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+    for line in outcome.differences[:20]:
+        Console(stderr=True).print(f"differs: {line}", markup=False, soft_wrap=True)

@@ -1,0 +1,52 @@
+"""One engine of the torture test, in a process of its own.
+
+Reads one JSON object per line on stdin and answers with one on stdout. The first is {"llm": arguments of
+vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": [[prompt, answer], ...]} is a wave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TextIO
+
+
+def serve(answers: TextIO) -> None:
+    """Answer commands until stdin ends."""
+    import psutil
+    from vllm import LLM
+
+    from clover_vllm.bench.drive import ScriptedTrees, drive, runner_of
+
+    settings = json.loads(sys.stdin.readline())
+    llm = LLM(**settings["llm"])
+    script = None
+    if settings["script"] is not None:
+        # Half of the trees are the head's own, half hide the right answer, whatever the head is worth.
+        script = ScriptedTrees(runner_of(llm), settings["script"], share=0.5)
+    _say(answers, {"ready": True})
+    for line in sys.stdin:
+        command = json.loads(line)
+        for prompt, answer in command["known"] if script is not None else []:
+            assert script is not None
+            script.know(prompt, answer)
+        result = drive(llm, command["requests"])
+        result["stats"]["rss"] = psutil.Process().memory_info().rss
+        counters = getattr(runner_of(llm), "counters", None)
+        result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
+        result["stats"]["drafts"] = counters.drafts if counters else 0.0
+        _say(answers, result)
+
+
+def _say(answers: TextIO, message: object) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    found = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM and its libraries print to stdout
+    serve(found)
