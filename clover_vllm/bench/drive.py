@@ -139,7 +139,12 @@ class ScriptedTrees:
             answer = self._known.get(json.dumps(list(state.prompt_token_ids or ())), [])
             right = answer[len(state.output_token_ids) :]
             nodes = rng.randrange(runner.num_spec_tokens + 1)
-            made[i] = RequestTree.make(*hide(rng, right, nodes, vocab))
+            if runner.drafter.options.tree == "chain":  # such an engine masks nothing
+                good = rng.randrange(min(len(right), nodes) + 1)
+                wrong = [rng.randrange(vocab) for _ in range(nodes - good)]
+                made[i] = RequestTree.chain(right[:good] + wrong)
+            else:
+                made[i] = RequestTree.make(*hide(rng, right, nodes, vocab))
             self.nodes += len(made[i].tokens)
             self.branching += not made[i].is_chain
         return made
