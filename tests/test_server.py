@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import random
+import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -87,6 +93,158 @@ def test_structured_output_is_valid_beside_trees(client: OpenAI) -> None:
         constrained = pool.submit(ask, client, "Which fruit is red?", extra_body=body)
         assert constrained.result().choices[0].message.content in choices
         assert all(future.result().choices[0].message.content for future in plain)
+
+
+def test_metrics_of_trees(server: Server, client: OpenAI) -> None:
+    """vLLM's own say nodes and accepted tokens, ours what only a tree has."""
+    ask(client, QUESTIONS[0])
+    found = server.counters()
+    drafts = found[COUNTERS["drafts"]]
+    assert found["clover:tree_nodes_count"] == drafts
+    assert found["clover:tree_nodes_sum"] == found[COUNTERS["draft_tokens"]]
+    assert found["clover:accepted_depth_total"] == found[COUNTERS["accepted"]]
+    assert drafts <= found["clover:drafted_depth_total"] <= found[COUNTERS["draft_tokens"]]
+    assert 0 < found["clover:first_node_accepted_total"] < drafts
+    assert 0.5 < found["clover:promised_tokens_total"] / found[COUNTERS["accepted"]] < 2
+    assert found["clover:step_seconds_total"] > 0
+    assert "clover:fallbacks_total" in found
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
+    text = (Path(__file__).parents[1] / "serving" / "grafana" / "clover.json").read_text()
+    names = set(re.findall(r"\b(?:vllm|clover):\w+", text))
+    assert len(names) > 10
+    assert names <= server.counters().keys()
+
+
+def broken_requests(rng: random.Random, count: int) -> list[tuple[str, str, bytes]]:
+    """Method, path and body of requests that no server should answer as if they were good."""
+    chat: dict[str, Any] = {
+        "model": "small",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+    }
+    changes: list[dict[str, Any]] = [
+        {"messages": []},
+        {"messages": "Hi"},
+        {"messages": [{"role": "nobody", "content": 5}]},
+        {"messages": [{"role": "user", "content": "word " * 3000}]},
+        {"model": "large"},
+        {"max_tokens": -3},
+        {"max_tokens": "many"},
+        {"max_tokens": 10**9},
+        {"temperature": -1},
+        {"temperature": "hot"},
+        {"top_p": 3},
+        {"top_k": -7},
+        {"min_p": 9},
+        {"n": 0},
+        {"n": 10**6},
+        {"seed": "x"},
+        {"logprobs": True, "top_logprobs": 5000},
+        {"logit_bias": {"9999999": 3}},
+        {"logit_bias": {"x": 3}},
+        {"stop": [""] * 3},
+        {"stop_token_ids": ["a"]},
+        {"bad_words": [7]},
+        {"allowed_token_ids": [10**8]},
+        {"allowed_token_ids": []},
+        {"response_format": {"type": "json_schema"}},
+        {"structured_outputs": {"regex": "(((("}},
+        {"structured_outputs": {"grammar": "root ::= "}},
+        {"structured_outputs": {"json": {"type": "no such type"}}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"presence_penalty": 77},
+        {"repetition_penalty": 0},
+        {"min_tokens": 99},
+        {"priority": "first"},
+        {"tools": [{"type": "hammer"}]},
+        {"prompt_logprobs": -5},
+        {"truncate_prompt_tokens": -9},
+        {"stream": "perhaps"},
+    ]
+    raw = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": ' * 500, b"x" * 100_000]
+    found = []
+    for _ in range(count):
+        kind = rng.random()
+        if kind < 0.75:
+            body = json.dumps(chat | rng.choice(changes)).encode()
+            found.append(("POST", "/v1/chat/completions", body))
+        elif kind < 0.9:
+            found.append(("POST", rng.choice(["/v1/chat/completions", "/v1/completions"]), rng.choice(raw)))
+        else:
+            method, path = rng.choice(
+                [("GET", "/v1/chat/completions"), ("DELETE", "/v1/models"), ("POST", "/no/such/path")]
+            )
+            found.append((method, path, b"{}"))
+    return found
+
+
+def hang_up(server: Server, body: dict[str, Any]) -> None:
+    """Start a stream and leave in the middle of it."""
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        for _ in zip(range(4), answer.iter_lines(), strict=False):
+            pass
+
+
+@pytest.mark.timeout(900)
+def test_two_hundred_broken_requests_leave_good_ones_alone(server: Server, client: OpenAI) -> None:
+    """Refused with a client's error, never a server's; clients that leave free their cache blocks."""
+    alone = [ask(client, question).choices[0].message.content for question in QUESTIONS]
+    broken = broken_requests(random.Random(0), 200)
+    story = {
+        "model": "small",
+        "messages": [{"role": "user", "content": "Tell a long story."}],
+        "stream": True,
+    }
+
+    def send(request: tuple[str, str, bytes]) -> int:
+        method, path, body = request
+        answer = httpx.request(
+            method,
+            server.url + path,
+            content=body,
+            headers={"Content-Type": "application/json"},
+            timeout=60,
+        )
+        return answer.status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        bad = [pool.submit(send, request) for request in broken]
+        left = [pool.submit(hang_up, server, {**story, "max_tokens": 400}) for _ in range(6)]
+        good = [pool.submit(ask, client, question) for question in QUESTIONS * 3]
+        statuses = [future.result() for future in bad]
+        for future in left:
+            future.result()
+        answers = [future.result().choices[0].message.content for future in good]
+    assert answers == alone * 3
+    unexpected = [
+        (status, request)
+        for status, request in zip(statuses, broken, strict=True)
+        if not (status < 500 or status == 501)
+    ]
+    assert not unexpected
+    until = time.monotonic() + 60
+    while server.counters()["vllm:num_requests_running"] and time.monotonic() < until:
+        time.sleep(0.2)
+    found = server.counters()
+    assert found["vllm:num_requests_running"] == 0
+    assert found["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_a_killed_engine_ends_the_server(smollm2: Path) -> None:
+    """With vLLM's own error, soon, and without a hang."""
+    with Server(str(smollm2), {"model": str(shipped_head())}, FLAGS) as server:
+        server.wait(300)
+        engines = [
+            process
+            for process in psutil.Process(server.pid).children(recursive=True)
+            if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
+        ]
+        assert engines
+        engines[0].kill()
+        assert server.ended(60)
 
 
 def test_unknown_options_end_the_start_with_one_sentence(

@@ -62,6 +62,18 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self, seconds: float) -> bool:
+        """Whether the server ends by itself within some seconds."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def wait(self, seconds: float = 600) -> None:
         """Until the server answers.
 
@@ -122,7 +134,10 @@ class Server:
 
     def _tail(self) -> str:
         self._log.seek(0)
-        last = self._log.read().strip().splitlines()[-RAW_LOG_LINES:]
+        lines = self._log.read().strip().splitlines()
+        # The engine's own error stands above the server's.
+        errors = [line for line in lines if "EngineCore" in line and "ERROR" in line]
+        last = [*errors[-RAW_LOG_LINES:], *lines[-RAW_LOG_LINES:]]
         print("\n".join(last), file=sys.stderr)
         return " Its last lines are above."
 

@@ -262,14 +262,16 @@ def difference(plain: list[Json], trees: list[Json]) -> str | None:
             if one[key] != other[key]:
                 return f"{key} {one[key]!r} against {other[key]!r}"
         for key in ("logprobs", "prompt_logprobs"):
-            for position, again in zip(one[key] or [], other[key] or [], strict=True):
-                # Ranks and candidates of nearly equal logits may swap; the values may not move.
-                values, others = ([p for _, p, _ in x] for x in (position, again))
-                far = [abs(a - b) > LOGPROB_ERROR for a, b in zip(values, others, strict=True) if a != b]
-                if any(far):
-                    return f"{key} {position} against {again}"
             if (one[key] is None) != (other[key] is None):
                 return f"{key} missing"
+            for position, again in zip(one[key] or [], other[key] or [], strict=True):
+                # Candidates of nearly equal logits may swap places; the values may not move.
+                if len(position) != len(again) or any(
+                    abs(a - b) > LOGPROB_ERROR
+                    for (_, a, _), (_, b, _) in zip(position, again, strict=True)
+                    if a != b
+                ):
+                    return f"{key} {position} against {again}"
     return None
 
 

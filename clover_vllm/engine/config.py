@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import SkipValidation, ValidationError
@@ -14,6 +15,7 @@ from vllm.config.utils import config
 from clover_vllm.engine.metrics import make_counters
 from clover_vllm.engine.options import DEFAULT_NODES, CloverOptions, split_options
 from clover_vllm.errors import UserError
+from clover_vllm.head.checkpoint import check_head
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.tree.masks import MAX_NODES
 
@@ -140,7 +142,7 @@ def clover_config(
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
     """
     shared, options = split_options(given, SHARED_OPTIONS)
-    if not shared.get("model"):
+    if not shared.get("model") or not isinstance(shared["model"], str):
         raise UserError('Clover-2 needs a head: give its folder or name as "model".')
     nodes = shared.setdefault("num_speculative_tokens", DEFAULT_NODES)
     if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
@@ -164,6 +166,9 @@ def clover_config(
             f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
         )
     shared["method"] = METHOD
+    folder = Path(shared["model"])
+    if folder.is_dir() and shared.get("quantization") is None:
+        check_head(folder, target.dtype)
     try:
         made = CloverSpeculativeConfig(
             **shared, clover=options, target_model_config=target, target_parallel_config=parallel

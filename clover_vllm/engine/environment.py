@@ -47,7 +47,9 @@ def prepare() -> None:
     library = intel_openmp()
     preload = os.environ.get("LD_PRELOAD", "")
     if library is not None and "libiomp5" not in preload:
-        os.environ["LD_PRELOAD"] = f"{library}:{preload}" if preload else str(library)
+        # vLLM names GNU's there as soon as it makes a configuration, and refuses both.
+        others = [entry for entry in preload.split(":") if entry and "libgomp" not in entry]
+        os.environ["LD_PRELOAD"] = ":".join([str(library), *others])
 
 
 def _all_cores() -> str:

@@ -152,10 +152,18 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"Weight file {file} cannot be read ({type(error).__name__}).") from error
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; integers never are."""
+    if not tensor.is_floating_point():
+        return True
+    # The 8-bit types do not have the test.
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+
+
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Compare names and shapes, and look for NaN and infinity.
+    """Compare names, shapes and types, and look for NaN and infinity.
 
     Raises:
         UserError: lists what is missing, unexpected, misshapen or not finite.
@@ -167,14 +175,16 @@ def check_tensors(
         for name in sorted(expected.keys() & tensors.keys())
         if tensors[name].shape != expected[name].shape
     ]
-    broken = [
+    broken = [name for name, tensor in sorted(tensors.items()) if not is_finite(tensor)]
+    whole = [
         name
-        for name, tensor in sorted(tensors.items())
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        for name in sorted(expected.keys() & tensors.keys())
+        if expected[name].is_floating_point() != tensors[name].is_floating_point()
     ]
     problems = []
     for what, names in (
         ("missing", missing),
+        ("of another type", whole),
         ("unexpected", unexpected),
         ("of another shape", misshapen),
         ("not finite (NaN or infinity)", broken),
@@ -230,6 +240,24 @@ def load_head(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> 
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     head.load_state_dict(tensors, assign=True)
     return head
+
+
+def check_head(folder: Path, dtype: torch.dtype) -> None:
+    """Refuse a head folder that an engine could not draft with, before the engine starts.
+
+    Args:
+        folder: with config.json and weights.
+        dtype: in which the engine computes.
+
+    Raises:
+        UserError: anything missing, damaged, misshapen, or not finite in `dtype`.
+    """
+    for name, tensor in load_head(folder, dtype).state_dict().items():
+        if not is_finite(tensor):
+            raise UserError(
+                f"Weights of {folder}: {name} is too large for {str(dtype).removeprefix('torch.')}; serve with "
+                "--dtype bfloat16 or float32."
+            )
 
 
 def check_draft_vocab(ids: torch.Tensor, vocab_size: int, where: str) -> None:

@@ -10,6 +10,9 @@ from transformers import PretrainedConfig
 
 from clover_vllm.errors import UserError
 
+MOST_LAYERS = 128
+"""More augmenting layers, or draft heads, are a damaged config rather than a head."""
+
 
 class Clover2Config(PretrainedConfig):
     """Sizes and constants of a Clover-2 head.
@@ -126,6 +129,16 @@ class Clover2Config(PretrainedConfig):
                 raise UserError(
                     f"Clover2Config: {name} is {value!r}; it must be a whole number of 1 or more."
                 )
+        for name in ("num_hidden_layers", "num_heads"):
+            if getattr(self, name) > MOST_LAYERS:
+                raise UserError(
+                    f"Clover2Config: {name} is {getattr(self, name)}; it must be at most {MOST_LAYERS}."
+                )
+        share = self.first_acceptance
+        if share is not None and not (_is_positive(share) and share <= 1):
+            raise UserError(
+                f"Clover2Config: first_acceptance is {share!r}; it must be a number from 0 to 1, or null."
+            )
         for name in ("rms_norm_eps", "hidden_scale", "embed_scale"):
             value = getattr(self, name)
             if not _is_positive(value):

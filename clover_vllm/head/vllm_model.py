@@ -43,7 +43,7 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 from vllm.platforms import current_platform
 
 from clover_vllm.errors import UserError
-from clover_vllm.head.checkpoint import PROBED_ROWS, check_probe, probe_lm_head
+from clover_vllm.head.checkpoint import PROBED_ROWS, check_probe, is_finite, probe_lm_head
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.head.model import RMSNorm as ReferenceRMSNorm
 
@@ -385,7 +385,7 @@ class Clover2DraftModel(nn.Module):
                     )
                 self.draft_vocab.copy_(tensor)
                 continue
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise UserError(f"The Clover-2 checkpoint's weight {name} is not finite.")
             own = name if name.startswith("clover_head") and "mlp_rnn." not in name else f"model.{name}"
             share: str | int | None = None

@@ -1,0 +1,48 @@
+"""A few minutes of the torture test; `clover-vllm torture` runs it for as long as one likes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clover_vllm.bench.torture import TortureSettings, difference, torture
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1800)
+def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path) -> None:
+    outcome = torture(
+        TortureSettings(requests=300, per_engine=60, wave=60, seed=100, output=tmp_path / "out.json")
+    )
+    assert outcome.requests == 300
+    assert outcome.compared > 240
+    assert outcome.clean
+    assert outcome.preempted > 0
+    assert outcome.cached_tokens > 0
+    assert outcome.accepted > 0.2 * outcome.drafts
+    assert json.loads((tmp_path / "out.json").read_text())["differences"] == []
+
+
+def test_differences_are_seen() -> None:
+    one = {
+        "tokens": [1, 2, 3],
+        "text": "abc",
+        "finish": "length",
+        "stop": None,
+        "logprobs": [[(1, -0.5, 1)], [(2, -0.5, 1)], [(3, -0.5, 1)]],
+        "prompt_logprobs": None,
+    }
+    assert difference([one], [{**one}]) is None
+    assert difference([one], []) is not None
+    for change in (
+        {"tokens": [1, 2, 4]},
+        {"tokens": [1, 2]},
+        {"text": "ab"},
+        {"finish": "stop"},
+        {"stop": 3},
+        {"logprobs": [[(1, -0.5, 1)], [(2, -0.6, 1)], [(3, -0.5, 1)]]},
+        {"logprobs": None},
+    ):
+        assert difference([one], [{**one, **change}]) is not None, change
