@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,11 +11,9 @@ from typing import Any
 from rich.progress import Progress
 
 from clover_vllm.bench.methods import Method
+from clover_vllm.bench.process import JsonProcess
 from clover_vllm.bench.worker import Run
 from clover_vllm.engine.environment import prepare
-from clover_vllm.errors import UserError
-
-RAW_LOG_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -42,58 +37,21 @@ class Result:
     runs: list[Run] = field(default_factory=list)
 
 
-class Engine:
+class Engine(JsonProcess):
     """A `bench.worker` process; it sleeps while others run."""
 
     def __init__(self, method: Method, llm: dict[str, Any]) -> None:
-        self.method = method
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        self._log = open(os.memfd_create("log"), "w+")  # noqa: SIM115  # closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "clover_vllm.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            environment["VLLM_LOGGING_LEVEL"] = "WARNING"
+        super().__init__("clover_vllm.bench.worker", method.name, environment)
         settings = dict(llm)
         if method.speculative is not None:
             settings["speculative_config"] = method.speculative
-        self._ask({"llm": settings})
+        self.ask({"llm": settings})
 
     def run(self, requests: Sequence[dict[str, Any]], concurrency: int) -> Run:
-        return Run(**self._ask({"requests": list(requests), "concurrency": concurrency}))
-
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._process.wait()
-            self._log.seek(0)
-            last = self._log.read().strip().splitlines()[-RAW_LOG_LINES:]
-            print("\n".join(last), file=sys.stderr)
-            raise UserError(f"The engine for {self.method.name} ended; its last lines are above.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return Run(**self.ask({"requests": list(requests), "concurrency": concurrency}))
 
 
 def measure(plan: Plan, progress: Progress) -> list[Result]:
@@ -110,14 +68,15 @@ def measure(plan: Plan, progress: Progress) -> list[Result]:
         engines = []
         for method in plan.methods:
             progress.update(task, description=f"starting {method.name}")
-            engine = stack.enter_context(Engine(method, plan.llm))
+            engine = Engine(method, plan.llm)
+            stack.callback(engine.close)
             engine.run(plan.requests[: plan.warm_up], max(plan.concurrencies))
             engines.append(engine)
             progress.advance(task)
         for concurrency in plan.concurrencies:
             for order in orders(len(engines), plan.repetitions):
                 for i in order:
-                    name = engines[i].method.name
+                    name = engines[i].name
                     progress.update(task, description=f"{name}, concurrency {concurrency}")
                     run = engines[i].run(plan.requests, concurrency)
                     results[name, concurrency].runs.append(run)

@@ -9,17 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from clover_vllm.bench.process import open_log, show_tail
 from clover_vllm.engine.environment import prepare
 from clover_vllm.errors import UserError
-
-RAW_LOG_LINES = 15
 
 
 class Server:
@@ -53,7 +51,7 @@ class Server:
         ]
         if speculative is not None:
             command += ["--speculative-config", json.dumps(speculative)]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the server
+        self._log = open_log()
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
         )
@@ -133,12 +131,7 @@ class Server:
         self.stop()
 
     def _tail(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines()
-        # The engine's own error stands above the server's.
-        errors = [line for line in lines if "EngineCore" in line and "ERROR" in line]
-        last = [*errors[-RAW_LOG_LINES:], *lines[-RAW_LOG_LINES:]]
-        print("\n".join(last), file=sys.stderr)
+        show_tail(self._log)
         return " Its last lines are above."
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from clover_vllm.bench.process import JsonProcess
 from clover_vllm.bench.tiny import VOCAB, make_tiny_pair
 from clover_vllm.engine.environment import prepare
 from clover_vllm.errors import UserError
@@ -81,37 +80,20 @@ class Outcome:
         return not self.differences and not self.leaked_blocks
 
 
-class Engine:
+class Engine(JsonProcess):
     """A `torture_worker` process."""
 
-    def __init__(self, llm: Json, script: int | None, core: int | None) -> None:
+    def __init__(self, name: str, llm: Json, script: int | None, core: int | None) -> None:
         """
         Args:
+            name: for messages.
             llm: arguments of vllm.LLM.
             script: seed of scripted trees, or None.
             core: processor core to bind to, or None.
         """
-        settings = dict(os.environ)
-        if core is not None:
-            settings["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the engine
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "clover_vllm.bench.torture_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=settings,
-        )
-        self._tell({"llm": llm, "script": script})
-
-    def wait(self) -> None:
-        """Until the engine is ready.
-
-        Raises:
-            UserError: it ended.
-        """
-        self._hear()
+        environment = {} if core is None else {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        super().__init__("clover_vllm.bench.torture_worker", name, environment)
+        self.tell({"llm": llm, "script": script})
 
     def run(self, requests: list[Json], known: list[Any]) -> Json:
         """A wave; see `torture_worker`.
@@ -119,35 +101,7 @@ class Engine:
         Raises:
             UserError: the engine ended.
         """
-        self._tell({"requests": requests, "known": known})
-        return self._hear()
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._errors.close()
-
-    def _tell(self, message: Json) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # `_hear` says why
-
-    def _hear(self) -> Json:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            lines = [x for x in self._errors.read().splitlines() if x.strip()]
-            raise UserError(f"an engine ended: {lines[-1] if lines else 'no word'}.")
-        found: Json = json.loads(line)
-        return found
+        return self.ask({"requests": requests, "known": known})
 
 
 def engine_settings(rng: random.Random) -> Json:
@@ -294,25 +248,25 @@ def torture(settings: TortureSettings) -> Outcome:
         task = progress.add_task("requests", total=total)
         same = {"model": str(target), "dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
         ample = {"max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": 8192}
-        plain = Engine({**same, **ample}, None, cores[-1])
+        plain = Engine("plain vLLM", {**same, **ample}, None, cores[-1])
         pool = ThreadPoolExecutor(1)
         try:
-            plain.wait()
+            plain.hear()
             seed = settings.seed
             while outcome.requests < settings.requests if until is None else time.monotonic() < until:
                 rng = random.Random(seed)
                 llm = engine_settings(rng)
                 llm["speculative_config"]["model"] = str(head)
-                trees = Engine({**same, **llm}, seed, cores[0])
+                trees = Engine("Clover-2", {**same, **llm}, seed, cores[0])
                 try:
                     _one_engine(settings, seed, rng, llm, plain, trees, pool, outcome, until, progress, task)
                 finally:
-                    trees.stop()
+                    trees.close()
                 outcome.engines += 1
                 seed += 1
         finally:
             pool.shutdown()
-            plain.stop()
+            plain.close()
     outcome.seconds = time.monotonic() - started
     _show(outcome)
     if settings.output is not None:
@@ -354,7 +308,7 @@ def _one_engine(
     coming = pool.submit(answer, waves[0])
     rss: list[int] = []
     try:
-        trees.wait()
+        trees.hear()
         for i, wave in enumerate(waves):
             expected = coming.result()["outputs"]
             if i + 1 < len(waves):
