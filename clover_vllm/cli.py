@@ -251,6 +251,10 @@ def evaluate(
         Path | None, typer.Option(help="EAGLE-1 heads draft from this Clover-2 head's vocabulary.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the target: bfloat16 or float32.")] = "bfloat16",
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write the measured first_acceptance into the head's config.json."),
+    ] = False,
 ) -> None:
     """Tokens per step of heads, as an engine that verifies draft trees would accept.
 
@@ -259,7 +263,13 @@ def evaluate(
     from clover_vllm.train.evaluate import EvalSettings
     from clover_vllm.train.evaluate import evaluate as run
     from clover_vllm.train.files import make_folder
-    from clover_vllm.train.report import category_table, shape_results, table, write_report
+    from clover_vllm.train.report import (
+        category_table,
+        record_acceptance,
+        shape_results,
+        table,
+        write_report,
+    )
 
     settings = EvalSettings(
         target=target,
@@ -270,14 +280,19 @@ def evaluate(
         draft_vocab_of=draft_vocab_of,
         dtype=dtype,
     )
+    if record and nodes:
+        raise UserError("--record needs the usual set of trees; leave --nodes out.")
     if output is not None:
         make_folder(output)
-    results = shape_results(run(settings))
+    measured = run(settings)
+    results = shape_results(measured)
     console = Console()
     console.print(table(results))
     console.print(category_table(results))
     if output is not None:
         write_report(results, output)
+    if record:
+        record_acceptance(measured)
 
 
 @app.command()

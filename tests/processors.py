@@ -28,8 +28,8 @@ class PerRequest(AdapterLogitsProcessor):
         return EveryOther() if (params.extra_args or {}).get("every_other") else None
 
 
-class CountsSteps(LogitsProcessor):
-    """Keeps a state that advances once per sampling step, as vLLM promises to its processors."""
+class FollowsOutput(LogitsProcessor):
+    """For a whole batch: favours a token that depends on the output so far."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         del vllm_config, device, is_pin_memory

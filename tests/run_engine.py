@@ -5,8 +5,8 @@ which requests share a step then depends on nothing but the requests. Keys of SP
 
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.bench.drive`.
-    scripted: {"continuations": {prompt as text: tokens}, "seed": int}: trees are not drafted but hide
-        the given continuation among random siblings in random shapes and sizes.
+    scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
+        those answers among random siblings in random shapes and sizes.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
 OUT: what `drive` returns, with more statistics.
@@ -38,8 +38,7 @@ def main() -> None:
     scripted = None
     if "scripted" in spec:
         scripted = ScriptedTrees(runner, spec["scripted"]["seed"])
-        for prompt, continuation in spec["scripted"]["continuations"].items():
-            scripted.know(json.loads(prompt), continuation)
+        scripted.know(spec["scripted"]["answers"])
     probe = CacheProbe(runner) if spec.get("check_cache") else None
     result = drive(llm, spec["requests"], probe.look if probe else None)
     stats: Json = result["stats"]

@@ -17,7 +17,7 @@ from clover_vllm.cli import app
 from clover_vllm.head import Clover2DraftModel
 from clover_vllm.head.checkpoint import save_head
 
-COMMANDS = ["target", "data", "train", "eval", "convert", "bench", "trees", "demo"]
+COMMANDS = ["target", "data", "train", "eval", "convert", "bench", "torture", "trees", "demo"]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -172,7 +172,7 @@ def test_eval_prints_a_table_and_writes_json_and_plot(
 ) -> None:
     result = run(
         "eval", "--target", tiny_target, "--answers", tiny_answers, "--head", head_folder,
-        "--output", tmp_path / "out", "--dtype", "float32", "--limit", "5",
+        "--output", tmp_path / "out", "--dtype", "float32", "--limit", "5", "--record",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "tokens/step" in result.output
@@ -181,6 +181,8 @@ def test_eval_prints_a_table_and_writes_json_and_plot(
     assert [r["shape"] for r in rows][:2] == ["chain of 5", "tree of 4"]
     assert all(r["tokens_per_step"] >= 1 and r["answers"] == 5 for r in rows)
     assert (tmp_path / "out" / "eval.png").stat().st_size > 1000
+    recorded = json.loads((head_folder / "config.json").read_text())["first_acceptance"]
+    assert [recorded] == (rows[0]["acceptance_by_depth"] or [0.0])[:1]
 
 
 def test_eval_refuses_a_head_of_another_target(tiny_answers: Path, head_folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +100,6 @@ def random_requests(count: int, **params: Any) -> list[Json]:
     return requests
 
 
-def continuations(requests: list[Json], plain: Json) -> dict[str, list[int]]:
-    """The longest known answer per prompt, for scripted trees."""
-    known: dict[str, list[int]] = {}
-    for request, (tokens,) in zip(requests, tokens_of(plain), strict=True):
-        key = json.dumps(request["prompt"])
-        known[key] = max(known.get(key, []), tokens, key=len)
-    return known
-
-
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
     """Right continuations in scattered rows, chunked prompts, preemptions, prefix hits: same tokens,
@@ -123,7 +113,7 @@ def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
     scripted = run_engine(
         settings,
         requests,
-        scripted={"continuations": continuations(requests, plain), "seed": 3},
+        scripted={"answers": tokens_of(plain), "seed": 3},
         check_cache=True,
     )
     stats = scripted["stats"]
@@ -179,10 +169,9 @@ def test_max_model_len_inside_a_tree_and_aborts(llama: tuple[Path, Path]) -> Non
             request["abort"] = request["step"] + 5 + i
     plain = run_engine(llm(target, max_model_len=160), [r for r in requests if "abort" not in r])
     settings = llm(target, max_model_len=160, speculative_config=speculative(head))
-    known = continuations([r for r in requests if "abort" not in r], plain)
-    for request in requests:
-        known.setdefault(json.dumps(request["prompt"]), [])
-    run = run_engine(settings, requests, scripted={"continuations": known, "seed": 4})
+    answers = iter(tokens_of(plain))
+    known = [[] if "abort" in r else next(answers) for r in requests]
+    run = run_engine(settings, requests, scripted={"answers": known, "seed": 4})
     kept = {"outputs": [o for r, o in zip(requests, run["outputs"], strict=True) if "abort" not in r]}
     assert differing(plain, kept) == 0
     assert all(
@@ -214,9 +203,8 @@ def test_request_features_beside_each_other(llama: tuple[Path, Path]) -> None:
         request["params"].update(features[i % len(features)])
         request["params"]["max_tokens"] = 24
     plain = run_engine(llm(target, max_num_batched_tokens=2048), requests)
-    known = {json.dumps(r["prompt"]): o[0]["tokens"] for r, o in zip(requests, plain["outputs"], strict=True)}
     settings = llm(target, max_num_batched_tokens=64, speculative_config=speculative(head))
-    run = run_engine(settings, requests, scripted={"continuations": known, "seed": 5})
+    run = run_engine(settings, requests, scripted={"answers": tokens_of(plain), "seed": 5})
     assert run["stats"]["trees"]["branching"] > 30
     assert differing(plain, run) == 0
     for a, b in zip(plain["outputs"], run["outputs"], strict=True):

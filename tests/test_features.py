@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Json, assert_same, run_engine
+from engine import Json, assert_same, run_engine, tokens_of
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from clover_vllm.bench.tiny import make_tiny_pair
 
-SEEDED = {"temperature": 0.9, "seed": 5}
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy", "zzz"]}},
@@ -28,44 +27,44 @@ SCHEMA = {
 }
 
 FEATURES: dict[str, Json] = {
-    "greedy": {},
-    "temperature": SEEDED,
-    "top_p": {**SEEDED, "top_p": 0.7},
-    "top_k": {**SEEDED, "top_k": 5},
-    "min_p": {**SEEDED, "min_p": 0.2},
-    "seed": {"temperature": 1.0, "seed": 12345},
+    "none": {},
+    "top_p": {"top_p": 0.7},
+    "top_k": {"top_k": 5},
+    "min_p": {"min_p": 0.2},
     "presence_penalty": {"presence_penalty": 1.5},
-    "frequency_penalty": {**SEEDED, "frequency_penalty": 0.9},
+    "frequency_penalty": {"frequency_penalty": 0.9},
     "repetition_penalty": {"repetition_penalty": 1.6},
     "logit_bias": {"logit_bias": {"20": 6.0, "30": -50.0, "99": 5.0}},
-    "logit_bias, seeded": {**SEEDED, "logit_bias": {"20": 6.0, "30": -50.0, "99": 5.0}},
     "bad_words": {"bad_words": ["a", "the", "e", "i", "o", "r", "s"]},
     "allowed_token_ids": {"allowed_token_ids": list(range(40, 120))},
     "min_tokens": {"min_tokens": 12, "stop_token_ids": list(range(3, 160)), "ignore_eos": False},
     "stop": {"stop": ["a", "e", "B"]},
-    "stop, included": {"stop": ["a", "e", "B"], "include_stop_str_in_output": True},
+    "include_stop_str_in_output": {"stop": ["a", "e", "B"], "include_stop_str_in_output": True},
     "stop_token_ids": {"stop_token_ids": list(range(3, 40))},
-    "ignore_eos": {"logit_bias": {"2": 100.0}, "ignore_eos": True},
+    "ignore_eos": {"logit_bias": {"2": 7.0}, "ignore_eos": True},
     "eos": {"logit_bias": {"2": 7.0}, "ignore_eos": False},
-    "n": {**SEEDED, "n": 3},
+    "n": {"n": 3},
     "logprobs": {"logprobs": 3},
-    "logprobs, sampled token": {**SEEDED, "logprobs": 0},
-    "logprobs, with penalties": {**SEEDED, "logprobs": 2, "repetition_penalty": 1.3},
+    "logprobs of the sampled token": {"logprobs": 0},
+    "logprobs with penalties": {"logprobs": 2, "repetition_penalty": 1.3},
     "prompt_logprobs": {"prompt_logprobs": 2},
-    "structured: JSON schema": {"structured_outputs": {"json": SCHEMA}, "ignore_eos": False},
-    "structured: regex": {"structured_outputs": {"regex": r"[a-f]{4}-\d{3,9}(x|yz)*"}, "ignore_eos": False},
-    "structured: choice": {
+    "structured JSON schema": {"structured_outputs": {"json": SCHEMA}, "ignore_eos": False},
+    "structured regex": {"structured_outputs": {"regex": r"[a-f]{4}-\d{3,9}(x|yz)*"}, "ignore_eos": False},
+    "structured choice": {
         "structured_outputs": {"choice": ["positive", "negative", "neither of them"]},
         "ignore_eos": False,
     },
-    "structured: grammar": {
+    "structured grammar": {
         "structured_outputs": {"grammar": 'root ::= item ("," item)*\nitem ::= [0-9]+ | "(" root ")"'},
         "ignore_eos": False,
     },
-    "structured, seeded": {**SEEDED, "structured_outputs": {"json": SCHEMA}, "ignore_eos": False},
-    "thinking budget": {"thinking_token_budget": 6, "logit_bias": {"300": 100.0}},
+    "thinking_token_budget": {"thinking_token_budget": 6},
 }
-COPIES = 3
+KINDS: dict[str, Json] = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.9, "seed": 5}}
+CASES = [
+    (feature, kind) for feature in FEATURES for kind in KINDS if (feature, kind) != ("n", "greedy")
+]  # vLLM refuses n above 1 without sampling
+COPIES = 2
 
 
 def llm(target: Path, **more: Any) -> Json:
@@ -89,15 +88,14 @@ def with_trees(head: Path) -> Json:
     }
 
 
-def requests_of(features: list[Json], seed: int = 1, **more: Any) -> list[Json]:
+def requests_of(features: list[Json], seed: int = 1) -> list[Json]:
     """Requests of each feature in turn, with prompts of their own, arriving over time."""
     rng = random.Random(seed)
     return [
         {
-            "prompt": [rng.randrange(3, 300) for _ in range(rng.randrange(3, 70))],
+            "prompt": [rng.randrange(3, 256) for _ in range(rng.randrange(3, 70))],
             "step": rng.randrange(60),
             "params": {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True, **feature},
-            **more,
         }
         for _ in range(COPIES)
         for feature in features
@@ -107,9 +105,8 @@ def requests_of(features: list[Json], seed: int = 1, **more: Any) -> list[Json]:
 def both(settings: Json, head: Path, requests: list[Json], **more: Any) -> tuple[Json, Json]:
     """Outputs of plain vLLM and of trees that hide plain vLLM's answers."""
     plain = run_engine(settings, requests)
-    known = {json.dumps(r["prompt"]): o[0]["tokens"] for r, o in zip(requests, plain["outputs"], strict=True)}
     trees = run_engine(
-        {**settings, **with_trees(head), **more}, requests, scripted={"continuations": known, "seed": 5}
+        {**settings, **with_trees(head), **more}, requests, scripted={"answers": tokens_of(plain), "seed": 5}
     )
     assert trees["stats"]["trees"]["branching"] > len(requests)
     assert trees["stats"]["steps"] < plain["stats"]["steps"]
@@ -122,35 +119,58 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_tiny_pair(tmp_path_factory.mktemp("spoken"))
 
 
+def think(target: Path, text: str) -> list[int]:
+    ids: list[int] = AutoTokenizer.from_pretrained(target).encode(text, add_special_tokens=False)
+    return ids
+
+
 @pytest.fixture(scope="module")
 def runs(pair: tuple[Path, Path]) -> tuple[Json, Json]:
     target, head = pair
     settings = llm(
         target, reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
     )
-    return both(settings, head, requests_of(list(FEATURES.values())))
+    requests = requests_of([{**KINDS[kind], **FEATURES[feature]} for feature, kind in CASES])
+    for request in requests:
+        if "thinking_token_budget" in request["params"]:
+            request["prompt"] += think(target, "<think>")
+    return both(settings, head, requests)
 
 
-@pytest.mark.parametrize("feature", list(FEATURES))
-def test_feature(runs: tuple[Json, Json], feature: str) -> None:
+def of_case(feature: str, kind: str) -> range:
+    """Indices of a case's requests."""
+    return range(CASES.index((feature, kind)), COPIES * len(CASES), len(CASES))
+
+
+@pytest.mark.parametrize(("feature", "kind"), CASES)
+def test_feature(runs: tuple[Json, Json], feature: str, kind: str) -> None:
     plain, trees = runs
-    chosen = range(list(FEATURES).index(feature), COPIES * len(FEATURES), len(FEATURES))
+    chosen = of_case(feature, kind)
     assert_same(plain, trees, chosen)
     assert all(plain["outputs"][i][0]["tokens"] for i in chosen)
 
 
-def test_structured_requests_get_chains_and_are_counted(runs: tuple[Json, Json]) -> None:
-    assert runs[1]["stats"]["fallbacks"]["structured_output"] > 0
-    first = list(FEATURES).index("structured: choice")
-    assert runs[1]["outputs"][first][0]["text"] in ("positive", "negative", "neither of them")
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_did_something(runs: tuple[Json, Json], pair: tuple[Path, Path], kind: str) -> None:
+    """The thinking ends at its budget, choices are among the given ones, chains are counted."""
+    trees = runs[1]
+    end = think(pair[0], "</think>")
+    for i in of_case("thinking_token_budget", kind):
+        assert trees["outputs"][i][0]["tokens"][6 : 6 + len(end)] == end
+    for i in of_case("structured choice", kind):
+        assert trees["outputs"][i][0]["text"] in ("positive", "negative", "neither of them")
+    for i in of_case("min_tokens", kind):
+        assert len(trees["outputs"][i][0]["tokens"]) >= 12
+    assert trees["stats"]["fallbacks"]["structured_output"] > 0
 
 
 def test_custom_logits_processors_and_processed_logprobs(pair: tuple[Path, Path]) -> None:
     """Processors of a user's own beside vLLM's; also priorities."""
     target, head = pair
+    seeded = KINDS["seeded"]
     settings = llm(
         target,
-        logits_processors=["processors:PerRequest", "processors:CountsSteps"],
+        logits_processors=["processors:PerRequest", "processors:FollowsOutput"],
         logprobs_mode="processed_logprobs",
         scheduling_policy="priority",
     )
@@ -158,10 +178,10 @@ def test_custom_logits_processors_and_processed_logprobs(pair: tuple[Path, Path]
         [
             {},
             {"extra_args": {"every_other": True}},
-            {**SEEDED, "extra_args": {"every_other": True}, "logprobs": 2},
+            {**seeded, "extra_args": {"every_other": True}, "logprobs": 2},
             {"extra_args": {"favour": True}, "min_p": 0.1},
-            {**SEEDED, "extra_args": {"favour": True, "every_other": True}, "presence_penalty": 0.5},
-            {**SEEDED, "logprobs": 3, "top_k": 7},
+            {**seeded, "extra_args": {"favour": True, "every_other": True}, "presence_penalty": 0.5},
+            {**seeded, "logprobs": 3, "top_k": 7},
         ]
     )
     for i, request in enumerate(requests):
@@ -196,7 +216,7 @@ def test_lora_adapters_on_the_target(pair: tuple[Path, Path], tmp_path: Path) ->
     CPU gives such a request the last adapter (index -1), alone it does not."""
     target, head = pair
     adapters = [make_adapter(tmp_path / "one", target, 1), make_adapter(tmp_path / "number two", target, 2)]
-    requests = requests_of([{}, {}, SEEDED, SEEDED])
+    requests = requests_of([{}, {}, KINDS["seeded"], KINDS["seeded"]])
     for i, request in enumerate(requests):
         request["lora"] = str(adapters[i % 2])
     settings = llm(target, enable_lora=True, max_loras=2, max_lora_rank=8)
@@ -212,9 +232,9 @@ def test_prompts_as_embeddings_and_logprobs_of_chosen_tokens(pair: tuple[Path, P
     """The latter in no batch with other logprobs, whose candidates plain vLLM 0.32.0 loses then."""
     target, head = pair
     model = LlamaForCausalLM.from_pretrained(target)
-    requests = requests_of([{}, SEEDED, {"logprob_token_ids": [5, 9, 77]}, {}])
+    requests = requests_of([{}, KINDS["seeded"], {"logprob_token_ids": [5, 9, 77]}, {}])
     for i, request in enumerate(requests):
-        if i % 3 != 2:
+        if "logprob_token_ids" not in request["params"]:
             path = tmp_path / f"{i}.pt"
             ids = torch.tensor(request["prompt"])
             torch.save(model.get_input_embeddings()(ids).detach(), path)

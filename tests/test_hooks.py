@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import vllm
@@ -89,6 +91,76 @@ def test_flags_and_json_may_not_contradict() -> None:
     hooks.install(args, [])
     with pytest.raises(ValueError, match="mutually exclusive"):
         args({"method": "clover2"}, spec_method="eagle").create_speculative_config(1, 2)
+
+
+class FakeParams:
+    """Stands for SamplingParams; the original refuses every speculation."""
+
+    def _validate_spec_decode(self, speculative_config: Any) -> None:
+        if speculative_config is not None:
+            raise ValueError("not supported with speculative decoding")
+
+
+class Says:
+    """Stands for a speculative configuration with `samples_every_token`."""
+
+    def __init__(self, answer: bool) -> None:
+        self._answer = answer
+
+    def samples_every_token(self) -> bool:
+        return self._answer
+
+
+def test_other_methods_still_refuse_sampling_parameters() -> None:
+    class Params(FakeParams):
+        _validate_spec_decode = FakeParams._validate_spec_decode
+
+    hooks.install_sampling(Params)
+    hooked = Params._validate_spec_decode
+    hooks.install_sampling(Params)
+    assert Params._validate_spec_decode is hooked
+    Params()._validate_spec_decode(None)
+    Params()._validate_spec_decode(Says(True))
+    for other in (Says(False), object()):
+        with pytest.raises(ValueError, match="not supported"):
+            Params()._validate_spec_decode(other)
+
+
+def test_other_methods_still_build_no_logits_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker import gpu_model_runner
+
+    seen: list[Any] = []
+
+    def original(vllm_config: Any, *args: Any) -> str:
+        seen.append((vllm_config.speculative_config, *args))
+        return "built"
+
+    monkeypatch.setattr(gpu_model_runner, "build_logitsprocs", original)
+    hooks.install_logits_processors()
+    hooked = gpu_model_runner.build_logitsprocs
+    hooks.install_logits_processors()
+    assert gpu_model_runner.build_logitsprocs is hooked
+    ngram, clover = object(), Says(True)
+    for given, reaches in ((None, None), (ngram, ngram), (clover, None)):
+        config = SimpleNamespace(speculative_config=given)
+        assert hooked(config, "cpu") == "built"
+        assert seen.pop() == (reaches, "cpu")
+        assert config.speculative_config is given
+
+
+def test_unsupported_vllm_keeps_its_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only who asks for clover2 hears of it."""
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(hooks, "SUPPORTED_VLLM", ("0.1.0",))
+    spies = {name: Mock() for name in ("install", "install_sampling")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(hooks, name, spy)
+    monkeypatch.setattr(AutoConfig, "register", Mock())
+    plugin.register()
+    spies["install"].assert_called_once()
+    spies["install_sampling"].assert_not_called()
+    AutoConfig.register.assert_not_called()
 
 
 def test_registering_twice_is_harmless() -> None:

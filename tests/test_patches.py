@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import vllm
-from engine import differing, run_engine
+from engine import differing, run_engine, tokens_of
 from test_engine import llm, make_pair, random_requests, speculative
 
 PATCHES = sorted((Path(__file__).parents[1] / "patches").glob("*.patch"))
@@ -55,3 +55,9 @@ def test_patched_vllm_needs_no_hooks(tmp_path: Path) -> None:
     patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
     assert patched["stats"]["worker"] == "CloverCPUWorker"
     assert differing(hooked, patched) == 0
+    settings["logits_processors"] = ["processors:PerRequest"]
+    for request in requests:
+        request["params"]["extra_args"] = {"every_other": True}
+    patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
+    for sequences in tokens_of(patched):
+        assert all(token % 2 == 1 - i % 2 for i, token in enumerate(sequences[0]))

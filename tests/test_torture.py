@@ -14,14 +14,16 @@ from clover_vllm.bench.torture import TortureSettings, difference, torture
 @pytest.mark.timeout(1800)
 def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path) -> None:
     outcome = torture(
-        TortureSettings(requests=300, per_engine=60, wave=60, seed=100, output=tmp_path / "out.json")
+        TortureSettings(requests=250, per_engine=70, wave=20, seed=100, output=tmp_path / "out.json")
     )
-    assert outcome.requests == 300
-    assert outcome.compared > 240
+    assert outcome.requests == 250
+    assert outcome.engines == 4
+    assert outcome.compared > 200
     assert outcome.clean
     assert outcome.preempted > 0
     assert outcome.cached_tokens > 0
     assert outcome.accepted > 0.2 * outcome.drafts
+    assert max(outcome.rss_growth) < 0.02
     assert json.loads((tmp_path / "out.json").read_text())["differences"] == []
 
 
@@ -44,5 +46,9 @@ def test_differences_are_seen() -> None:
         {"stop": 3},
         {"logprobs": [[(1, -0.5, 1)], [(2, -0.6, 1)], [(3, -0.5, 1)]]},
         {"logprobs": None},
+        {"logprobs": [[(1, -0.5, 1)], [(2, -0.5, 1)]]},
+        {"logprobs": [[(1, -0.5, 1)], [(2, float("nan"), 1)], [(3, -0.5, 1)]]},
+        {"logprobs": [[(1, -0.5, 1)], [(7, -0.5, 1)], [(3, -0.5, 1)]]},
+        {"prompt_logprobs": [[(1, -0.5, 1)]]},
     ):
         assert difference([one], [{**one, **change}]) is not None, change

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -115,16 +115,29 @@ class ScriptedTrees:
             share: how many drafts are replaced; the others stay the head's.
         """
         self.nodes = self.branching = 0
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, list[list[int]]] = {}
         self._rng = random.Random(seed)
         self._runner = runner
         self._share = share
         self._original = runner._host_trees
         runner._host_trees = self._host_trees
 
-    def know(self, prompt: list[int], continuation: list[int]) -> None:
-        """Hide this answer in the trees of a prompt."""
-        self._known[json.dumps(prompt)] = continuation
+    def know(self, answers: list[list[list[int]]]) -> None:
+        """Hide these from now on.
+
+        Args:
+            answers: by request of `drive`, by sequence, its tokens.
+        """
+        self._known = {str(i): sequences for i, sequences in enumerate(answers)}
+
+    def _right(self, request_id: str, done: int) -> list[int]:
+        """What a request of the runner says next; vLLM calls it [sequence_]request-random."""
+        match = re.match(r"(?:(\d+)_)?(\d+)-", request_id)
+        if match is None:  # not one of `drive`
+            return []
+        sequences = self._known.get(match[2], [])
+        sequence = int(match[1] or 0)
+        return sequences[sequence][done:] if sequence < len(sequences) else []
 
     def _host_trees(self, trees: Any, drafting: list[int]) -> list[Any]:
         from clover_vllm.engine.step import RequestTree
@@ -135,9 +148,8 @@ class ScriptedTrees:
         for i, r in enumerate(drafting):
             if rng.random() >= self._share:
                 continue
-            state = runner.requests[runner.input_batch.req_ids[r]]
-            answer = self._known.get(json.dumps(list(state.prompt_token_ids or ())), [])
-            right = answer[len(state.output_token_ids) :]
+            name = runner.input_batch.req_ids[r]
+            right = self._right(name, len(runner.requests[name].output_token_ids))
             nodes = rng.randrange(runner.num_spec_tokens + 1)
             if runner.drafter.options.tree == "chain":  # such an engine masks nothing
                 good = rng.randrange(min(len(right), nodes) + 1)

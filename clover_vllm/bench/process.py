@@ -79,8 +79,14 @@ class JsonProcess:
         return self.hear()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """End the process: by the end of its input, else by force."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(20)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
         self._log.close()
 
     def __enter__(self) -> JsonProcess:

@@ -216,16 +216,31 @@ def difference(plain: list[Json], trees: list[Json]) -> str | None:
             if one[key] != other[key]:
                 return f"{key} {one[key]!r} against {other[key]!r}"
         for key in ("logprobs", "prompt_logprobs"):
-            if (one[key] is None) != (other[key] is None):
-                return f"{key} missing"
-            for position, again in zip(one[key] or [], other[key] or [], strict=True):
-                # Candidates of nearly equal logits may swap places; the values may not move.
-                if len(position) != len(again) or any(
-                    abs(a - b) > LOGPROB_ERROR
-                    for (_, a, _), (_, b, _) in zip(position, again, strict=True)
-                    if a != b
-                ):
-                    return f"{key} {position} against {again}"
+            wrong = _logprob_difference(one[key], other[key])
+            if wrong is not None:
+                return f"{key}: {wrong}"
+    return None
+
+
+Position = list[tuple[int, float, int]]
+
+
+def _logprob_difference(plain: list[Position] | None, trees: list[Position] | None) -> str | None:
+    """What differs between (token, logprob, rank) of positions, the sampled or prompt token first."""
+    if plain is None or trees is None:
+        return None if plain is trees else "missing"
+    if len(plain) != len(trees):
+        return f"{len(plain)} positions against {len(trees)}"
+    for position, again in zip(plain, trees, strict=True):
+        same = len(position) == len(again)
+        # Values may not move; behind the first, candidates of nearly equal logits may swap places.
+        same = same and all(
+            p == q or abs(p - q) <= LOGPROB_ERROR
+            for (_, p, _), (_, q, _) in zip(position, again, strict=True)
+        )
+        same = same and [entry[0] for entry in position[:1]] == [entry[0] for entry in again[:1]]
+        if not same:
+            return f"{position} against {again}"
     return None
 
 
@@ -294,12 +309,15 @@ def _one_engine(
     task: Any,
 ) -> None:
     """Waves through one engine; plain vLLM answers the next wave meanwhile."""
-    again = f"clover-vllm torture --seed {seed} --requests {settings.per_engine} --wave {settings.wave}"
+    again = (
+        f"clover-vllm torture --seed {seed} --requests {settings.per_engine} --per-engine {settings.per_engine} "
+        f"--wave {settings.wave}"
+    )
     prompts: list[list[int]] = []
-    sizes = [settings.wave] * (settings.per_engine // settings.wave) or [settings.per_engine]
+    count = settings.per_engine
     if until is None:
-        left = settings.requests - outcome.requests
-        sizes = [size for i, size in enumerate(sizes) if i * settings.wave < left]
+        count = min(count, settings.requests - outcome.requests)
+    sizes = [min(settings.wave, count - done) for done in range(0, count, settings.wave)]
     waves = [random_wave(rng, size, llm["max_model_len"], prompts) for size in sizes]
 
     def answer(wave: list[Json]) -> Json:
@@ -313,10 +331,7 @@ def _one_engine(
             expected = coming.result()["outputs"]
             if i + 1 < len(waves):
                 coming = pool.submit(answer, waves[i + 1])
-            known = [
-                [r["prompt"], max((s["tokens"] for s in o), key=len, default=[])]
-                for r, o in zip(wave, expected, strict=True)
-            ]
+            known = [[sequence["tokens"] for sequence in sequences] for sequences in expected]
             found = trees.run(wave, known)
             stats = found["stats"]
             rss.append(stats["rss"])

@@ -1,7 +1,7 @@
 """One engine of the torture test, in a process of its own.
 
 Reads one JSON object per line on stdin and answers with one on stdout. The first is {"llm": arguments of
-vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": [[prompt, answer], ...]} is a wave.
+vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": answers by request, by sequence} is a wave.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ def serve(answers: TextIO) -> None:
     _say(answers, {"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
-        for prompt, answer in command["known"] if script is not None else []:
-            assert script is not None
-            script.know(prompt, answer)
+        if script is not None:
+            script.know(command["known"])
         result = drive(llm, command["requests"])
         result["stats"]["rss"] = psutil.Process().memory_info().rss
         counters = getattr(runner_of(llm), "counters", None)

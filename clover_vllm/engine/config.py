@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 
-from clover_vllm.engine.metrics import make_counters
+from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, CloverOptions, split_options
 from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import check_head
@@ -52,7 +52,7 @@ class CloverSpeculativeConfig(SpeculativeConfig):
     method: str | None = METHOD  # type: ignore[assignment]
     clover: SkipValidation[CloverOptions] = None  # type: ignore[assignment]
     counters: str = ""
-    """Name of the file in which workers count (`engine.metrics`)."""
+    """Path of the files in which workers count, less their rank (`engine.metrics`)."""
 
     def __post_init__(self) -> None:
         target = self.target_model_config
@@ -63,7 +63,7 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         hf_config = self.draft_model_config.hf_config
         hf_config.eagle_aux_hidden_state_layer_ids = [target.get_total_num_hidden_layers()]
         # Drafting positions are the target's (as for EAGLE, vLLM issue 48894).
-        hf_config.max_position_embeddings = max(hf_config.max_position_embeddings, target.max_model_len)
+        hf_config.max_position_embeddings = target.max_model_len
         ranks = SpeculativeConfig._verify_and_get_draft_tp(
             self.target_parallel_config,
             self.draft_tensor_parallel_size,  # type: ignore[has-type]
@@ -182,7 +182,7 @@ def clover_config(
     check_fits(made.draft_model_config.hf_config, target)
     _check_ranks(options, nodes, made.draft_model_config.hf_config)
     parallel.worker_cls = WORKERS[device]
-    made.counters = make_counters(nodes, parallel.data_parallel_size)
+    made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
     return made
 
 

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from clover_vllm.attention.cache_rows import CacheRows
 from clover_vllm.attention.cpu_backend import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
-from clover_vllm.engine.metrics import Counters, counters_path
+from clover_vllm.engine.metrics import AcceptanceWatch, Counters, counters_path
 from clover_vllm.engine.proposer import Clover2Proposer, accepted_rows
 from clover_vllm.engine.scorer import Batch, TreeScorer
 from clover_vllm.engine.step import RequestTree, StepTrees
@@ -47,7 +47,9 @@ class CloverRunner(GPUModelRunner):
         self.rejection_sampler = self.scorer
         self.use_aux_hidden_state_outputs = True
         self.timer = StepTimer()
-        self.counters = self._make_counters()
+        self.counters = self._open_counters()
+        head = self.speculative_config.draft_model_config.hf_config
+        self._watch = AcceptanceWatch(self.counters, head.first_acceptance)
         self._drafts: dict[str, RequestTree] = {}  # by request, until they are scheduled
         self._cache_rows: CacheRows | None = None
         self._builders: list[TreeCPUAttentionMetadataBuilder] = []
@@ -160,7 +162,10 @@ class CloverRunner(GPUModelRunner):
         step = self.scorer.step
         seconds = self.timer.finish_step(step is not None and step.decodes_only)
         if step is not None:
-            self.counters.count_step(step, seconds)
+            batch = self.input_batch
+            greedy = [request in batch.greedy_reqs for request in batch.req_ids]
+            self.counters.count_step(step, greedy, seconds)
+            self._watch.look()
         return output
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
@@ -295,11 +300,10 @@ class CloverRunner(GPUModelRunner):
             params = self.requests[request_id].sampling_params
             if params is not None and params.structured_outputs is not None:
                 # The grammar follows drafts one after the other.
-                self.counters.count_fallback("structured_output")
+                if not drafted.is_chain:
+                    self.counters.count_fallback("structured_output")
                 drafted = drafted.likeliest_chain()
-            if not drafted.tokens:
-                self.counters.count_fallback("non_finite_draft")
-            else:
+            if drafted.tokens:
                 self._drafts[request_id] = drafted
                 drafts[r] = drafted.tokens
         return drafts
@@ -307,15 +311,21 @@ class CloverRunner(GPUModelRunner):
     def _host_trees(self, trees: DraftTrees, drafting: list[int]) -> list[RequestTree]:
         """The trees of the drafting requests as records on the host."""
         del drafting  # tests script trees by request
-        return RequestTree.from_batch(trees)
+        made = RequestTree.from_batch(trees)
+        sizes = (trees.offsets[1:] - trees.offsets[:-1]).tolist()
+        for drafted, size in zip(made, sizes, strict=True):
+            if not drafted.tokens or len(drafted.tokens) < size:
+                self.counters.count_fallback("non_finite_draft")
+        return made
 
-    def _make_counters(self) -> Counters:
+    def _open_counters(self) -> Counters:
         """In a file that the front end reads too; one rank counts for all."""
-        parallel = self.parallel_config
-        path = None
-        if get_tp_group().is_first_rank:
-            path = counters_path(self.speculative_config.counters, parallel.data_parallel_index)
-        return Counters(self.num_spec_tokens, path, write=True)
+        if not get_tp_group().is_first_rank:
+            return Counters(self.num_spec_tokens)
+        base, engine = self.speculative_config.counters, self.parallel_config.data_parallel_index
+        counters = Counters(self.num_spec_tokens, counters_path(base, engine))
+        counters.open()
+        return counters
 
 
 class CloverCPUModelRunner(CloverRunner, CPUModelRunner):

@@ -46,6 +46,11 @@ class TreeScorer(nn.Module):
     thus an ordinary step of vLLM's `Sampler`, with the accepted path as the request's history and one
     draw of its generator per output token. So greedy and seeded requests get the tokens of plain
     decoding, and others its distribution, whatever vLLM's sampling parameters.
+
+    Logits processors of a user's own are asked once per depth for the whole batch, as a plain step asks them;
+    `update_state(None)` stands between. Rows of requests whose path has ended are in that batch too, and what
+    comes of them is dropped. So a row's result may depend on the request's parameters, prompt and output
+    so far, but a processor that counts its calls counts too many.
     """
 
     def __init__(self, sampler: Sampler) -> None:

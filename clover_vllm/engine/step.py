@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import isfinite
 
 from clover_vllm.tree import ROOT, DraftTrees
 
@@ -41,11 +42,18 @@ class RequestTree:
 
     @classmethod
     def from_batch(cls, trees: DraftTrees) -> list[RequestTree]:
-        """The trees of a batch. Their masks are those of `tree.ancestor_bits`."""
+        """The trees of a batch, cut before the first node whose probability is no number.
+
+        Their masks are those of `tree.ancestor_bits`.
+        """
         offsets = trees.offsets.tolist()
         tokens, parents, depths = trees.tokens.tolist(), trees.parents.tolist(), trees.depths.tolist()
         joint = trees.log_probs.exp().tolist()
-        return [cls.make(tokens[a:b], parents[a:b], depths[a:b], joint[a:b]) for a, b in pairwise(offsets)]
+        found = []
+        for a, b in pairwise(offsets):
+            b = next((i for i in range(a, b) if not isfinite(joint[i])), b)
+            found.append(cls.make(tokens[a:b], parents[a:b], depths[a:b], joint[a:b]))
+        return found
 
     def prefix(self, count: int) -> RequestTree:
         """The first nodes, which again are a tree."""

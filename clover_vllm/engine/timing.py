@@ -33,7 +33,7 @@ class StepTimer:
                 self._inner[-1] += elapsed
 
     def finish_step(self, decode_only: bool) -> dict[str, float]:
-        """The parts measured since the last call; added up if the step only decodes."""
+        """The parts measured since the last call; added to `seconds` only if the step only decodes."""
         if decode_only:
             for part, seconds in self._step.items():
                 self.seconds[part] = self.seconds.get(part, 0.0) + seconds

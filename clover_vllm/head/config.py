@@ -135,7 +135,7 @@ class Clover2Config(PretrainedConfig):
                     f"Clover2Config: {name} is {getattr(self, name)}; it must be at most {MOST_LAYERS}."
                 )
         share = self.first_acceptance
-        if share is not None and not (_is_positive(share) and share <= 1):
+        if share is not None and share != 0 and not (_is_positive(share) and share <= 1):
             raise UserError(
                 f"Clover2Config: first_acceptance is {share!r}; it must be a number from 0 to 1, or null."
             )

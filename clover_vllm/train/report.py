@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from clover_vllm.errors import UserError
+from clover_vllm.head.checkpoint import read_config
 from clover_vllm.train.evaluate import Outcome
 
 
@@ -81,6 +83,32 @@ def shape_results(measured: dict[str, dict[str, list[Outcome]]]) -> list[ShapeRe
         for name, shapes in zip(names, measured.values(), strict=True)
         for shape, outcomes in shapes.items()
     ]
+
+
+def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
+    """Write the share of steps that accept the likeliest draft token into the heads' config.json.
+
+    Servers compare themselves with it (`head.config.Clover2Config`, `first_acceptance`).
+
+    Args:
+        measured: by `evaluate.evaluate`, by head folder, with the default shapes.
+
+    Raises:
+        UserError: a config cannot be written.
+    """
+    for head, shapes in measured.items():
+        config = read_config(Path(head))
+        if config.get("model_type") != "clover2":
+            continue
+        chain = ShapeResult(head, "chain", next(iter(shapes.values())))
+        share = next(iter(chain.acceptance_by_depth()), 0.0)
+        path = Path(head) / "config.json"
+        fresh = path.with_name(".config.json.tmp")
+        try:
+            fresh.write_text(json.dumps(config | {"first_acceptance": round(share, 4)}, indent=2) + "\n")
+            fresh.replace(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def write_report(results: Sequence[ShapeResult], folder: Path) -> None:
