@@ -171,6 +171,27 @@ def test_ties_keep_parents_first_and_impossible_tokens_never_grow() -> None:
             assert paths_of(trees, r) == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
 
 
+class NaNDrafter(TableDrafter):
+    """Scores that are no numbers: all of the first request's, some of the others'."""
+
+    def log_probs(self, request: int, path: Path) -> torch.Tensor:
+        row = super().log_probs(request, path)
+        row[(slice(None) if request == 0 else (len(path) + request) % self.vocab)] = torch.nan
+        return row
+
+
+@pytest.mark.parametrize("limit", [0, 64])
+def test_scores_that_are_no_numbers_never_get_into_trees(limit: int) -> None:
+    with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
+        trees = grow_best_first(NaNDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
+    assert paths_of(trees, 0) == []
+    for r in (1, 2, 3):
+        paths = paths_of(trees, r)
+        assert len(paths) == 9
+        assert all(path[-1] != (len(path) - 1 + r) % 6 for path in paths)
+    assert bool(trees.log_probs.isfinite().all())
+
+
 def test_cutoffs_drop_unlikely_children() -> None:
     log_probs = torch.tensor([0.5, 0.3, 0.12, 0.05, 0.03]).log()
     kept = Cutoffs(top_p=0.75).apply(log_probs).isfinite()

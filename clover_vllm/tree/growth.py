@@ -70,8 +70,7 @@ class Cutoffs:
         return math.log(self.min_joint) if self.min_joint > 0.0 else -math.inf
 
     def apply(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Set dropped children of [..., K] falling log-probabilities to -inf, and those that are not numbers."""
-        log_probs = log_probs.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        """Set dropped children of [..., K] falling log-probabilities to -inf."""
         if self.top_p >= 1.0 and self.min_share <= 0.0:
             return log_probs
         probs = log_probs.exp()
@@ -94,6 +93,8 @@ def grow_best_first(
     The root is expanded, then `rounds - 1` times the `width` best unexpanded candidates of all
     levels so far; the best `num_nodes` candidates are the tree. A child is never likelier than its
     parent, so they form a tree, in parent-first order.
+
+    A candidate whose log-probability is NaN never gets into a tree.
 
     Args:
         drafter: scores continuations.
@@ -157,8 +158,8 @@ class _Pool:
     def __init__(self, scores: list[float], tokens: list[int], k: int) -> None:
         self.tokens = tokens
         self._k = k
-        self._scores = scores
-        self._open = scores.copy()  # -inf: expanded
+        self._scores = [p if p == p else -math.inf for p in scores]
+        self._open = self._scores.copy()  # -inf: expanded
         self._entries = [ROOT]  # of the slots' nodes
         self._depths = [0]
 
@@ -178,7 +179,7 @@ class _Pool:
             score = -math.inf
         self._entries.append(entry)
         self._depths.append(self._depths[entry // self._k] + 1)
-        scores = [score + p for p in log_probs]
+        scores = [score + p if p == p else -math.inf for p in log_probs]
         self._scores += scores
         self._open += scores
         self.tokens += tokens
@@ -215,7 +216,9 @@ def _grow_on_device(
     requests, k = tokens.shape
     # The pool holds the k children of every expanded node, slot by slot: pool entry c is a child of
     # the node with slot c // k, whose own pool entry is expanded[:, c // k - 1].
-    pool = cutoffs.apply(log_probs)  # [R, P]; -inf: not a candidate, or expanded already
+    pool = cutoffs.apply(log_probs).nan_to_num(
+        -torch.inf, torch.inf, -torch.inf
+    )  # [R, P]; -inf: not a candidate, or expanded already
     expanded = tokens.new_empty(requests, 0)
     scores = pool.new_empty(requests, 0)  # of the expanded
     slot_depths = tokens.new_zeros(requests, 1)
@@ -226,6 +229,7 @@ def _grow_on_device(
         child_log_probs, child_tokens = drafter.expand(parent_slots, tokens.gather(1, chosen), k)
         from_scores = best.masked_fill(best < cutoffs.min_score, -torch.inf)
         child_scores = from_scores[..., None] + cutoffs.apply(child_log_probs)
+        child_scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
         pool = torch.cat([pool, child_scores.flatten(1)], dim=1)
         tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
         expanded = torch.cat([expanded, chosen], dim=1)
