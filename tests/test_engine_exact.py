@@ -162,7 +162,7 @@ def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
 
     target = FrozenTarget(smollm2, torch.float32)
     evaluator = Evaluator(target, load_head(shipped_head()))
-    shape = best_first(8, options.rounds(8), options.width(8))
+    shape = best_first(8, options.rounds(8), options.width(8), options.cutoffs)
     outcomes = [
         evaluator.measure(Answer("", torch.tensor(r["prompt"]), torch.tensor(tokens)), [shape])[0]
         for r, tokens in zip(requests, answers, strict=True)

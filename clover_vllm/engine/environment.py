@@ -1,7 +1,8 @@
 """Process settings under which vLLM's CPU build is fastest.
 
-vLLM keeps one core for itself and uses GNU OpenMP unless told otherwise. With all cores computing
-and Intel's OpenMP preloaded, plain and speculative decoding are both faster (vLLM issue 44191).
+vLLM keeps one core for itself and uses GNU OpenMP unless told otherwise. With all cores computing,
+Intel's OpenMP preloaded (vLLM issue 44191) and PyTorch's memory in huge pages, plain and speculative
+decoding are both faster.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def prepare() -> None:
         return
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _all_cores())
     library = intel_openmp()
     preload = os.environ.get("LD_PRELOAD", "")

@@ -26,6 +26,7 @@ from clover_vllm.train.answers import read_answers
 from clover_vllm.train.target_model import FrozenTarget
 from clover_vllm.tree import (
     PUBLISHED_25,
+    Cutoffs,
     Drafter,
     DraftTrees,
     chain,
@@ -49,11 +50,19 @@ class Shape:
     grow: Grow
 
 
-def best_first(num_nodes: int, rounds: int | None = None, width: int | None = None) -> Shape:
-    """Best-first trees of `num_nodes`: by default 6 rounds (8 from 16 nodes on), half as wide."""
+def best_first(
+    num_nodes: int, rounds: int | None = None, width: int | None = None, cutoffs: Cutoffs | None = None
+) -> Shape:
+    """Best-first trees of `num_nodes`: by default 6 rounds (8 from 16 nodes on), half as wide.
+
+    That is more drafting than pays in an engine (`engine.options`): it shows what the head knows.
+    """
     rounds = rounds or (6 if num_nodes < 16 else 8)
     width = width or max(2, num_nodes // 2)
-    return Shape(f"tree of {num_nodes}", lambda drafter: grow_best_first(drafter, num_nodes, rounds, width))
+    return Shape(
+        f"tree of {num_nodes}",
+        lambda drafter: grow_best_first(drafter, num_nodes, rounds, width, cutoffs=cutoffs),
+    )
 
 
 def default_shapes() -> list[Shape]:
