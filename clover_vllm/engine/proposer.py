@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -26,8 +27,8 @@ class AcceptedRows:
     next_tokens: torch.Tensor  # int64 [N], the token behind each
     positions: torch.Tensor  # int64 [N]
     slots: torch.Tensor  # int64 [N], cache slots of those positions
-    starts: torch.Tensor  # int32 [R + 1], first entry of each request, on the host
-    seq_lens: torch.Tensor  # int32 [R], positions cached afterwards, on the host
+    starts: list[int]  # [R + 1], first entry of each request
+    seq_lens: list[int]  # [R], positions cached afterwards
     drafting: list[int]  # requests to draft for
 
 
@@ -106,8 +107,9 @@ class Clover2Proposer(EagleProposer):
         g = self._augment(hidden, accepted, common)
         if not accepted.drafting or not num_nodes:
             return None
-        last = accepted.starts[1:][accepted.drafting].long() - 1
-        return self.grow(g[last.to(g.device)], num_nodes)
+        last = [accepted.starts[r + 1] - 1 for r in accepted.drafting]
+        chosen = g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
+        return self.grow(chosen, num_nodes)
 
     def grow(self, g: torch.Tensor, num_nodes: int) -> DraftTrees:
         """Trees of at most `num_nodes` nodes from augmenting outputs [R, D]."""
@@ -128,7 +130,8 @@ class Clover2Proposer(EagleProposer):
         self, hidden: torch.Tensor, accepted: AcceptedRows, common: CommonAttentionMetadata
     ) -> torch.Tensor:
         count = accepted.rows.shape[0]
-        starts, seq_lens = accepted.starts, accepted.seq_lens
+        starts = torch.tensor(accepted.starts, dtype=torch.int32)
+        seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)
         metadata = CommonAttentionMetadata(
             query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,
@@ -136,8 +139,8 @@ class Clover2Proposer(EagleProposer):
             seq_lens_cpu_upper_bound=seq_lens,
             num_reqs=common.num_reqs,
             num_actual_tokens=count,
-            max_query_len=int((starts[1:] - starts[:-1]).max()),
-            max_seq_len=int(seq_lens.max()),
+            max_query_len=max(b - a for a, b in pairwise(accepted.starts)),
+            max_seq_len=max(accepted.seq_lens),
             block_table_tensor=common.block_table_tensor,
             slot_mapping=accepted.slots,
             causal=True,
@@ -149,9 +152,8 @@ class Clover2Proposer(EagleProposer):
             num_tokens=count,
             slot_mapping=self._get_slot_mapping(count, accepted.slots),
         ):
-            # Placeholders of multimodal prompts and of embeddings lie outside the vocabulary.
-            tokens = accepted.next_tokens.clamp(0, self.model.config.vocab_size - 1)
-            return self.model(accepted.positions, hidden[accepted.rows], self.model.embed(tokens))
+            embeds = self.model.embed(accepted.next_tokens)
+            return self.model(accepted.positions, hidden[accepted.rows], embeds)
 
 
 def accepted_rows(
@@ -161,6 +163,7 @@ def accepted_rows(
     computed: Sequence[int],
     slots: torch.Tensor,
     drafting: list[int],
+    vocab_size: int,
 ) -> AcceptedRows:
     """Lay out what the head reads.
 
@@ -171,6 +174,7 @@ def accepted_rows(
         computed: per request, positions cached before the step.
         slots: int64, cache slot of each row of the step.
         drafting: requests to draft for.
+        vocab_size: placeholders of multimodal prompts and of embeddings lie outside and become 0.
     """
     counts = [len(rows) for rows in kept]
     starts = [0]
@@ -183,10 +187,12 @@ def accepted_rows(
     device = slots.device
     return AcceptedRows(
         rows=torch.tensor([row for rows in kept for row in rows]).to(device),
-        next_tokens=torch.tensor([token for own in tokens for token in own]).to(device),
+        next_tokens=torch.tensor(
+            [token if 0 <= token < vocab_size else 0 for own in tokens for token in own]
+        ).to(device),
         positions=torch.tensor(positions).to(device),
         slots=slots[torch.tensor(targets).to(device)],
-        starts=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=torch.tensor([b + c for b, c in zip(computed, counts, strict=True)], dtype=torch.int32),
+        starts=starts,
+        seq_lens=[b + c for b, c in zip(computed, counts, strict=True)],
         drafting=drafting,
     )

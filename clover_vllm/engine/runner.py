@@ -275,7 +275,8 @@ class CloverRunner(GPUModelRunner):
                 following = self._token_at(batch.req_ids[r], computed[r] + step.rows[r])
                 kept.append([*before, root])
                 tokens.append([*input_ids[first + 1 : root + 1].tolist(), following])
-        return accepted_rows(kept, tokens, step.first_rows, computed, common.slot_mapping, drafting)
+        vocab = self.drafter.model.config.vocab_size
+        return accepted_rows(kept, tokens, step.first_rows, computed, common.slot_mapping, drafting, vocab)
 
     def _token_at(self, request_id: str, position: int) -> int:
         """A request's token, or 0 where its prompt is given as embeddings: drafts there are poor then."""

@@ -131,9 +131,10 @@ def _grow_on_host(
         for scores, own in zip(cutoffs.apply(log_probs).tolist(), tokens.tolist(), strict=True)
     ]
     for _ in range(rounds - 1):
-        if not any(pool.may_grow(cutoffs.min_score) for pool in pools):
+        level_width = min(width, max(pool.growing(cutoffs.min_score) for pool in pools))
+        if not level_width:
             break
-        chosen = [pool.take(width) for pool in pools]  # as many in each: all pools have one size
+        chosen = [pool.take(level_width) for pool in pools]  # as many in each
         slots = torch.tensor([[c // k for c in own] for own in chosen])
         level = torch.tensor([[pool.tokens[c] for c in own] for pool, own in zip(pools, chosen, strict=True)])
         child_log_probs, child_tokens = drafter.expand(slots, level, k)
@@ -167,9 +168,10 @@ class _Pool:
         """The best entries to expand next; expanded ones only where no others are left."""
         return heapq.nlargest(width, range(len(self._open)), key=self._open.__getitem__)
 
-    def may_grow(self, min_score: float) -> bool:
-        """Whether an unexpanded entry is likely enough."""
-        return max(self._open) >= max(min_score, -sys.float_info.max)
+    def growing(self, min_score: float) -> int:
+        """Unexpanded entries that are likely enough to expand."""
+        least = max(min_score, -sys.float_info.max)
+        return sum(score >= least for score in self._open)
 
     def add(self, entry: int, log_probs: list[float], tokens: list[int], min_score: float) -> None:
         """Children of an entry; of one that is not likely enough, none that counts."""
