@@ -108,7 +108,7 @@ def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
     requests = random_requests(40)
     plain = run_engine(llm(target), requests)
     settings = llm(
-        target, max_num_batched_tokens=48, num_gpu_blocks_override=26, speculative_config=speculative(head)
+        target, max_num_batched_tokens=48, num_gpu_blocks_override=20, speculative_config=speculative(head)
     )
     scripted = run_engine(
         settings,
