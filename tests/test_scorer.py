@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,8 @@ def test_masks_on_the_host_are_those_of_the_tensor_algorithm() -> None:
         batch = DraftTrees(*tensors, torch.zeros(nodes), torch.tensor([0, nodes]))
         assert ancestor_bits(batch).tolist() == [1, *tree.masks]
         (again,) = RequestTree.from_batch(batch)
-        assert again == tree
+        assert again.probabilities == [1.0] * nodes
+        assert replace(again, probabilities=()) == tree
 
 
 def _wide(rng: random.Random, nodes: int) -> RequestTree:
