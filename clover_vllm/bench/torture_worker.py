@@ -34,7 +34,7 @@ def serve(answers: TextIO) -> None:
         result["stats"]["rss"] = psutil.Process().memory_info().rss
         counters = getattr(runner_of(llm), "counters", None)
         result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
-        result["stats"]["drafts"] = counters.drafts if counters else 0.0
+        result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
         _say(answers, result)
 
 
