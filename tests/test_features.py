@@ -156,9 +156,12 @@ def test_features_did_something(runs: tuple[Json, Json], pair: tuple[Path, Path]
     trees = runs[1]
     end = think(pair[0], "</think>")
     for i in of_case("thinking_token_budget", kind):
-        assert trees["outputs"][i][0]["tokens"][6 : 6 + len(end)] == end
+        tokens = trees["outputs"][i][0]["tokens"]
+        # vLLM 0.32.0 ends the thinking at its budget of 6 or a few tokens later; `test_feature` compares.
+        assert any(tokens[at : at + len(end)] == end for at in range(6, 11))
     for i in of_case("structured choice", kind):
-        assert trees["outputs"][i][0]["text"] in ("positive", "negative", "neither of them")
+        # With a reasoning configuration vLLM leaves the thinking before a choice alone.
+        assert trees["outputs"][i][0]["text"].endswith(("positive", "negative", "neither of them"))
     for i in of_case("min_tokens", kind):
         assert len(trees["outputs"][i][0]["tokens"]) >= 12
     assert trees["stats"]["fallbacks"]["structured_output"] > 0

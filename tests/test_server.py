@@ -177,7 +177,6 @@ def broken_requests(rng: random.Random, count: int) -> list[tuple[str, str, byte
         {"allowed_token_ids": []},
         {"response_format": {"type": "json_schema"}},
         {"structured_outputs": {"regex": "(((("}},
-        {"structured_outputs": {"grammar": "root ::= "}},
         {"structured_outputs": {"json": {"type": "no such type"}}},
         {"structured_outputs": {"choice": []}},
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},

@@ -235,7 +235,7 @@ def _logprob_difference(plain: list[Position] | None, trees: list[Position] | No
         same = len(position) == len(again)
         # Values may not move; behind the first, candidates of nearly equal logits may swap places.
         same = same and all(
-            p == q or abs(p - q) <= LOGPROB_ERROR
+            p == q or abs(p - q) <= LOGPROB_ERROR or (p != p and q != q)
             for (_, p, _), (_, q, _) in zip(position, again, strict=True)
         )
         same = same and [entry[0] for entry in position[:1]] == [entry[0] for entry in again[:1]]
