@@ -49,7 +49,7 @@ class CloverOptions:
     draft_candidates: int | None = None
     draft_top_p: float = 1.0
     draft_min_share: float = 0.0
-    draft_min_joint: float = 0.2
+    draft_min_joint: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("draft_rounds", "draft_width", "draft_candidates"):
@@ -97,6 +97,20 @@ class CloverOptions:
     def width(self, num_nodes: int) -> int:
         """Nodes expanded per level of a `best_first` tree."""
         return self.draft_width if self.draft_width is not None else max(2, num_nodes // 4)
+
+    def candidates(self, num_nodes: int) -> int:
+        """Children considered per node: for `best_first` at most 8 by default, for a fixed tree all it needs."""
+        shape = self.fixed_shape(num_nodes)
+        if shape is not None:
+            return shape.max_rank + 1
+        return self.draft_candidates if self.draft_candidates is not None else min(num_nodes, 8)
+
+    def level_width(self, num_nodes: int) -> int:
+        """Most nodes that one drafting level expands."""
+        shape = self.fixed_shape(num_nodes)
+        if shape is None:
+            return self.width(num_nodes)
+        return max(len(shape.nodes_at(depth)) for depth in range(1, shape.max_depth + 1))
 
     @property
     def cutoffs(self) -> Cutoffs:

@@ -42,7 +42,8 @@ class HeadDrafter:
         self._states = g[:, None]  # [R, slots, D]
 
     def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._head.candidates(self._head.first(self._g), num_candidates)
+        log_probs, candidates = self._head.first(self._g)
+        return log_probs[:, :num_candidates], candidates[:, :num_candidates]
 
     def expand(
         self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
@@ -53,10 +54,12 @@ class HeadDrafter:
         else:
             index = parent_slots[..., None].expand(requests, w, self._states.shape[-1])
             parents = self._states.gather(1, index).flatten(0, 1)
-        r, s = self._head.advance(parents, self._head.embed(tokens.flatten()))
-        self._states = torch.cat([self._states, r.view(requests, w, -1)], dim=1)
-        log_probs, candidates = self._head.candidates(s, num_candidates)
-        return log_probs.view(requests, w, -1), candidates.view(requests, w, -1)
+        states, log_probs, candidates = self._head.expand(parents, tokens.flatten())
+        self._states = torch.cat([self._states, states.view(requests, w, -1)], dim=1)
+        return (
+            log_probs.view(requests, w, -1)[..., :num_candidates],
+            candidates.view(requests, w, -1)[..., :num_candidates],
+        )
 
 
 class Clover2Proposer(EagleProposer):
@@ -83,12 +86,16 @@ class Clover2Proposer(EagleProposer):
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *args: object, **kwargs: object) -> None:
-        """Run the augmenting block once, for compilation and memory profiling."""
+        """Run the head once, for compilation and memory profiling."""
         del args, kwargs
         tokens = min(num_tokens, self.max_num_tokens)
         hidden = self.hidden_states[:tokens]
         with set_forward_context(None, self.vllm_config, num_tokens=tokens):
-            self.model(self.positions[:tokens], hidden, self.model.embed(self.input_ids[:tokens].long()))
+            ids = self.input_ids[:tokens].long()
+            g = self.model(self.positions[:tokens], hidden, self.model.embed(ids))
+            rows = max(2, self.max_batch_size * self.options.level_width(self.num_speculative_tokens))
+            self.model.first(g[:rows])  # of one row, the compiler would make a constant
+            self.model.expand(g[:rows], ids[:rows])
 
     def draft(
         self, hidden: torch.Tensor, accepted: AcceptedRows, common: CommonAttentionMetadata, num_nodes: int
@@ -121,7 +128,7 @@ class Clover2Proposer(EagleProposer):
                 num_nodes,
                 options.rounds(num_nodes),
                 options.width(num_nodes),
-                options.draft_candidates,
+                options.candidates(num_nodes),
                 options.cutoffs,
             )
         return grow_static(drafter, self.options.fixed_shape(num_nodes) or self.shape)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm import _custom_ops as ops
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import (
@@ -42,6 +43,7 @@ from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 from vllm.platforms import current_platform
 
+from clover_vllm.engine.options import CloverOptions
 from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import PROBED_ROWS, check_probe, is_finite, probe_lm_head
 from clover_vllm.head.config import Clover2Config
@@ -242,6 +244,91 @@ class RowSlice(nn.Module):
         return logits
 
 
+class SharedLmHead(nn.Module):
+    """The target's lm_head, by reference, as the head reads it: rows as embeddings, logits, best tokens."""
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        vocab = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_vocab", vocab, persistent=False)
+        self.draft_vocab: torch.Tensor | None
+        # The target's; plain attributes, lest they count as the head's own weights.
+        self._lm_head: VocabParallelEmbedding | None = None
+        self._draft_head: RowSlice | None = None
+        self._logits_processor = LogitsProcessor(config.vocab_size)
+
+    def bind(self, lm_head: VocabParallelEmbedding) -> None:
+        """Read this lm_head from now on, and slice its draft-vocabulary rows."""
+        object.__setattr__(self, "_lm_head", lm_head)
+        if self.draft_vocab is not None:
+            object.__setattr__(self, "_draft_head", RowSlice(self.embed(self.draft_vocab)))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unscaled lm_head rows of token ids [N], [N, D], whichever ranks hold them."""
+        lm_head = self._lm_head
+        assert lm_head is not None, "bind first"
+        if lm_head.tp_size == 1:
+            return F.embedding(tokens, lm_head.weight)
+        first = lm_head.shard_indices.org_vocab_start_index
+        here = (tokens >= first) & (tokens < lm_head.shard_indices.org_vocab_end_index)
+        rows = F.embedding(torch.where(here, tokens - first, 0), lm_head.weight)
+        return tensor_model_parallel_all_reduce(rows * here[:, None])
+
+    def compute_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits over the draft vocabulary, [N, draft V], of states [N, D]."""
+        if self._draft_head is not None:
+            return self._draft_head(states)
+        assert self._lm_head is not None, "bind first"
+        return self._logits_processor(self._lm_head, states)
+
+    def candidates(self, states: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best tokens: float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids."""
+        log_probs = torch.log_softmax(self.compute_logits(states), dim=-1, dtype=torch.float32)
+        best, index = log_probs.topk(min(num_candidates, log_probs.shape[-1]), dim=-1)
+        return best, index if self.draft_vocab is None else self.draft_vocab[index]
+
+
+class FirstStep(nn.Module):
+    """The head's first token: `head.model.Clover2DraftModel.first`, then the best candidates."""
+
+    def __init__(self, lm_head: SharedLmHead, mlp: nn.Module, norm: nn.Module, num_candidates: int) -> None:
+        super().__init__()
+        self.lm_head, self.mlp, self.norm = lm_head, mlp, norm
+        self.num_candidates = num_candidates
+
+    def forward(self, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """g: [N, D] -> float32 [N, K] log-probabilities, int64 [N, K] token ids."""
+        return self.lm_head.candidates(self.norm(self.mlp(g)), self.num_candidates)
+
+
+@support_torch_compile(dynamic_arg_dims={"states": 0, "tokens": 0})
+class NextStep(nn.Module):
+    """One step of the recurrence: `head.model.Clover2DraftModel.advance`, then the best candidates."""
+
+    def __init__(
+        self,
+        lm_head: SharedLmHead,
+        rnn: ResAttentionBlock,
+        mlp: nn.Module,
+        norm: nn.Module,
+        embed_scale: float,
+        num_candidates: int,
+    ) -> None:
+        super().__init__()
+        self.lm_head, self.rnn, self.mlp, self.norm = lm_head, rnn, mlp, norm
+        self.embed_scale = embed_scale
+        self.num_candidates = num_candidates
+
+    def forward(
+        self, states: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """States [N, D] and tokens [N] -> next states, then as `FirstStep`."""
+        embeds = self.lm_head.embed(tokens) * self.embed_scale
+        states = self.rnn(states, embeds)
+        outputs = self.norm(self.mlp(torch.cat([states, embeds], dim=-1)))
+        return states, *self.lm_head.candidates(outputs, self.num_candidates)
+
+
 class Clover2DraftModel(nn.Module):
     """The head; `bind_target` must be called before it drafts.
 
@@ -276,15 +363,24 @@ class Clover2DraftModel(nn.Module):
             return_bias=False,
         )
         self.clover_head_norm = RMSNorm(size, eps=config.rms_norm_eps)
-        vocab = None
-        if config.draft_vocab_size is not None:
-            vocab = torch.arange(config.draft_vocab_size)
-        self.register_buffer("draft_vocab", vocab, persistent=False)
-        self.draft_vocab: torch.Tensor | None
-        # The target's; plain attributes, lest they count as the head's own weights.
-        self._lm_head: VocabParallelEmbedding | None = None
-        self._draft_head: RowSlice | None = None
-        self._logits_processor = LogitsProcessor(config.vocab_size)
+        self.shared = SharedLmHead(config)
+        # Compiled like vLLM's models are; each under a tag of its own, for vLLM's compile cache.
+        options: CloverOptions = vllm_config.speculative_config.clover
+        k = options.candidates(vllm_config.speculative_config.num_speculative_tokens)
+        self._max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        with set_model_tag("clover2_first"):
+            self._first = FirstStep(
+                lm_head=self.shared, mlp=self.clover_head_mlp, norm=self.clover_head_norm, num_candidates=k
+            )
+        with set_model_tag("clover2_next"):
+            self._next = NextStep(
+                lm_head=self.shared,
+                rnn=self.clover_head_mlp_rnn2,
+                mlp=self.clover_head_mlp2,
+                norm=self.clover_head_norm,
+                embed_scale=config.embed_scale,
+                num_candidates=k,
+            )
 
     def bind_target(self, target: nn.Module) -> None:
         """Share the target's lm_head, and slice its draft-vocabulary rows once.
@@ -305,22 +401,13 @@ class Clover2DraftModel(nn.Module):
                 f"The Clover-2 head was trained for an lm_head of {self.config.vocab_size} x "
                 f"{self.config.hidden_size}; the target's is {lm_head.org_vocab_size} x {weight.shape[1]}."
             )
-        object.__setattr__(self, "_lm_head", lm_head)
+        self.shared.bind(lm_head)
         probed = torch.linspace(0, self.config.vocab_size - 1, PROBED_ROWS).long()
         check_probe(self.config, probe_lm_head(self.embed(probed.to(weight.device)).cpu()))
-        if self.draft_vocab is not None:
-            object.__setattr__(self, "_draft_head", RowSlice(self.embed(self.draft_vocab)))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Unscaled lm_head rows of token ids [N], [N, D], whichever ranks hold them."""
-        lm_head = self._lm_head
-        assert lm_head is not None, "bind_target first"
-        if lm_head.tp_size == 1:
-            return F.embedding(tokens, lm_head.weight)
-        first = lm_head.shard_indices.org_vocab_start_index
-        here = (tokens >= first) & (tokens < lm_head.shard_indices.org_vocab_end_index)
-        rows = F.embedding(torch.where(here, tokens - first, 0), lm_head.weight)
-        return tensor_model_parallel_all_reduce(rows * here[:, None])
+        """As `SharedLmHead.embed`."""
+        return self.shared.embed(tokens)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Augmenting outputs of new positions, whose keys and values are written to the cache.
@@ -335,28 +422,28 @@ class Clover2DraftModel(nn.Module):
         """
         return self.model(positions, hidden, embeds)
 
-    def first(self, g: torch.Tensor) -> torch.Tensor:
-        """As `head.model.Clover2DraftModel.first`, [N, D]."""
-        return self.clover_head_norm(self.clover_head_mlp(g))
+    def first(self, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Best first tokens after augmenting outputs [N, D].
 
-    def advance(self, r: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `head.model.Clover2DraftModel.advance`, [N, D]."""
-        e = embeds * self.config.embed_scale
-        r = self.clover_head_mlp_rnn2(r, e)
-        return r, self.clover_head_norm(self.clover_head_mlp2(torch.cat([r, e], dim=-1)))
+        Returns:
+            float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids.
+        """
+        return (self._first if len(g) <= self._max_rows else self._first.forward)(g)
+
+    def expand(
+        self, states: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Step states [N, D] on by tokens [N].
+
+        Returns:
+            the next states, and the best tokens behind them as `first` does.
+        """
+        step = self._next if len(tokens) <= self._max_rows else self._next.forward  # compiled for no more
+        return step(states, tokens)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits over the draft vocabulary, [N, draft V]; the name is vLLM's for it."""
-        if self._draft_head is not None:
-            return self._draft_head(hidden_states)
-        assert self._lm_head is not None, "bind_target first"
-        return self._logits_processor(self._lm_head, hidden_states)
-
-    def candidates(self, states: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Best tokens: float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids."""
-        log_probs = torch.log_softmax(self.compute_logits(states), dim=-1, dtype=torch.float32)
-        best, index = log_probs.topk(min(num_candidates, log_probs.shape[-1]), dim=-1)
-        return best, index if self.draft_vocab is None else self.draft_vocab[index]
+        """As `SharedLmHead.compute_logits`; vLLM asks draft models for it."""
+        return self.shared.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint with the published names (`head.checkpoint`).
@@ -366,7 +453,7 @@ class Clover2DraftModel(nn.Module):
         """
         parameters = dict(self.named_parameters())
         known = set(self._checkpoint_names(parameters))
-        if self.draft_vocab is not None:
+        if self.shared.draft_vocab is not None:
             known.add("draft_vocab")
         wanted = set(known)
         loaded: set[str] = set()
@@ -377,13 +464,15 @@ class Clover2DraftModel(nn.Module):
                 )
             wanted.discard(name)
             if name == "draft_vocab":
-                assert self.draft_vocab is not None
-                if tensor.shape != self.draft_vocab.shape or not _are_tokens(tensor, self.config.vocab_size):
+                assert self.shared.draft_vocab is not None
+                if tensor.shape != self.shared.draft_vocab.shape or not _are_tokens(
+                    tensor, self.config.vocab_size
+                ):
                     raise UserError(
-                        f"The Clover-2 checkpoint's draft_vocab must be {len(self.draft_vocab)} token ids below "
+                        f"The Clover-2 checkpoint's draft_vocab must be {len(self.shared.draft_vocab)} token ids below "
                         f"{self.config.vocab_size}."
                     )
-                self.draft_vocab.copy_(tensor)
+                self.shared.draft_vocab.copy_(tensor)
                 continue
             if not is_finite(tensor):
                 raise UserError(f"The Clover-2 checkpoint's weight {name} is not finite.")
