@@ -362,7 +362,9 @@ def torture(
     seed: Annotated[int, typer.Option(help="Of the first engine; the next one has the next seed.")] = 0,
     per_engine: Annotated[int, typer.Option(min=1, help="Requests per engine.")] = 300,
     wave: Annotated[int, typer.Option(min=1, help="Requests submitted together.")] = 60,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the result; a plot goes beside it.")
+    ] = None,
 ) -> None:
     """Random requests through random engines with Clover-2, each compared with plain vLLM (float32)."""
     from clover_vllm.bench.torture import TortureSettings

@@ -69,7 +69,7 @@ def test_fixed_trees_are_cut_to_the_number_of_nodes() -> None:
 
 
 def test_configuration_asks_for_clover_by_method_or_by_the_head(tmp_path: Path) -> None:
-    from clover_vllm.engine.config import asks_for_clover
+    from clover_vllm.engine.options import asks_for_clover
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clover2"}))
     other = tmp_path / "other"

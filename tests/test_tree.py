@@ -172,24 +172,24 @@ def test_ties_keep_parents_first_and_impossible_tokens_never_grow() -> None:
 
 
 class NaNDrafter(TableDrafter):
-    """Scores that are no numbers: all of the first request's, some of the others'."""
+    """Scores that are no numbers, all or one of them, from depth r on for request r; none for request 3."""
 
     def log_probs(self, request: int, path: Path) -> torch.Tensor:
         row = super().log_probs(request, path)
-        row[(slice(None) if request == 0 else (len(path) + request) % self.vocab)] = torch.nan
+        if request < 3 and len(path) >= request:
+            row[slice(None) if request == 1 else 2] = torch.nan
         return row
 
 
 @pytest.mark.parametrize("limit", [0, 64])
-def test_scores_that_are_no_numbers_never_get_into_trees(limit: int) -> None:
+def test_scores_that_are_no_numbers_leave_their_request_without_a_tree(limit: int) -> None:
     with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
         trees = grow_best_first(NaNDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
-    assert paths_of(trees, 0) == []
-    for r in (1, 2, 3):
-        paths = paths_of(trees, r)
-        assert len(paths) == 9
-        assert all(path[-1] != (len(path) - 1 + r) % 6 for path in paths)
-    assert bool(trees.log_probs.isfinite().all())
+        alone = grow_best_first(TableDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
+    for r in (0, 1, 2):
+        assert paths_of(trees, r) == []
+    assert len(paths_of(trees, 3)) == 9
+    assert paths_of(trees, 3) == paths_of(alone, 3)
 
 
 def test_cutoffs_drop_unlikely_children() -> None:

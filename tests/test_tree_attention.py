@@ -151,6 +151,32 @@ def test_nodes_do_not_see_their_siblings() -> None:
     assert changed.tolist() == [bool(int(m) >> 4 & 1) for m in inputs.masks]
 
 
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+@pytest.mark.parametrize("prefix", [0, 40, 125])
+@pytest.mark.parametrize("reference", [False, True])
+def test_infinite_values_stay_with_the_rows_that_see_them(
+    broken: float, prefix: int, reference: bool
+) -> None:
+    """A draft whose numbers overflow must not change its siblings, above all not the root."""
+    query, key, value, key_cache, value_cache, inputs = make(torch.float16, [9], [prefix])
+
+    def attend() -> torch.Tensor:
+        if reference:
+            return tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+        output = torch.empty_like(query)
+        tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+        return output
+
+    before = attend()
+    sees = torch.tensor([bool(int(m) >> 4 & 1) for m in inputs.masks])
+    value[4] = broken
+    after = attend()
+    torch.testing.assert_close(after[~sees], before[~sees], atol=1e-3, rtol=0)
+    assert not after[sees].isfinite().any()
+    key[4] = broken
+    torch.testing.assert_close(attend()[~sees], before[~sees], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_rows_move_within_and_between_blocks(dtype: torch.dtype) -> None:
     """Native and PyTorch moves agree, and everything else stays."""

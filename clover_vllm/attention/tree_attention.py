@@ -15,6 +15,7 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -110,14 +111,25 @@ def native_library() -> ctypes.CDLL | None:
         )
         return None
     library = ctypes.CDLL(found.origin)
-    if library.clover_vector_bits() == 512 and not torch.cpu._is_avx512_supported():
+    library.clover_instruction_sets.restype = ctypes.c_char_p
+    missing = set(library.clover_instruction_sets().decode().split()) - _instruction_sets()
+    if missing:
         warnings.warn(
-            "The tree attention kernel was built for a CPU with AVX-512; PyTorch takes over, several "
-            "times slower, until clover-vllm is installed again on this machine.",
+            f"The tree attention kernel was built for a CPU with {', '.join(sorted(missing))}; PyTorch takes over, "
+            "several times slower, until clover-vllm is installed again on this machine.",
             stacklevel=2,
         )
         return None
     return library
+
+
+def _instruction_sets() -> set[str]:
+    """Those of this CPU, as Linux names them on x86; elsewhere the kernel asks for none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
 
 
 @cache
@@ -168,5 +180,9 @@ def tree_attention_reference(
         visible = torch.cat([own.new_ones(last - first, prefix), own], dim=1).bool()
         scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * inputs.scale
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        out[first:last] = torch.einsum("hnt,thd->nhd", weights, values)
+        if bool(values.isfinite().all()):
+            out[first:last] = torch.einsum("hnt,thd->nhd", weights, values)
+        else:  # 0 times infinity would reach rows that do not see it
+            products = weights[..., None] * values.transpose(0, 1)[:, None]  # [heads, rows, tokens, D]
+            out[first:last] = products.masked_fill(weights[..., None] == 0, 0).sum(2).transpose(0, 1)
     return out if dtype == torch.float64 else out.to(query.dtype)

@@ -66,6 +66,19 @@ def plot_split(rows: Rows, baseline: str, path: Path) -> None:
     _finish(figure, axis, path)
 
 
+def plot_memory(
+    plain: list[tuple[float, float]], engines: list[list[tuple[float, float]]], path: Path
+) -> None:
+    """Resident memory, (minutes, MiB), of a plain engine and of engines with Clover-2 that followed each other."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    axis.plot(*zip(*plain, strict=True), color="black", linestyle="--", label="plain vLLM")
+    for i, memory in enumerate(engines):
+        label = "with Clover-2, an engine each" if i == 0 else None
+        axis.plot(*zip(*memory, strict=True), color=f"C{i % 10}", marker=".", markersize=3, label=label)
+    axis.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    _finish(figure, axis, path)
+
+
 def _finish(figure: Any, axis: Any, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

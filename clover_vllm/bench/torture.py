@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from clover_vllm.bench.plots import plot_memory
 from clover_vllm.bench.process import JsonProcess
 from clover_vllm.bench.tiny import VOCAB, make_tiny_pair
 from clover_vllm.engine.environment import prepare
@@ -47,7 +48,7 @@ class TortureSettings:
         seed: of the first engine's settings and requests; the next engine has the next one.
         per_engine: requests per engine.
         wave: requests submitted together.
-        output: JSON file for the result.
+        output: JSON file for the result; a plot of the memory goes beside it.
     """
 
     requests: int = 2000
@@ -73,11 +74,22 @@ class Outcome:
     drafts: float = 0.0
     accepted: float = 0.0
     seconds: float = 0.0
-    rss_growth: list[float] = field(default_factory=list)  # per engine, after its second wave
+    # Resident memory after each wave, per engine: (minutes since the start, MiB). Plain vLLM's is for comparison.
+    memory: list[list[tuple[float, float]]] = field(default_factory=list)
+    plain_memory: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
         return not self.differences and not self.leaked_blocks
+
+    @property
+    def memory_growth(self) -> float:
+        """Of the engine whose memory grew most, by this share since a third of its waves.
+
+        Until then allocators and caches of grammars fill up, plain vLLM's no less. Engines of fewer than four
+        waves do not count.
+        """
+        return max((_growth(of_engine) for of_engine in self.memory if len(of_engine) >= 4), default=0.0)
 
 
 class Engine(JsonProcess):
@@ -274,7 +286,9 @@ def torture(settings: TortureSettings) -> Outcome:
                 llm["speculative_config"]["model"] = str(head)
                 trees = Engine("Clover-2", {**same, **llm}, seed, cores[0])
                 try:
-                    _one_engine(settings, seed, rng, llm, plain, trees, pool, outcome, until, progress, task)
+                    _one_engine(
+                        settings, seed, rng, llm, plain, trees, pool, outcome, started, until, progress, task
+                    )
                 finally:
                     trees.close()
                 outcome.engines += 1
@@ -286,7 +300,9 @@ def torture(settings: TortureSettings) -> Outcome:
     _show(outcome)
     if settings.output is not None:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
-        settings.output.write_text(json.dumps(asdict(outcome), indent=2))
+        result = {**asdict(outcome), "memory_growth": outcome.memory_growth}
+        settings.output.write_text(json.dumps(result, indent=2))
+        plot_memory(outcome.plain_memory, outcome.memory, settings.output.with_suffix(".png"))
     if not outcome.clean:
         raise UserError(
             f"{len(outcome.differences)} requests differ from plain vLLM and {outcome.leaked_blocks} cache "
@@ -304,6 +320,7 @@ def _one_engine(
     trees: Engine,
     pool: ThreadPoolExecutor,
     outcome: Outcome,
+    started: float,
     until: float | None,
     progress: Progress,
     task: Any,
@@ -324,17 +341,21 @@ def _one_engine(
         return plain.run([{**r, "abort": None} for r in wave], [])
 
     coming = pool.submit(answer, waves[0])
-    rss: list[int] = []
+    memory: list[tuple[float, float]] = []
+    outcome.memory.append(memory)
     try:
         trees.hear()
         for i, wave in enumerate(waves):
-            expected = coming.result()["outputs"]
+            answered = coming.result()
+            expected = answered["outputs"]
             if i + 1 < len(waves):
                 coming = pool.submit(answer, waves[i + 1])
             known = [[sequence["tokens"] for sequence in sequences] for sequences in expected]
             found = trees.run(wave, known)
             stats = found["stats"]
-            rss.append(stats["rss"])
+            minutes = (time.monotonic() - started) / 60
+            memory.append((minutes, stats["rss"] / 2**20))
+            outcome.plain_memory.append((minutes, answered["stats"]["rss"] / 2**20))
             for name in ("preempted", "cached_tokens", "leaked_blocks"):
                 setattr(outcome, name, getattr(outcome, name) + stats[name])
             for j, (request, one, other) in enumerate(zip(wave, expected, found["outputs"], strict=True)):
@@ -357,8 +378,11 @@ def _one_engine(
         raise UserError(f"{str(error).rstrip('.')} (run: {again}).") from None
     finally:
         coming.exception()  # the plain engine must be idle before the next one asks
-    if len(rss) > 2:
-        outcome.rss_growth.append(rss[-1] / rss[1] - 1)
+
+
+def _growth(memory: list[tuple[float, float]]) -> float:
+    """Memory at the end over that after a third of the waves, less 1."""
+    return memory[-1][1] / memory[len(memory) // 3][1] - 1
 
 
 def _show(outcome: Outcome) -> None:
@@ -373,7 +397,8 @@ def _show(outcome: Outcome) -> None:
         ("preemptions, at least", str(outcome.preempted)),
         ("prompt tokens found in the prefix cache", f"{outcome.cached_tokens:,}"),
         ("tokens per verified draft", f"{1 + outcome.accepted / max(outcome.drafts, 1):.2f}"),
-        ("memory growth after the second wave, worst engine", f"{max(outcome.rss_growth, default=0):.1%}"),
+        ("memory growth since a third of its waves, worst engine", f"{outcome.memory_growth:.1%}"),
+        ("the same of plain vLLM, all its waves", f"{_growth(outcome.plain_memory):.1%}"),
         ("minutes", f"{outcome.seconds / 60:.1f}"),
     ):
         table.add_row(name, value)

@@ -13,13 +13,11 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 
 from clover_vllm.engine.metrics import export_counters
-from clover_vllm.engine.options import DEFAULT_NODES, CloverOptions, split_options
+from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
 from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import check_head
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.tree.masks import MAX_NODES
-
-METHOD = "clover2"
 
 SHARED_OPTIONS = (
     "method",
@@ -83,9 +81,10 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         return True
 
     def compute_hash(self) -> str:
-        # The target's compiled graph returns its last layer's output too, which the base class
-        # counts in only for methods it knows.
-        return f"clover2-{super().compute_hash()}"
+        # The target's compiled graph returns its last layer's output too, which the base class counts
+        # in only for methods it knows; the head's has the number of candidates in it.
+        candidates = self.clover.candidates(self.num_speculative_tokens)
+        return f"clover2-{candidates}-{super().compute_hash()}"
 
 
 def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelConfig:
@@ -109,22 +108,6 @@ def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelCon
         max_logprobs=target.max_logprobs,
         config_format=target.config_format,
     )
-
-
-def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
-    """Whether a speculative configuration names Clover-2, or a head whose config.json says so."""
-    if not given:
-        return False
-    if given.get("method") is not None:
-        return given["method"] == METHOD
-    model = given.get("model")
-    if not isinstance(model, str) or not model:
-        return False
-    try:
-        found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
-    except Exception:  # no such model, no network, not a model: vLLM's own methods explain that
-        return False
-    return found.get("model_type") == METHOD
 
 
 def clover_config(

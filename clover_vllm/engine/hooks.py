@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from clover_vllm.engine.options import asks_for_clover
 from clover_vllm.errors import UserError
 
 SUPPORTED_VLLM = ("0.32.0",)
@@ -222,9 +223,7 @@ def install(engine_args: type, problems: list[str]) -> None:
         engine_args: `vllm.engine.arg_utils.EngineArgs`.
         problems: from `complaints`. If there are any, whoever asks for clover2 is told them.
     """
-    register = getattr(
-        importlib.import_module("vllm.config.speculative"), "register_speculative_config_factory", None
-    )
+    register = getattr(_speculative_module(), "register_speculative_config_factory", None)
     if register is not None:
         register(functools.partial(speculative_config, problems=problems) if problems else speculative_config)
         return
@@ -241,6 +240,14 @@ def install(engine_args: type, problems: list[str]) -> None:
     engine_args.create_speculative_config = create_speculative_config  # type: ignore[attr-defined]
 
 
+def _speculative_module() -> Any:
+    """`vllm.config.speculative`, or None on a vLLM that has moved it."""
+    try:
+        return importlib.import_module("vllm.config.speculative")
+    except ImportError:
+        return None
+
+
 def samples_every_token(spec: Any) -> bool:
     """Whether a speculative configuration is of a method whose tokens are ordinary sampling steps."""
     says: Callable[[], bool] | None = getattr(spec, "samples_every_token", None)
@@ -249,8 +256,7 @@ def samples_every_token(spec: Any) -> bool:
 
 def _knows_sampling_methods() -> bool:
     """Whether this vLLM has our patch that asks a method for `samples_every_token`."""
-    config: Any = importlib.import_module("vllm.config.speculative").SpeculativeConfig
-    return hasattr(config, "samples_every_token")
+    return hasattr(getattr(_speculative_module(), "SpeculativeConfig", None), "samples_every_token")
 
 
 def install_sampling(sampling_params: type) -> None:
@@ -305,8 +311,6 @@ def speculative_config(
     Raises:
         UserError: clover2 is meant, and there are problems, or it is configured wrongly.
     """
-    from clover_vllm.engine.config import asks_for_clover, clover_config
-
     if not asks_for_clover(given):
         return None
     if problems:
@@ -315,6 +319,8 @@ def speculative_config(
             f"it works with vLLM {', '.join(SUPPORTED_VLLM)}."
         )
     from vllm.platforms import current_platform
+
+    from clover_vllm.engine.config import clover_config  # of vLLM's own classes: not for any version
 
     return clover_config(given, target, parallel, current_platform.device_type)
 

@@ -1,4 +1,4 @@
-"""Clover's own options, which travel in vLLM's speculative configuration."""
+"""Clover's own options, which travel in vLLM's speculative configuration. Imports nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from clover_vllm.errors import UserError
 from clover_vllm.tree import PUBLISHED_25, Cutoffs, StaticTopology, chain
 from clover_vllm.tree.masks import MAX_NODES
+
+METHOD = "clover2"
+"""The method's name in vLLM's speculative configuration."""
 
 DEFAULT_NODES = 8
 """Tree nodes per request and step where `num_speculative_tokens` is not given."""
@@ -122,6 +127,22 @@ class CloverOptions:
 
 def _is_path(path: object) -> bool:
     return isinstance(path, list) and bool(path) and all(type(rank) is int for rank in path)
+
+
+def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
+    """Whether a speculative configuration names Clover-2, or a head whose config.json says so."""
+    if not given:
+        return False
+    if given.get("method") is not None:
+        return given["method"] == METHOD
+    model = given.get("model")
+    if not isinstance(model, str) or not model:
+        return False
+    try:
+        found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
+    except Exception:  # no such model, no network, not a model: vLLM's own methods explain that
+        return False
+    return found.get("model_type") == METHOD
 
 
 OPTION_NAMES = tuple(field.name for field in fields(CloverOptions))

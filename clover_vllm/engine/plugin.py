@@ -16,9 +16,13 @@ def register() -> None:
     On a vLLM that is not as expected nothing is registered, and asking for clover2 says why.
     """
     import vllm
-    from vllm.engine.arg_utils import EngineArgs
 
     problems = hooks.complaints(vllm.__version__)
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError:
+        logger.warning("clover-vllm stays inactive: %s.", "; ".join(problems))
+        return
     hooks.install(EngineArgs, problems)
     if problems:
         logger.warning("clover-vllm stays inactive: %s.", "; ".join(problems))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -55,6 +57,7 @@ class HeadDrafter:
             index = parent_slots[..., None].expand(requests, w, self._states.shape[-1])
             parents = self._states.gather(1, index).flatten(0, 1)
         states, log_probs, candidates = self._head.expand(parents, tokens.flatten())
+        assert candidates.shape[-1] >= num_candidates, "compiled for fewer candidates"
         self._states = torch.cat([self._states, states.view(requests, w, -1)], dim=1)
         return (
             log_probs.view(requests, w, -1)[..., :num_candidates],
@@ -94,8 +97,8 @@ class Clover2Proposer(EagleProposer):
             ids = self.input_ids[:tokens].long()
             g = self.model(self.positions[:tokens], hidden, self.model.embed(ids))
             rows = max(2, self.max_batch_size * self.options.level_width(self.num_speculative_tokens))
-            self.model.first(g[:rows])  # of one row, the compiler would make a constant
-            self.model.expand(g[:rows], ids[:rows])
+            self.model.first(g[:rows])
+            self.model.expand(g[:rows], ids[:rows])  # of one row, the compiler would make a constant
 
     def draft(
         self, hidden: torch.Tensor, accepted: AcceptedRows, common: CommonAttentionMetadata, num_nodes: int
@@ -111,15 +114,17 @@ class Clover2Proposer(EagleProposer):
         Returns:
             one tree per drafting request, or None.
         """
-        g = self._augment(hidden, accepted, common)
-        if not accepted.drafting or not num_nodes:
-            return None
-        last = [accepted.starts[r + 1] - 1 for r in accepted.drafting]
-        chosen = g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
-        return self.grow(chosen, num_nodes)
+        with self._forward_context(accepted, common):
+            embeds = self.model.embed(accepted.next_tokens)
+            g = self.model(accepted.positions, hidden[accepted.rows], embeds)
+            if not accepted.drafting or not num_nodes:
+                return None
+            last = [accepted.starts[r + 1] - 1 for r in accepted.drafting]
+            chosen = g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
+            return self.grow(chosen, num_nodes)
 
     def grow(self, g: torch.Tensor, num_nodes: int) -> DraftTrees:
-        """Trees of at most `num_nodes` nodes from augmenting outputs [R, D]."""
+        """Trees of at most `num_nodes` nodes from augmenting outputs [R, D], in a forward context."""
         drafter = HeadDrafter(self.model, g)
         options = self.options
         if self.shape is None:
@@ -130,12 +135,14 @@ class Clover2Proposer(EagleProposer):
                 options.width(num_nodes),
                 options.candidates(num_nodes),
                 options.cutoffs,
+                fixed_levels=get_tensor_model_parallel_world_size() > 1,
             )
         return grow_static(drafter, self.options.fixed_shape(num_nodes) or self.shape)
 
-    def _augment(
-        self, hidden: torch.Tensor, accepted: AcceptedRows, common: CommonAttentionMetadata
-    ) -> torch.Tensor:
+    def _forward_context(
+        self, accepted: AcceptedRows, common: CommonAttentionMetadata
+    ) -> AbstractContextManager[None]:
+        """vLLM's, for the augmenting block's attention and whatever its compiled modules ask for."""
         count = accepted.rows.shape[0]
         starts = torch.tensor(accepted.starts, dtype=torch.int32)
         seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)
@@ -153,14 +160,13 @@ class Clover2Proposer(EagleProposer):
             causal=True,
         )
         _, by_layer = self.build_per_group_and_layer_attn_metadata(metadata)
-        with set_forward_context(
+        context: AbstractContextManager[None] = set_forward_context(
             by_layer,
             self.vllm_config,
             num_tokens=count,
             slot_mapping=self._get_slot_mapping(count, accepted.slots),
-        ):
-            embeds = self.model.embed(accepted.next_tokens)
-            return self.model(accepted.positions, hidden[accepted.rows], embeds)
+        )
+        return context
 
 
 def accepted_rows(

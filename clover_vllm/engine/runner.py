@@ -313,9 +313,8 @@ class CloverRunner(GPUModelRunner):
         """The trees of the drafting requests as records on the host."""
         del drafting  # tests script trees by request
         made = RequestTree.from_batch(trees)
-        sizes = (trees.offsets[1:] - trees.offsets[:-1]).tolist()
-        for drafted, size in zip(made, sizes, strict=True):
-            if not drafted.tokens or len(drafted.tokens) < size:
+        for drafted in made:
+            if not drafted.tokens:
                 self.counters.count_fallback("non_finite_draft")
         return made
 

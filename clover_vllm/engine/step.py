@@ -42,7 +42,7 @@ class RequestTree:
 
     @classmethod
     def from_batch(cls, trees: DraftTrees) -> list[RequestTree]:
-        """The trees of a batch, cut before the first node whose probability is no number.
+        """The trees of a batch; one with a probability that is no number is left out whole.
 
         Their masks are those of `tree.ancestor_bits`.
         """
@@ -51,7 +51,7 @@ class RequestTree:
         joint = trees.log_probs.exp().tolist()
         found = []
         for a, b in pairwise(offsets):
-            b = next((i for i in range(a, b) if not isfinite(joint[i])), b)
+            b = b if all(map(isfinite, joint[a:b])) else a
             found.append(cls.make(tokens[a:b], parents[a:b], depths[a:b], joint[a:b]))
         return found
 

@@ -288,19 +288,6 @@ class SharedLmHead(nn.Module):
         return best, index if self.draft_vocab is None else self.draft_vocab[index]
 
 
-class FirstStep(nn.Module):
-    """The head's first token: `head.model.Clover2DraftModel.first`, then the best candidates."""
-
-    def __init__(self, lm_head: SharedLmHead, mlp: nn.Module, norm: nn.Module, num_candidates: int) -> None:
-        super().__init__()
-        self.lm_head, self.mlp, self.norm = lm_head, mlp, norm
-        self.num_candidates = num_candidates
-
-    def forward(self, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """g: [N, D] -> float32 [N, K] log-probabilities, int64 [N, K] token ids."""
-        return self.lm_head.candidates(self.norm(self.mlp(g)), self.num_candidates)
-
-
 @support_torch_compile(dynamic_arg_dims={"states": 0, "tokens": 0})
 class NextStep(nn.Module):
     """One step of the recurrence: `head.model.Clover2DraftModel.advance`, then the best candidates."""
@@ -322,7 +309,7 @@ class NextStep(nn.Module):
     def forward(
         self, states: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States [N, D] and tokens [N] -> next states, then as `FirstStep`."""
+        """States [N, D] and tokens [N] -> next states [N, D], then as `SharedLmHead.candidates`."""
         embeds = self.lm_head.embed(tokens) * self.embed_scale
         states = self.rnn(states, embeds)
         outputs = self.norm(self.mlp(torch.cat([states, embeds], dim=-1)))
@@ -364,15 +351,11 @@ class Clover2DraftModel(nn.Module):
         )
         self.clover_head_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.shared = SharedLmHead(config)
-        # Compiled like vLLM's models are; each under a tag of its own, for vLLM's compile cache.
         options: CloverOptions = vllm_config.speculative_config.clover
         k = options.candidates(vllm_config.speculative_config.num_speculative_tokens)
         self._max_rows = vllm_config.scheduler_config.max_num_batched_tokens
-        with set_model_tag("clover2_first"):
-            self._first = FirstStep(
-                lm_head=self.shared, mlp=self.clover_head_mlp, norm=self.clover_head_norm, num_candidates=k
-            )
-        with set_model_tag("clover2_next"):
+        self._num_candidates = k
+        with set_model_tag("clover2_next"):  # a tag of its own, for vLLM's compile cache
             self._next = NextStep(
                 lm_head=self.shared,
                 rnn=self.clover_head_mlp_rnn2,
@@ -428,7 +411,8 @@ class Clover2DraftModel(nn.Module):
         Returns:
             float32 [N, K] log-probabilities, falling, and int64 [N, K] token ids.
         """
-        return (self._first if len(g) <= self._max_rows else self._first.forward)(g)
+        states = self.clover_head_norm(self.clover_head_mlp(g))  # too little work to be worth compiling
+        return self.shared.candidates(states, self._num_candidates)
 
     def expand(
         self, states: torch.Tensor, tokens: torch.Tensor

@@ -87,6 +87,7 @@ def grow_best_first(
     width: int,
     num_candidates: int | None = None,
     cutoffs: Cutoffs | None = None,
+    fixed_levels: bool = False,
 ) -> DraftTrees:
     """Grow by joint probability.
 
@@ -94,7 +95,7 @@ def grow_best_first(
     levels so far; the best `num_nodes` candidates are the tree. A child is never likelier than its
     parent, so they form a tree, in parent-first order.
 
-    A candidate whose log-probability is NaN never gets into a tree.
+    A request for which the drafter gives a NaN gets no tree.
 
     Args:
         drafter: scores continuations.
@@ -103,6 +104,8 @@ def grow_best_first(
         width: nodes expanded per round.
         num_candidates: children considered per node; by default `num_nodes`, at most 8.
         cutoffs: drop unlikely children early.
+        fixed_levels: ask the drafter for every level in full width, whatever it says, so that ranks whose
+            arithmetic differs in a bit make the same calls.
 
     Returns:
         trees of at most `num_nodes` nodes each, sorted by falling joint probability.
@@ -110,7 +113,7 @@ def grow_best_first(
     k = min(num_nodes, 8) if num_candidates is None else num_candidates
     cutoffs = cutoffs or Cutoffs()
     log_probs, tokens = drafter.first(k)
-    on_host = tokens.device.type == "cpu" and len(tokens) <= HOST_REQUESTS
+    on_host = tokens.device.type == "cpu" and len(tokens) <= HOST_REQUESTS and not fixed_levels
     grow = _grow_on_host if on_host else _grow_on_device
     return grow(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs)
 
@@ -159,7 +162,8 @@ class _Pool:
     def __init__(self, scores: list[float], tokens: list[int], k: int) -> None:
         self.tokens = tokens
         self._k = k
-        self._scores = [p if p == p else -math.inf for p in scores]
+        self._scores = scores
+        self._broken = any(math.isnan(p) for p in scores)
         self._open = self._scores.copy()  # -inf: expanded
         self._entries = [ROOT]  # of the slots' nodes
         self._depths = [0]
@@ -171,7 +175,7 @@ class _Pool:
     def growing(self, min_score: float) -> int:
         """Unexpanded entries that are likely enough to expand."""
         least = max(min_score, -sys.float_info.max)
-        return sum(score >= least for score in self._open)
+        return 0 if self._broken else sum(score >= least for score in self._open)
 
     def add(self, entry: int, log_probs: list[float], tokens: list[int], min_score: float) -> None:
         """Children of an entry; of one that is not likely enough, none that counts."""
@@ -181,7 +185,8 @@ class _Pool:
             score = -math.inf
         self._entries.append(entry)
         self._depths.append(self._depths[entry // self._k] + 1)
-        scores = [score + p if p == p else -math.inf for p in log_probs]
+        self._broken |= any(math.isnan(p) for p in log_probs)
+        scores = [score + p for p in log_probs]
         self._scores += scores
         self._open += scores
         self.tokens += tokens
@@ -192,6 +197,8 @@ class _Pool:
         The sort is stable and a parent stands before its children, also where a child is certain and both
         scores are equal.
         """
+        if self._broken:
+            return [], [], [], []
         scores, k = self._scores, self._k
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:num_nodes]
         order = [c for c in order if scores[c] > -math.inf]
@@ -218,9 +225,8 @@ def _grow_on_device(
     requests, k = tokens.shape
     # The pool holds the k children of every expanded node, slot by slot: pool entry c is a child of
     # the node with slot c // k, whose own pool entry is expanded[:, c // k - 1].
-    pool = cutoffs.apply(log_probs).nan_to_num(
-        -torch.inf, torch.inf, -torch.inf
-    )  # [R, P]; -inf: not a candidate, or expanded already
+    pool = cutoffs.apply(log_probs)  # [R, P]; -inf: not a candidate, or expanded already
+    broken = log_probs.isnan().any(1)
     expanded = tokens.new_empty(requests, 0)
     scores = pool.new_empty(requests, 0)  # of the expanded
     slot_depths = tokens.new_zeros(requests, 1)
@@ -231,14 +237,14 @@ def _grow_on_device(
         child_log_probs, child_tokens = drafter.expand(parent_slots, tokens.gather(1, chosen), k)
         from_scores = best.masked_fill(best < cutoffs.min_score, -torch.inf)
         child_scores = from_scores[..., None] + cutoffs.apply(child_log_probs)
-        child_scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+        broken = broken | child_log_probs.isnan().flatten(1).any(1)
         pool = torch.cat([pool, child_scores.flatten(1)], dim=1)
         tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
         expanded = torch.cat([expanded, chosen], dim=1)
         scores = torch.cat([scores, best], dim=1)
         slot_depths = torch.cat([slot_depths, slot_depths.gather(1, parent_slots) + 1], dim=1)
     # Where fewer are left than fit, an entry is expanded again, with -inf: its first score counts.
-    scores = pool.scatter_reduce(1, expanded, scores, "amax")
+    scores = pool.scatter_reduce(1, expanded, scores, "amax").masked_fill(broken[:, None], -torch.inf)
     return _select(scores, tokens, expanded, slot_depths, num_nodes)
 
 

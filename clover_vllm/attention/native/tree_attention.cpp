@@ -137,9 +137,10 @@ struct Piece {
   int64_t scratch;                 // offset of its partial results, floats
 };
 
-// Softmax state of `rows` query vectors over one tile of scores [rows][width].
+// Softmax state of `rows` query vectors over one tile of scores [rows][width]. Where values may be infinite or
+// NaN (`finite` is false) those of weight 0 are skipped: 0 times them would reach rows that do not see them.
 void absorb(float* scores, int rows, int width, int columns, int stride, const float* values, int dim,
-            float* out, float* maxima, float* sums) {
+            bool finite, float* out, float* maxima, float* sums) {
   for (int m = 0; m < rows; m++) {
     float* s = scores + m * stride;
     for (int j = columns; j < width; j++) s[j] = -INFINITY;
@@ -165,22 +166,34 @@ void absorb(float* scores, int rows, int width, int columns, int stride, const f
     if (shrink != 1.0f)
       for (int d = 0; d < dim; d += LANES) store(out + m * dim + d, load(out + m * dim + d) * shrink);
   }
-  gemm(scores, stride, values, dim, rows, columns, dim, out, dim, true);
+  if (finite) {
+    gemm(scores, stride, values, dim, rows, columns, dim, out, dim, true);
+    return;
+  }
+  for (int m = 0; m < rows; m++)
+    for (int j = 0; j < columns; j++)
+      if (const float weight = scores[m * stride + j]; weight != 0.0f)
+        for (int d = 0; d < dim; d += LANES)
+          store(out + m * dim + d, load(out + m * dim + d) + weight * load(values + j * dim + d));
 }
 
-// Keys of the step's own rows as columns at .. of a tile, their values as rows at .. .
+// Keys of the step's own rows as columns at .. of a tile, their values as rows at .. . Whether all values are finite.
 template <typename T>
-void load_own(const Problem& p, const T* keys, const T* values, int head, int first_row, int tree, int at,
+bool load_own(const Problem& p, const T* keys, const T* values, int head, int first_row, int tree, int at,
               int width, float* k, float* v) {
+  vec rest = {};  // x - x: 0, or NaN where x is not finite
   for (int j = 0; j < tree; j++) {
     const T* key = keys + (first_row + j) * p.key_stride + (int64_t)head * p.dim;
     const T* value = values + (first_row + j) * p.value_stride + (int64_t)head * p.dim;
     for (int d = 0; d < p.dim; d += LANES) {
       vec x = load(key + d);
       for (int i = 0; i < LANES; i++) k[(d + i) * width + at + j] = x[i];
-      store(v + (at + j) * p.dim + d, load(value + d));
+      const vec y = load(value + d);
+      rest += y - y;
+      store(v + (at + j) * p.dim + d, y);
     }
   }
+  return hsum(rest) == 0.0f;
 }
 
 // Hide what a row's bitmask does not name, in score columns at .. .
@@ -230,18 +243,19 @@ void run_piece(const Problem& p, const Piece& piece, const T* query, const T* ke
     for (int64_t i = 0; i < (int64_t)prefix_columns * dim; i += LANES) store(v + i, load(vb + i));
     // The step's own rows ride in the last block's tile where they fit.
     const bool rides = own && b == piece.last - 1 && prefix_columns + tree <= width;
-    if (rides) load_own(p, keys, values, piece.head, first_row, tree, prefix_columns, width, k, v);
+    const bool finite =
+        !rides || load_own(p, keys, values, piece.head, first_row, tree, prefix_columns, width, k, v);
     const int columns = prefix_columns + (rides ? tree : 0), padded = padded_to_tile(columns);
     gemm(q, dim, k, width, rows, dim, padded, s, width, false);
     if (rides) hide(p, first_row, tree, group, prefix_columns, width, s), own = false;
-    absorb(s, rows, padded, columns, width, v, dim, out, maxima, sums);
+    absorb(s, rows, padded, columns, width, v, dim, finite, out, maxima, sums);
   }
   if (own) {
     const int padded = padded_to_tile(tree);
-    load_own(p, keys, values, piece.head, first_row, tree, 0, width, k, v);
+    const bool finite = load_own(p, keys, values, piece.head, first_row, tree, 0, width, k, v);
     gemm(q, dim, k, width, rows, dim, padded, s, width, false);
     hide(p, first_row, tree, group, 0, width, s);
-    absorb(s, rows, padded, tree, width, v, dim, out, maxima, sums);
+    absorb(s, rows, padded, tree, width, v, dim, finite, out, maxima, sums);
   }
   if (!piece.alone) return;
   for (int m = 0; m < rows; m++) {
@@ -335,15 +349,49 @@ void run(const Problem& p, const T* query, const T* keys, const T* values, const
 
 extern "C" {
 
-// Largest vector width, in bits, that this library was compiled to use.
-int clover_vector_bits() {
-#if defined(__AVX512F__)
-  return 512;
-#elif defined(__AVX__)
-  return 256;
-#else
-  return 128;
+// Instruction sets that this library was compiled to use, as /proc/cpuinfo names them, each with a space behind it.
+const char* clover_instruction_sets() {
+  return ""
+#ifdef __AVX__
+         "avx "
 #endif
+#ifdef __AVX2__
+         "avx2 "
+#endif
+#ifdef __FMA__
+         "fma "
+#endif
+#ifdef __F16C__
+         "f16c "
+#endif
+#ifdef __BMI2__
+         "bmi2 "
+#endif
+#ifdef __AVX512F__
+         "avx512f "
+#endif
+#ifdef __AVX512BW__
+         "avx512bw "
+#endif
+#ifdef __AVX512DQ__
+         "avx512dq "
+#endif
+#ifdef __AVX512VL__
+         "avx512vl "
+#endif
+#ifdef __AVX512VNNI__
+         "avx512_vnni "
+#endif
+#ifdef __AVX512BF16__
+         "avx512_bf16 "
+#endif
+#ifdef __AVX512FP16__
+         "avx512_fp16 "
+#endif
+#ifdef __AVX10_1__
+         "avx10 "
+#endif
+      ;
 }
 
 // dtype: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 for an unknown dtype.
