@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from clover_vllm.bench.plots import plot_memory
 from clover_vllm.bench.process import JsonProcess
 from clover_vllm.bench.tiny import VOCAB, make_tiny_pair
 from clover_vllm.engine.environment import prepare
@@ -36,6 +35,15 @@ LONGEST = 384
 
 LOGPROB_ERROR = 1e-3
 """Largest difference of a logprob that counts as equal (float32, other batches)."""
+
+
+WARM_UP_REQUESTS = 2000
+"""Until so many, an engine's allocators and its cache of grammars fill up, plain vLLM's no less."""
+
+JUDGED_REQUESTS = 6000
+"""The memory of engines that served so many must not have grown since their warm-up by more than MOST_GROWTH."""
+
+MOST_GROWTH = 0.02
 
 
 @dataclass(frozen=True)
@@ -74,22 +82,24 @@ class Outcome:
     drafts: float = 0.0
     accepted: float = 0.0
     seconds: float = 0.0
-    # Resident memory after each wave, per engine: (minutes since the start, MiB). Plain vLLM's is for comparison.
+    # Resident memory after each wave, per engine: (minutes since the start, MiB), and after how many requests
+    # of that engine. Plain vLLM's is for comparison.
     memory: list[list[tuple[float, float]]] = field(default_factory=list)
+    served: list[list[int]] = field(default_factory=list)
     plain_memory: list[tuple[float, float]] = field(default_factory=list)
+    plain_served: list[int] = field(default_factory=list)
+    failure: str | None = None
 
     @property
     def clean(self) -> bool:
-        return not self.differences and not self.leaked_blocks
+        grown = self.memory_growth
+        return not self.differences and not self.leaked_blocks and (grown is None or grown <= MOST_GROWTH)
 
     @property
-    def memory_growth(self) -> float:
-        """Of the engine whose memory grew most, by this share since a third of its waves.
-
-        Until then allocators and caches of grammars fill up, plain vLLM's no less. Engines of fewer than four
-        waves do not count.
-        """
-        return max((_growth(of_engine) for of_engine in self.memory if len(of_engine) >= 4), default=0.0)
+    def memory_growth(self) -> float | None:
+        """By which share the memory of an engine grew behind its warm-up, the worst; None: none ran so long."""
+        grown = [_growth(memory, served) for memory, served in zip(self.memory, self.served, strict=True)]
+        return max((g for g in grown if g is not None), default=None)
 
 
 class Engine(JsonProcess):
@@ -293,6 +303,8 @@ def torture(settings: TortureSettings) -> Outcome:
                     trees.close()
                 outcome.engines += 1
                 seed += 1
+        except UserError as error:
+            outcome.failure = str(error)
         finally:
             pool.shutdown()
             plain.close()
@@ -302,11 +314,17 @@ def torture(settings: TortureSettings) -> Outcome:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         result = {**asdict(outcome), "memory_growth": outcome.memory_growth}
         settings.output.write_text(json.dumps(result, indent=2))
-        plot_memory(outcome.plain_memory, outcome.memory, settings.output.with_suffix(".png"))
+        if outcome.plain_memory:
+            from clover_vllm.bench.plots import plot_memory  # matplotlib comes with the training tools
+
+            plot_memory(outcome.plain_memory, outcome.memory, settings.output.with_suffix(".png"))
+    if outcome.failure is not None:
+        raise UserError(outcome.failure)
     if not outcome.clean:
         raise UserError(
-            f"{len(outcome.differences)} requests differ from plain vLLM and {outcome.leaked_blocks} cache "
-            f"blocks were lost; the first: {(outcome.differences or ['blocks only'])[0]}."
+            f"{len(outcome.differences)} requests differ from plain vLLM, {outcome.leaked_blocks} cache "
+            f"blocks were lost, memory grew by {_percent(outcome.memory_growth)}; the first difference: "
+            f"{(outcome.differences or ['none'])[0]}."
         )
     return outcome
 
@@ -326,36 +344,43 @@ def _one_engine(
     task: Any,
 ) -> None:
     """Waves through one engine; plain vLLM answers the next wave meanwhile."""
-    again = (
-        f"clover-vllm torture --seed {seed} --requests {settings.per_engine} --per-engine {settings.per_engine} "
-        f"--wave {settings.wave}"
-    )
-    prompts: list[list[int]] = []
     count = settings.per_engine
     if until is None:
         count = min(count, settings.requests - outcome.requests)
+    again = (
+        f"clover-vllm torture --seed {seed} --requests {count} --per-engine {count} --wave {settings.wave}"
+    )
+    prompts: list[list[int]] = []
     sizes = [min(settings.wave, count - done) for done in range(0, count, settings.wave)]
-    waves = [random_wave(rng, size, llm["max_model_len"], prompts) for size in sizes]
+    waves = (random_wave(rng, size, llm["max_model_len"], prompts) for size in sizes)
 
     def answer(wave: list[Json]) -> Json:
         return plain.run([{**r, "abort": None} for r in wave], [])
 
-    coming = pool.submit(answer, waves[0])
+    following: list[Json] | None = next(waves)
+    assert following is not None
+    coming = pool.submit(answer, following)
     memory: list[tuple[float, float]] = []
+    served: list[int] = []
     outcome.memory.append(memory)
+    outcome.served.append(served)
     try:
         trees.hear()
-        for i, wave in enumerate(waves):
-            answered = coming.result()
+        for i in range(len(sizes)):
+            answered, wave = coming.result(), following
+            assert wave is not None
             expected = answered["outputs"]
-            if i + 1 < len(waves):
-                coming = pool.submit(answer, waves[i + 1])
+            following = next(waves, None)
+            if following is not None:
+                coming = pool.submit(answer, following)
             known = [[sequence["tokens"] for sequence in sequences] for sequences in expected]
             found = trees.run(wave, known)
             stats = found["stats"]
             minutes = (time.monotonic() - started) / 60
             memory.append((minutes, stats["rss"] / 2**20))
+            served.append((served[-1] if served else 0) + len(wave))
             outcome.plain_memory.append((minutes, answered["stats"]["rss"] / 2**20))
+            outcome.plain_served.append((outcome.plain_served[-1] if outcome.plain_served else 0) + len(wave))
             for name in ("preempted", "cached_tokens", "leaked_blocks"):
                 setattr(outcome, name, getattr(outcome, name) + stats[name])
             for j, (request, one, other) in enumerate(zip(wave, expected, found["outputs"], strict=True)):
@@ -380,9 +405,18 @@ def _one_engine(
         coming.exception()  # the plain engine must be idle before the next one asks
 
 
-def _growth(memory: list[tuple[float, float]]) -> float:
-    """Memory at the end over that after a third of the waves, less 1."""
-    return memory[-1][1] / memory[len(memory) // 3][1] - 1
+def _growth(memory: list[tuple[float, float]], served: list[int]) -> float | None:
+    """Memory at the end over that after the warm-up, less 1; None if the engine served too few."""
+    if not served or served[-1] < JUDGED_REQUESTS:
+        return None
+    warm = next(i for i, count in enumerate(served) if count >= WARM_UP_REQUESTS)
+    return memory[-1][1] / memory[warm][1] - 1
+
+
+def _percent(share: float | None) -> str:
+    return (
+        f"too few requests per engine to say (under {JUDGED_REQUESTS:,})" if share is None else f"{share:.1%}"
+    )
 
 
 def _show(outcome: Outcome) -> None:
@@ -397,8 +431,8 @@ def _show(outcome: Outcome) -> None:
         ("preemptions, at least", str(outcome.preempted)),
         ("prompt tokens found in the prefix cache", f"{outcome.cached_tokens:,}"),
         ("tokens per verified draft", f"{1 + outcome.accepted / max(outcome.drafts, 1):.2f}"),
-        ("memory growth since a third of its waves, worst engine", f"{outcome.memory_growth:.1%}"),
-        ("the same of plain vLLM, all its waves", f"{_growth(outcome.plain_memory):.1%}"),
+        ("memory growth after the warm-up, worst engine", _percent(outcome.memory_growth)),
+        ("the same of plain vLLM", _percent(_growth(outcome.plain_memory, outcome.plain_served))),
         ("minutes", f"{outcome.seconds / 60:.1f}"),
     ):
         table.add_row(name, value)
