@@ -7,6 +7,7 @@ which requests share a step then depends on nothing but the requests. Keys of SP
     requests: see `clover_vllm.bench.drive`.
     scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
         those answers among random siblings in random shapes and sizes.
+    check_head: folder of the head: compare all that it computes with the reference model.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
 OUT: what `drive` returns, with more statistics.
@@ -40,6 +41,7 @@ def main() -> None:
         scripted = ScriptedTrees(runner, spec["scripted"]["seed"])
         scripted.know(spec["scripted"]["answers"])
     probe = CacheProbe(runner) if spec.get("check_cache") else None
+    head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
     result = drive(llm, spec["requests"], probe.look if probe else None)
     stats: Json = result["stats"]
     stats["fallbacks"] = fallbacks(runner)
@@ -47,6 +49,8 @@ def main() -> None:
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     ).__name__
+    if head is not None:
+        stats["head_errors"], stats["head_rows"] = head.errors, head.rows
     if probe is not None:
         stats["cache_error"] = probe.error(llm)
         stats["cache_rows"] = probe.rows
@@ -61,6 +65,87 @@ def fallbacks(runner: Any) -> dict[str, float]:
         return {}
     found = dict(zip(REASONS, runner.counters.fallbacks.tolist(), strict=True))
     return {reason: count for reason, count in found.items() if count}
+
+
+class HeadProbe:
+    """Compares what vLLM's head computes, step by step, with `clover_vllm.head.Clover2DraftModel`.
+
+    Attributes:
+        errors: largest difference, relative to the largest value if that is above 1, by what was computed:
+            augmenting outputs of a prompt's beginning ("prefill"), of later parts of it ("chunk"), of accepted
+            rows ("decode"), and what is drafted from them ("first", "expand").
+        rows: compared, likewise.
+    """
+
+    def __init__(self, runner: Any, folder: str) -> None:
+        from clover_vllm.head.checkpoint import load_head
+
+        self.runner = runner
+        self.reference = load_head(Path(folder)).float()
+        self.errors: dict[str, float] = {}
+        self.rows: dict[str, int] = {}
+        self._hidden: dict[tuple[int, ...], Any] = {}  # by the tokens up to the one behind it
+        self._head = runner.drafter.model
+        self._original = {name: getattr(self._head, name) for name in ("forward", "first", "expand")}
+        self._draft = runner.drafter.draft
+        for name in self._original:
+            object.__setattr__(self._head, name, getattr(self, name))
+        runner.drafter.draft = self.draft
+
+    def _compare(self, what: str, found: Any, expected: Any) -> None:
+        error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+        self.errors[what] = max(self.errors.get(what, 0.0), error)
+        self.rows[what] = self.rows.get(what, 0) + len(found)
+
+    def draft(self, hidden: Any, accepted: Any, common: Any, num_nodes: int) -> Any:
+        import torch
+
+        made = self._draft(hidden, accepted, common, num_nodes)
+        for r, request_id in enumerate(self.runner.input_batch.req_ids):
+            rows = range(accepted.starts[r], accepted.starts[r + 1])
+            positions = accepted.positions[rows.start : rows.stop].tolist()
+            state = self.runner.requests[request_id]
+            tokens = [*state.prompt_token_ids, *state.output_token_ids]
+            for i, p in zip(rows, positions, strict=True):
+                self._hidden[tuple(tokens[: p + 2])] = hidden[accepted.rows[i]]
+            count = positions[-1] + 1
+            own = torch.stack([self._hidden[tuple(tokens[: p + 2])] for p in range(count)])
+            embeds = self._head.embed(torch.tensor(tokens[1 : count + 1]))
+            expected = self.reference.augment(own[None], embeds[None])[0, positions[0] :]
+            prompt = len(state.prompt_token_ids)
+            what = "decode" if positions[-1] >= prompt else "chunk" if positions[0] else "prefill"
+            self._compare(what, self._g[rows.start : rows.stop], expected)
+        return made
+
+    def forward(self, *args: Any) -> Any:
+        self._g = self._original["forward"](*args)
+        return self._g
+
+    def first(self, g: Any) -> Any:
+        found = self._original["first"](g)
+        self._check_candidates("first", found, self.reference.first(g))
+        return found
+
+    def expand(self, states: Any, tokens: Any) -> Any:
+        found = self._original["expand"](states, tokens)
+        expected, outputs = self.reference.advance(states, self._head.embed(tokens))
+        self._compare("expand", found[0], expected)
+        self._check_candidates("expand", found[1:], outputs)
+        return found
+
+    def _check_candidates(self, what: str, found: Any, states: Any) -> None:
+        """Log-probabilities of the best tokens, and that those tokens have them."""
+        import torch
+
+        vocab = self.reference.draft_vocab
+        if vocab is None:
+            vocab = torch.arange(self.reference.config.vocab_size)
+        log_probs = (states @ self._head.embed(vocab).T).log_softmax(-1)
+        of_token = torch.full((len(states), self.reference.config.vocab_size), -torch.inf)
+        of_token[:, vocab] = log_probs
+        best, tokens = found
+        self._compare(what, best, log_probs.topk(best.shape[1]).values)
+        self._compare(what, best, of_token.gather(1, tokens))
 
 
 class CacheProbe:
@@ -103,6 +188,7 @@ class CacheProbe:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
+        llm.reset_prefix_cache()  # lest rows be compared with themselves
         seen, self.seen, worst = self.seen, {}, 0.0
         for request_id, (tokens, rows) in seen.items():
             name = f"again-{request_id}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +235,76 @@ def test_bad_configurations_are_refused_before_the_engine_starts(
     with pytest.raises(UserError, match=words) as caught:
         configuration(target, {k: v for k, v in given.items() if v is not None}, **more)
     assert "\n" not in str(caught.value)
+
+
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "words"),
+    [
+        ({}, {"kv_cache_dtype": "fp8"}, "the KV cache type fp8"),
+        ({}, {"kv_transfer_config": CONNECTOR}, "a KV connector"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16},
+            {},
+            "sliding-window attention",
+        ),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "model_type": "gemma2",
+                "attn_logit_softcapping": 50.0,
+                "query_pre_attn_scalar": 32,
+            },
+            {},
+            "soft-capped scores",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
+            {},
+            "M-RoPE",
+        ),
+        (
+            {
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "model_type": "deepseek_v2",
+                "kv_lora_rank": 32,
+                "q_lora_rank": None,
+                "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 32,
+                "v_head_dim": 32,
+            },
+            {},
+            "multi-head latent attention",
+        ),
+        ({"architectures": ["OPTForCausalLM"], "model_type": "opt"}, {}, "SupportsEagle3"),
+    ],
+)
+def test_targets_that_are_not_supported_are_refused_before_the_engine_starts(
+    pair: tuple[Path, Path], tmp_path: Path, config: dict[str, Any], more: dict[str, Any], words: str
+) -> None:
+    """Where only trees do not work, the sentence names the way out, and that is open."""
+    target = shutil.copytree(pair[0], tmp_path / "target")
+    file = target / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    given = {"method": "clover2", "model": str(pair[1])}
+    with pytest.raises(UserError, match=words) as caught:
+        configuration(target, given, **more)
+    one_sentence(caught.value)
+    if '"chain"' in str(caught.value) and "architectures" not in config:
+        configuration(target, {**given, "tree": "chain"}, **more)
+
+
+def test_the_plugin_survives_a_vllm_without_our_base_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another version nothing of ours that derives from vLLM's classes is imported unless asked for."""
+    monkeypatch.setitem(sys.modules, "clover_vllm.engine.config", None)
+    monkeypatch.setitem(sys.modules, "vllm.config.speculative", None)
+    args = fresh()
+    hooks.install(args, ["vLLM is 0.99.1"])
+    assert args({"method": "ngram"}).create_speculative_config(1, 2) == ("original", 1, 2)
+    with pytest.raises(UserError, match=r"works with vLLM 0\.32\.0"):
+        args({"method": "clover2"}).create_speculative_config(1, 2)
 
 
 def test_head_of_another_target_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

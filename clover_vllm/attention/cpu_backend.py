@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from clover_vllm.attention.tree_attention import MAX_ROWS, TreeAttentionInputs, tree_attention
+from clover_vllm.engine.config import TREE_CACHE_DTYPES
 from clover_vllm.engine.step import StepTrees, causal_masks
 from clover_vllm.errors import UserError
 
@@ -51,16 +52,19 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.step: StepTrees | None = None  # set by the runner for the target's layers, every step
 
-    def check_trees(self) -> None:
-        """Refuse cache layouts and attention variants that the tree kernel does not know.
+    def prepare_trees(self) -> None:
+        """Choose the cache layout that the tree kernel reads, before anything is cached.
 
         Raises:
             UserError: with trees this target would not be verified correctly here.
         """
+        if self.isa == "amx":  # wherever vLLM takes this layout, "vec" works too
+            self.isa: str = TREE_ISA
+            self._set_isa_to_layers(self.layer_names)
         problem = None
         if self.isa != TREE_ISA:
             problem = f"the CPU attention kernel {self.isa!r} (only {TREE_ISA!r} is supported)"
-        elif self.kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        elif self.kv_cache_dtype not in TREE_CACHE_DTYPES:
             problem = f"the KV cache type {self.kv_cache_dtype}"
         if problem is not None:
             raise UserError(

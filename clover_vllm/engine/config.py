@@ -11,6 +11,7 @@ from pydantic import SkipValidation, ValidationError
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
+from vllm.model_executor.models.interfaces import supports_eagle3
 
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
@@ -30,6 +31,9 @@ SHARED_OPTIONS = (
     "disable_eagle_block_drop",
 )
 """Fields of `vllm.config.SpeculativeConfig` that mean for Clover-2 what they mean for EAGLE."""
+
+TREE_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Values of `--kv-cache-dtype` that trees are verified with."""
 
 WORKERS = {
     "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
@@ -111,7 +115,12 @@ def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelCon
 
 
 def clover_config(
-    given: Mapping[str, Any], target: ModelConfig, parallel: ParallelConfig, device: str
+    given: Mapping[str, Any],
+    target: ModelConfig,
+    parallel: ParallelConfig,
+    device: str,
+    cache_dtype: str = "auto",
+    kv_connector: bool = False,
 ) -> CloverSpeculativeConfig:
     """Validate a speculative configuration for Clover-2.
 
@@ -120,6 +129,8 @@ def clover_config(
         target: of the target model.
         parallel: of the target model; its worker class is set.
         device: `vllm.platforms.current_platform.device_type`.
+        cache_dtype: `--kv-cache-dtype`.
+        kv_connector: whether there is a `--kv-transfer-config`.
 
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
@@ -148,6 +159,15 @@ def clover_config(
         raise UserError(
             f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
         )
+    if options.tree != "chain":
+        _check_attention(target, cache_dtype, kv_connector)
+    if device == "cpu":  # elsewhere a model's module may touch the device, which is the worker's to do
+        model, architecture = target.registry.resolve_model_cls(target.architectures, target)
+        if not supports_eagle3(model):
+            raise UserError(
+                f"Clover-2 reads a hidden state that vLLM's {architecture} does not give out (it lacks "
+                "SupportsEagle3); serve this target without Clover-2."
+            )
     shared["method"] = METHOD
     folder = Path(shared["model"])
     if folder.is_dir() and shared.get("quantization") is None:
@@ -167,6 +187,33 @@ def clover_config(
     parallel.worker_cls = WORKERS[device]
     made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
     return made
+
+
+def _check_attention(target: ModelConfig, cache_dtype: str, kv_connector: bool) -> None:
+    """Refuse what trees are not verified with, as far as it can be seen before anything is loaded.
+
+    The worker looks at every layer again (`CloverRunner._prepare_trees`).
+
+    Raises:
+        UserError: one sentence.
+    """
+    text = target.hf_text_config
+    problems = {
+        f"the KV cache type {cache_dtype}": cache_dtype not in TREE_CACHE_DTYPES,
+        "a KV connector, which may save rows before they are moved into place,": kv_connector,
+        "multi-head latent attention": target.use_mla,
+        "M-RoPE": target.uses_mrope,
+        "soft-capped scores": bool(getattr(text, "attn_logit_softcapping", None)),
+        "ALiBi": bool(getattr(text, "alibi", False)),
+        "sliding-window attention": target.get_sliding_window() is not None
+        and getattr(text, "use_sliding_window", True),
+        "state-space layers": target.is_hybrid or target.is_attention_free,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(
+                f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" to "chain".'
+            )
 
 
 def _check_ranks(options: CloverOptions, num_nodes: int, head: PretrainedConfig) -> None:

@@ -233,7 +233,7 @@ def install(engine_args: type, problems: list[str]) -> None:
 
     @functools.wraps(original)
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        made = speculative_config(_given(self), target_model_config, target_parallel_config, problems)
+        made = speculative_config(_given(self), target_model_config, target_parallel_config, self, problems)
         return original(self, target_model_config, target_parallel_config) if made is None else made
 
     create_speculative_config.clover_original = original  # type: ignore[attr-defined]
@@ -298,7 +298,7 @@ def install_logits_processors() -> None:
 
 
 def speculative_config(
-    given: dict[str, Any], target: Any, parallel: Any, problems: Sequence[str] = ()
+    given: dict[str, Any], target: Any, parallel: Any, engine_args: Any, problems: Sequence[str] = ()
 ) -> Any:
     """Clover's SpeculativeConfig, or None if somebody else's method is meant.
 
@@ -306,6 +306,7 @@ def speculative_config(
         given: a speculative configuration as the user wrote it.
         target: ModelConfig of the target.
         parallel: its ParallelConfig.
+        engine_args: the EngineArgs that it all comes from.
         problems: from `complaints`.
 
     Raises:
@@ -322,7 +323,14 @@ def speculative_config(
 
     from clover_vllm.engine.config import clover_config  # of vLLM's own classes: not for any version
 
-    return clover_config(given, target, parallel, current_platform.device_type)
+    return clover_config(
+        given,
+        target,
+        parallel,
+        current_platform.device_type,
+        engine_args.kv_cache_dtype,
+        engine_args.kv_transfer_config is not None,
+    )
 
 
 def forget_cached_backends() -> None:

@@ -93,7 +93,7 @@ class CloverRunner(GPUModelRunner):
                     "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
                     'option "tree" to "chain".'
                 )
-            builder.check_trees()
+            builder.prepare_trees()
             self._builders.append(builder)
         for name in names:
             impl = layers[name].impl
