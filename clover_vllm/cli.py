@@ -375,6 +375,22 @@ def torture(
 
 @app.command()
 @_one_line
+def kernel(
+    requests: Annotated[str, typer.Option(help="Requests in the step, for example 1,4,16.")] = "1,4,16",
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache per request.")] = "100,300,1000,2000",
+    rows: Annotated[int, typer.Option(min=1, max=64, help="Root and nodes of each request.")] = 9,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Time the tree attention kernel beside vLLM's own, on a CPU."""
+    from clover_vllm.bench.kernel import KernelShape, compare_kernels
+    from clover_vllm.bench.run import parse_list
+
+    compare_kernels(KernelShape(rows=rows, dtype=dtype), parse_list(requests), parse_list(contexts), output)
+
+
+@app.command()
+@_one_line
 def trees(
     prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, max=2048, help="Longest answer, tokens.")] = 96,

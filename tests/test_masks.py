@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_tree import batches_of_trees
 from xformers.ops.tree_attention import TreeAttnMetadata
 
+from clover_vllm.engine.step import RequestTree, StepTrees
 from clover_vllm.tree import PUBLISHED_25, ROOT, Accepted, DraftTrees, StaticTopology, chain, walk
 from clover_vllm.tree.masks import (
     accepted_moves,
@@ -17,6 +18,7 @@ from clover_vllm.tree.masks import (
     row_depths,
     row_offsets,
 )
+from clover_vllm.tree.walk import walk_tree
 
 
 def static_trees(topology: StaticTopology, requests: int) -> DraftTrees:
@@ -67,6 +69,30 @@ def test_sixty_three_nodes_fit_and_sixty_four_do_not() -> None:
     assert torch.equal(ancestor_matrix(bits[:64]), torch.ones(64, 64, dtype=torch.bool).tril())
     with pytest.raises(ValueError, match="64 nodes"):
         ancestor_bits(static_trees(chain(64), 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees=batches_of_trees(), data=st.data())
+def test_the_engines_records_say_what_the_tensors_say(trees: DraftTrees, data: st.DataObject) -> None:
+    """Masks, walk and moves on the host, beside prompt chunks, against those of `clover_vllm.tree`."""
+    rows = len(trees.tokens) + trees.num_requests
+    emitted = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows)))
+    chunks = data.draw(st.lists(st.integers(0, 3), min_size=trees.num_requests, max_size=trees.num_requests))
+    accepted, first = walk(trees, emitted), row_offsets(trees).tolist()
+    bits, moves = ancestor_bits(trees), accepted_moves(accepted)
+    made = RequestTree.from_batch(trees)
+    sizes = [chunk + 1 + len(tree.tokens) for chunk, tree in zip(chunks, made, strict=True)]
+    step = StepTrees([*made], sizes, [sum(sizes[:r]) for r in range(len(sizes))])
+    for r, tree in enumerate(made):
+        assert tree.masks == bits[first[r] + 1 : first[r + 1]].tolist()
+        assert step.root_row(r) == step.first_rows[r] + chunks[r]
+        step.accepted.append(walk_tree(tree.tokens, tree.parents, emitted[first[r] : first[r + 1]].tolist()))
+        assert step.accepted[r] == accepted.nodes[r, : int(accepted.lengths[r])].tolist()
+    roots = torch.tensor([step.root_row(r) for r in range(len(made))])
+    assert step.moves() == (
+        (roots[moves.request] + moves.source).tolist(),
+        (roots[moves.request] + moves.destination).tolist(),
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -164,6 +164,26 @@ RELIED_ON = (
         ("num_reqs", "num_heads", "num_kv_heads", "head_dim", "seq_lens", "dtype", "query_start_loc"),
         "long prompt chunks beside trees",
     ),
+    Symbol("vllm._custom_ops", "rms_norm", ("out", "input", "weight", "epsilon"), "the head's norms"),
+    Symbol(
+        "vllm.config.speculative",
+        "SpeculativeConfig._verify_and_get_draft_tp",
+        ("target_parallel_config", "speculative_draft_tensor_parallel_size", "draft_hf_config"),
+        "ranks of the head",
+    ),
+    Symbol(
+        "vllm.config.speculative",
+        "SpeculativeConfig.create_draft_parallel_config",
+        ("target_parallel_config", "speculative_draft_tensor_parallel_size"),
+        "ranks of the head",
+    ),
+    Symbol("vllm.compilation.backends", "set_model_tag", ("tag",), "compiling the head"),
+    Symbol(
+        "vllm.model_executor.layers.utils",
+        "dispatch_cpu_unquantized_gemm",
+        ("layer", "remove_weight"),
+        "the head's rows of the lm_head",
+    ),
 )
 
 

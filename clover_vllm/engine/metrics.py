@@ -57,7 +57,7 @@ class Counters:
         """
         Args:
             num_nodes: most nodes per tree.
-            path: file to map, from `make_file`; one that is not on this host, or none: in memory.
+            path: file to map, made by `export_counters`; one that is not on this host, or none: in memory.
         """
         sizes = _sizes(num_nodes)
         values: np.ndarray[Any, np.dtype[np.float64]]

@@ -180,14 +180,7 @@ class CloverRunner(GPUModelRunner):
         step = self.scorer.step
         if step is None or self._cache_rows is None or not step.has_branches:
             return
-        sources: list[int] = []
-        destinations: list[int] = []
-        for r, nodes in enumerate(step.accepted):
-            root = step.root_row(r)
-            for depth, node in enumerate(nodes):
-                if node != depth:
-                    sources.append(root + 1 + node)
-                    destinations.append(root + 1 + depth)
+        sources, destinations = step.moves()
         if sources:
             slots = self.input_batch.block_table[0].slot_mapping.gpu
             self._cache_rows.move(

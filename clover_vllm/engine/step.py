@@ -108,6 +108,21 @@ class StepTrees:
         """Whether any tree is more than a chain, so that the step needs masks."""
         return any(tree is not None and not tree.is_chain for tree in self.trees)
 
+    def moves(self) -> tuple[list[int], list[int]]:
+        """Rows that accepted nodes lie in and rows right behind the root that they belong in, where those differ.
+
+        Sources never precede their destinations (`tree.masks.accepted_moves`).
+        """
+        sources: list[int] = []
+        destinations: list[int] = []
+        for r, nodes in enumerate(self.accepted):
+            root = self.root_row(r)
+            for depth, node in enumerate(nodes):
+                if node != depth:
+                    sources.append(root + 1 + node)
+                    destinations.append(root + 1 + depth)
+        return sources, destinations
+
     @property
     def decodes_only(self) -> bool:
         """Whether no request has more rows than its root and its drafts."""
