@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clover_vllm.bench.torture import Outcome, TortureSettings, difference, torture
+from clover_vllm.bench.torture import Outcome, TortureSettings, difference, is_tie, torture
 
 
 @pytest.mark.engine
@@ -30,14 +30,27 @@ def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path)
 
 
 def test_growing_memory_is_seen_behind_the_warm_up() -> None:
-    served = list(range(500, 8001, 500))
+    served = list(range(500, 25_001, 500))
     grown = Outcome(memory=[[(0.0, 100.0 + 0.01 * s) for s in served]], served=[served])
-    assert grown.memory_growth == pytest.approx(180 / 120 - 1)
+    assert grown.memory_growth == pytest.approx(350 / 200 - 1)
     assert not grown.clean
-    warm = Outcome(memory=[[(0.0, 50.0 + min(s, 2000) / 40) for s in served]], served=[served])
+    warm = Outcome(memory=[[(0.0, 50.0 + min(s, 10_000) / 40) for s in served]], served=[served])
     assert warm.memory_growth == 0.0
     assert warm.clean
     assert Outcome(memory=[[(0.0, 1.0), (1.0, 9.0)]], served=[[100, 200]]).memory_growth is None
+
+
+def test_ties_are_what_plain_vllm_says_with_noise() -> None:
+    def said(*sequences: list[int]) -> list[dict[str, list[int]]]:
+        return [{"tokens": tokens} for tokens in sequences]
+
+    plain, trees = said([1, 2, 3], [4, 5]), said([1, 9, 3], [4, 5, 6])
+    by_noise = {3: said([1, 9, 9], [4, 5]), 7: said([1, 2, 3], [4, 5, 6])}
+    assert is_tie(plain, trees, lambda seed: by_noise.get(seed, plain))
+    assert not is_tie(plain, trees, lambda _: by_noise[3])  # explains one of the sequences only
+    assert not is_tie(plain, trees, lambda _: said([7, 9, 3], [4, 5, 6]))  # differs before
+    assert not is_tie(plain, plain, lambda _: plain)  # the same tokens: something else differs
+    assert not is_tie(plain, trees[:1], lambda _: trees)
 
 
 def test_differences_are_seen() -> None:

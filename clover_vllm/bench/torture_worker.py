@@ -1,7 +1,8 @@
 """One engine of the torture test, in a process of its own.
 
 Reads one JSON object per line on stdin and answers with one on stdout. The first is {"llm": arguments of
-vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": answers by request, by sequence} is a wave.
+vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": answers by request, by sequence} is a wave,
+with "noise": seed if its logits are to be moved at random by up to NOISE.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+NOISE = 5e-5
+"""Plain vLLM's own float32 logits move by about as much with the rows that share a step."""
 
 
 def serve(answers: TextIO) -> None:
@@ -30,12 +36,35 @@ def serve(answers: TextIO) -> None:
         command = json.loads(line)
         if script is not None:
             script.know(command["known"])
-        result = drive(llm, command["requests"])
+        with noise(runner_of(llm), command.get("noise")):
+            result = drive(llm, command["requests"])
         result["stats"]["rss"] = psutil.Process().memory_info().rss
         counters = getattr(runner_of(llm), "counters", None)
         result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
         result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
         _say(answers, result)
+
+
+@contextmanager
+def noise(runner: Any, seed: int | None) -> Iterator[None]:
+    """Move a runner's logits at random by up to NOISE; None: do not."""
+    import torch
+
+    if seed is None:
+        yield
+        return
+    generator = torch.Generator().manual_seed(seed)
+    original = runner.model.compute_logits
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        logits = original(*args, **kwargs)
+        return logits + NOISE * (2 * torch.rand(logits.shape, generator=generator) - 1)
+
+    runner.model.compute_logits = moved
+    try:
+        yield
+    finally:
+        del runner.model.compute_logits  # the instance's; the class's stays
 
 
 def _say(answers: TextIO, message: object) -> None:
