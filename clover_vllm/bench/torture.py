@@ -41,7 +41,7 @@ LOGPROB_ERROR = 1e-3
 TIE_ATTEMPTS = 12
 
 WARM_UP_REQUESTS = 10_000
-"""Until about so many, allocators, oneDNN's kernels per number of rows and the cache of grammars fill up."""
+"""Until about so many, memory grows in plain vLLM too."""
 
 JUDGED_REQUESTS = 20_000
 """The memory of engines that served so many must not have grown since their warm-up by more than MOST_GROWTH."""
