@@ -119,16 +119,16 @@ def test_acceptance_far_below_the_promise_is_warned_of_once(
         assert "promises 60%" in caplog.text
 
 
-def test_drafts_that_are_no_numbers_are_cut() -> None:
-    """A tree ends before the first (best-first growth lets none in, see test_tree.py)."""
+def test_drafts_that_are_no_numbers_leave_no_tree() -> None:
+    """Wherever they stand, for their request alone (best-first growth sees to it itself, see test_tree.py)."""
     trees = DraftTrees(
-        torch.arange(6),
-        torch.tensor([-1, 0, 1, -1, 0, 1]),
-        torch.tensor([1, 2, 3, 1, 2, 3]),
-        torch.tensor([-0.1, -0.2, torch.nan, torch.nan, -1.0, -2.0]),
-        torch.tensor([0, 3, 6]),
+        torch.arange(9),
+        torch.tensor([-1, 0, 1] * 3),
+        torch.tensor([1, 2, 3] * 3),
+        torch.tensor([-0.1, -0.2, torch.nan, torch.nan, -1.0, -2.0, -0.1, -0.2, -0.3]),
+        torch.tensor([0, 3, 6, 9]),
     )
-    one, other = RequestTree.from_batch(trees)
-    assert one.tokens == [0, 1]
-    assert one.is_chain
-    assert other.tokens == []
+    one, other, sound = RequestTree.from_batch(trees)
+    assert one.tokens == other.tokens == []
+    assert sound.tokens == [6, 7, 8]
+    assert sound.is_chain
