@@ -332,7 +332,7 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt_ids, messages or prompt; by default held out.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts per run.")] = 32,
+    num_prompts: Annotated[int, typer.Option(help="Prompts per run; each run has its own.")] = 16,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; else every request has a seed.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from clover_vllm.bench.methods import select
 from clover_vllm.bench.offline import Result, orders
 from clover_vllm.bench.report import Comparison, acceptance_by_depth, acceptance_length, split, table
-from clover_vllm.bench.run import parse_list, read_prompts
+from clover_vllm.bench.run import parse_list, read_prompts, share_out
 from clover_vllm.bench.worker import Run
 from clover_vllm.cli import app
 from clover_vllm.errors import UserError
@@ -97,6 +97,17 @@ def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             read_prompts(file, 5, 6, "none")
         one_sentence(caught.value)
+
+
+def test_no_prompt_is_asked_twice_while_there_are_enough() -> None:
+    prompts = [[i] for i in range(14)]
+    portions, warm_up = share_out(prompts, 5, 2)
+    assert [*portions[0], *portions[1], *warm_up] == prompts
+    portions, warm_up = share_out(prompts, 5, 4)
+    assert all(len({i for (i,) in portion}) == 5 for portion in portions)
+    assert {i for portion in portions for (i,) in portion} == set(range(14))
+    assert warm_up == prompts[:4]
+    assert share_out(prompts[:3], 5, 2) == ([prompts[:3], prompts[:3]], prompts[:3])
 
 
 def test_lists_of_numbers() -> None:

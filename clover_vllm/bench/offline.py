@@ -22,10 +22,12 @@ class Plan:
 
     methods: list[Method]  # the first is what the others are compared with
     llm: dict[str, Any]  # arguments of vllm.LLM, the same for all
-    requests: list[dict[str, Any]]  # [{"prompt": token ids, "params": SamplingParams arguments}]
+    portions: list[list[dict[str, Any]]]
+    """Requests of each run, repetitions of the first concurrency first; a request is {"prompt": token ids,
+    "params": SamplingParams arguments}."""
+    warm_up: list[dict[str, Any]]  # requests that are not measured
     concurrencies: list[int]
     repetitions: int
-    warm_up: int = 4  # requests that are not measured
 
 
 @dataclass
@@ -70,15 +72,17 @@ def measure(plan: Plan, progress: Progress) -> list[Result]:
             progress.update(task, description=f"starting {method.name}")
             engine = Engine(method, plan.llm)
             stack.callback(engine.close)
-            engine.run(plan.requests[: plan.warm_up], max(plan.concurrencies))
+            engine.run(plan.warm_up, max(plan.concurrencies))
             engines.append(engine)
             progress.advance(task)
+        portions = iter(plan.portions)
         for concurrency in plan.concurrencies:
             for order in orders(len(engines), plan.repetitions):
+                requests = next(portions)
                 for i in order:
                     name = engines[i].name
                     progress.update(task, description=f"{name}, concurrency {concurrency}")
-                    run = engines[i].run(plan.requests, concurrency)
+                    run = engines[i].run(requests, concurrency)
                     results[name, concurrency].runs.append(run)
                     progress.advance(task)
     return list(results.values())

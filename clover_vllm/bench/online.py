@@ -30,7 +30,8 @@ COUNTERS = {
 def measure(
     methods: list[Method],
     llm: dict[str, Any],
-    prompts: list[list[int]],
+    portions: list[list[list[int]]],
+    warm_up: list[list[int]],
     max_tokens: int,
     temperature: float,
     concurrencies: list[int],
@@ -42,7 +43,8 @@ def measure(
     Args:
         methods: the first is what the others are compared with.
         llm: engine settings, as arguments of vllm.LLM.
-        prompts: token ids.
+        portions: prompts of each run as token ids, repetitions of the first concurrency first.
+        warm_up: prompts that are not measured.
         max_tokens: longest answer.
         temperature: of sampling.
         concurrencies: most requests at a time.
@@ -59,29 +61,31 @@ def measure(
     results = {(m.name, c): Result(m.name, c) for c in concurrencies for m in methods}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        data = folder / "prompts.jsonl"
-        texts = [tokenizer.decode(ids) for ids in prompts]
-        data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+        def load(server: Server, prompts: list[list[int]], concurrency: int) -> Run:
+            data = folder / "prompts.jsonl"
+            texts = [tokenizer.decode(ids) for ids in prompts]
+            data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+            return _load(server, llm["model"], data, len(prompts), max_tokens, temperature, concurrency)
+
         servers = []
         for method in methods:
             progress.update(task, description=f"starting {method.name}")
             server = stack.enter_context(Server(llm["model"], method.speculative, _flags(llm)))
             server.wait()
             servers.append(server)
-            _load(
-                server, llm["model"], data, min(4, len(prompts)), max_tokens, temperature, max(concurrencies)
-            )
+            load(server, warm_up, max(concurrencies))
             server.pause()
             progress.advance(task)
+        remaining = iter(portions)
         for concurrency in concurrencies:
             for order in orders(len(servers), repetitions):
+                prompts = next(remaining)
                 for i in order:
                     name = methods[i].name
                     progress.update(task, description=f"{name}, concurrency {concurrency}")
                     servers[i].resume()
-                    run = _load(
-                        servers[i], llm["model"], data, len(prompts), max_tokens, temperature, concurrency
-                    )
+                    run = load(servers[i], prompts, concurrency)
                     servers[i].pause()
                     results[name, concurrency].runs.append(run)
                     progress.advance(task)
@@ -89,7 +93,7 @@ def measure(
 
 
 def _flags(llm: dict[str, Any]) -> list[str]:
-    # Repetitions ask the same prompts again; offline the prefix cache is emptied before each run.
+    # Prompts share the system prompt, and may repeat; offline the prefix cache is emptied before each run.
     flags = ["--no-enable-log-requests", "--no-enable-prefix-caching"]
     for name, value in llm.items():
         flag = f"--{name.replace('_', '-')}"

@@ -42,8 +42,12 @@ class Comparison:
 
     def equal_share(self, result: Result) -> float:
         """Share of requests whose output is the baseline's, token for token."""
-        base = self.of(self.baseline, result.concurrency).runs[0].outputs
-        pairs = list(zip(result.runs[0].outputs, base, strict=True))
+        base = self.of(self.baseline, result.concurrency)
+        pairs = [
+            pair
+            for own, plain in zip(result.runs, base.runs, strict=True)
+            for pair in zip(own.outputs, plain.outputs, strict=True)
+        ]
         return sum(a == b for a, b in pairs) / len(pairs)
 
     def rows(self) -> list[dict[str, Any]]:

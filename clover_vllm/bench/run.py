@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from clover_vllm.bench.methods import select
 from clover_vllm.errors import UserError
 from clover_vllm.home import shipped_head
 from clover_vllm.target import make_target
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 4
+"""Requests per engine that are not measured."""
 
 
 @dataclass
@@ -55,7 +61,18 @@ def bench(settings: BenchSettings) -> None:
     target = settings.target or str(make_target("smollm2-135m"))
     source = settings.prompts or shipped_head() / "held-out.jsonl.gz"
     room = settings.max_model_len - settings.max_tokens
-    prompts = read_prompts(source, settings.num_prompts, room, target)
+    runs = len(settings.concurrency) * settings.repetitions
+    prompts = read_prompts(source, settings.num_prompts * runs + WARM_UP, room, target)
+    portions, warm_up = share_out(prompts, settings.num_prompts, runs)
+    if sum(map(len, portions)) > len(prompts):
+        logger.warning(
+            "%s runs of %s prompts repeat the %s of %s: methods that remember earlier answers (suffix) gain "
+            "from that.",
+            runs,
+            len(portions[0]),
+            len(prompts),
+            source.name,
+        )
     llm: dict[str, Any] = {
         "model": target,
         "dtype": settings.dtype,
@@ -74,7 +91,8 @@ def bench(settings: BenchSettings) -> None:
             comparison = online.measure(
                 methods,
                 llm,
-                prompts,
+                portions,
+                warm_up,
                 settings.max_tokens,
                 settings.temperature,
                 settings.concurrency,
@@ -82,23 +100,26 @@ def bench(settings: BenchSettings) -> None:
                 progress,
             )
         else:
-            requests: list[dict[str, Any]] = []
-            for i, prompt in enumerate(prompts):
-                params: dict[str, Any] = {
-                    "temperature": settings.temperature,
-                    "max_tokens": settings.max_tokens,
-                }
-                if settings.temperature:
-                    params["seed"] = i
-                requests.append({"prompt": prompt, "params": params})
-            plan = offline.Plan(methods, llm, requests, settings.concurrency, settings.repetitions)
+            plan = offline.Plan(
+                methods,
+                llm,
+                [_requests(portion, settings) for portion in portions],
+                _requests(warm_up, settings),
+                settings.concurrency,
+                settings.repetitions,
+            )
             comparison = report.Comparison(offline.measure(plan, progress))
     header = {
         **report.environment([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "through": "vllm serve and vllm bench serve" if settings.server else "LLM",
         "methods": {method.name: _public(method.speculative) for method in methods},
         "engine": _public(llm),
-        "prompts": {"file": source.name, "count": len(prompts), "tokens": sum(map(len, prompts))},
+        "prompts": {
+            "file": source.name,
+            "distinct": len(prompts),
+            "per_run": len(portions[0]),
+            "tokens": sum(map(len, prompts)),
+        },
         "max_tokens": settings.max_tokens,
         "temperature": settings.temperature,
     }
@@ -107,6 +128,36 @@ def bench(settings: BenchSettings) -> None:
     if settings.output is not None:
         report.write(comparison, settings.output, header)
         console.print(f"Written: {settings.output / 'bench.json'} and plots.", highlight=False)
+
+
+Prompts = list[list[int]]
+"""Token ids."""
+
+
+def share_out(prompts: Prompts, per_run: int, runs: int) -> tuple[list[Prompts], Prompts]:
+    """Prompts for each run, and those to warm engines up with.
+
+    No prompt is asked twice while there are enough: suffix decoding drafts from earlier answers, and would
+    be measured at repeating them. Where there are too few they go round.
+
+    Args:
+        prompts: one or more.
+        per_run: wanted per run; with fewer prompts than that, each run asks all of them once.
+        runs: how many.
+    """
+    size = min(per_run, len(prompts))
+    portions = [[prompts[(run * size + i) % len(prompts)] for i in range(size)] for run in range(runs)]
+    spare = prompts[size * runs :] or prompts
+    return portions, spare[:WARM_UP]
+
+
+def _requests(prompts: Prompts, settings: BenchSettings) -> list[dict[str, Any]]:
+    """Requests of `bench.worker`."""
+    params = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+    seeds = [{"seed": i} if settings.temperature else {} for i in range(len(prompts))]
+    return [
+        {"prompt": prompt, "params": {**params, **seed}} for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
 
 
 def read_prompts(path: Path, count: int, longest: int, target: str) -> list[list[int]]:
