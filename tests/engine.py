@@ -1,4 +1,4 @@
-"""Runs `run_engine.py` in a process of its own, with the settings in which vLLM is fastest."""
+"""Runs scripts beside this file in processes of their own, with the settings in which vLLM is fastest."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def run_engine(
     llm: Json, requests: list[Json], timeout: float = 840, env: dict[str, str] | None = None, **more: Any
 ) -> Json:
     """Outputs and statistics of requests; see `run_engine.py` for the arguments."""
+    found: Json = run_script("run_engine.py", {"llm": llm, "requests": requests, **more}, timeout, env)
+    return found
+
+
+def run_script(name: str, spec: Json, timeout: float = 840, env: dict[str, str] | None = None) -> Any:
+    """What a script beside this file answers to `spec`."""
     before = dict(os.environ)
     try:
         prepare()
@@ -30,18 +36,17 @@ def run_engine(
         os.environ.clear()
         os.environ.update(before)
     with tempfile.TemporaryDirectory() as folder:
-        spec, out = Path(folder) / "spec.json", Path(folder) / "out.json"
-        spec.write_text(json.dumps({"llm": llm, "requests": requests, **more}))
+        given, out = Path(folder) / "spec.json", Path(folder) / "out.json"
+        given.write_text(json.dumps(spec))
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "run_engine.py"), str(spec), str(out)],
+            [sys.executable, str(Path(__file__).parent / name), str(given), str(out)],
             env=settings,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        found: Json = json.loads(out.read_text())
-        return found
+        return json.loads(out.read_text())
 
 
 def tokens_of(run: Json) -> list[list[list[int]]]:

@@ -244,7 +244,9 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     ("config", "more", "words"),
     [
         ({}, {"kv_cache_dtype": "fp8"}, "the KV cache type fp8"),
+        ({}, {"kv_cache_dtype": "float16"}, "the KV cache type float16"),
         ({}, {"kv_transfer_config": CONNECTOR}, "a KV connector"),
+        ({"attention_chunk_size": 64}, {}, "chunked local attention"),
         (
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16},
             {},

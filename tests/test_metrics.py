@@ -44,6 +44,16 @@ def test_a_step_is_counted() -> None:
     assert counters.fallbacks.sum() == 1
 
 
+def test_padding_of_the_scheduler_is_no_draft() -> None:
+    made = StepTrees([RequestTree.chain([-1, -1])], [3], [0])
+    made.accepted = [[]]
+    counters = Counters(6)
+    counters.count_step(made, [True], {})
+    assert counters.total("drafts") == 0
+    assert not counters.sizes.any()
+    assert not counters.drafted.any()
+
+
 class Config:
     """Stands for CloverSpeculativeConfig."""
 

@@ -20,7 +20,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from clover_vllm.engine.scorer import Batch, TreeScorer
-from clover_vllm.engine.step import RequestTree, StepTrees
+from clover_vllm.engine.step import Ending, RequestTree, StepTrees
 
 VOCAB = 7
 
@@ -83,7 +83,7 @@ def score(
     sampling: SamplingMetadata,
     **batch: Any,
 ) -> list[list[int]]:
-    scorer.step = StepTrees(list(trees), [], [])
+    scorer.step = StepTrees(list(trees), [], [], batch.get("endings", {}))
     outputs = batch.get("output_token_ids", [None] * len(trees))
     scorer.batch = Batch(outputs, batch.get("discarded", []))
     spec = SpecDecodeMetadata.make_dummy([tree.tokens for tree in trees], torch.device("cpu"))
@@ -250,6 +250,35 @@ def test_greedy_rows_are_walked_like_sampled_ones() -> None:
     general = score(TreeScorer(Sampler()), trees, logits, metadata(40, greedy=True, max_num_logprobs=0))
     assert fast == general
     assert max(map(len, fast)) > 2
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_path_ends_where_the_request_does(greedy: bool) -> None:
+    """At a token that ends it, and where its last token is out; the draws after it are not made."""
+    rng, count = random.Random(10), 160
+    trees = [random_tree(rng, 24) for _ in range(count)]
+    logits = torch.cat([rows_of(tree) for tree in trees])
+
+    def run(endings: dict[int, Ending]) -> tuple[list[list[int]], list[list[int]]]:
+        scorer = TreeScorer(Sampler())
+        generators = {} if greedy else {r: torch.Generator().manual_seed(r) for r in range(count)}
+        sampling = metadata(count, greedy=greedy, generators=generators)
+        tokens = score(scorer, trees, logits, sampling, endings=endings)
+        assert scorer.step is not None
+        return tokens, scorer.step.accepted
+
+    whole, nodes = run({})
+    stops = {r: Ending(tokens=frozenset({3, 5})) for r in range(count // 2)}
+    short = {r: Ending(remaining=1 + r % 2) for r in range(count // 2, count)}
+    cut, accepted = run({**stops, **short})
+    ended = 0
+    for r in range(count):
+        at = [i for i, token in enumerate(whole[r]) if token in (3, 5)][:1] if r < count // 2 else [r % 2]
+        kept = min(len(whole[r]), at[0] + 1 if at else len(whole[r]))
+        assert cut[r] == whole[r][:kept]
+        assert accepted[r] == nodes[r][: kept - 1]
+        ended += kept < len(whole[r])
+    assert ended > 3
 
 
 def test_masks_on_the_host_are_those_of_the_tensor_algorithm() -> None:

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from clover_vllm.attention.tree_attention import MAX_ROWS, TreeAttentionInputs, tree_attention
-from clover_vllm.engine.config import TREE_CACHE_DTYPES
+from clover_vllm.engine.config import is_tree_cache_dtype
 from clover_vllm.engine.step import StepTrees, causal_masks
 from clover_vllm.errors import UserError
 
@@ -64,7 +64,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         problem = None
         if self.isa != TREE_ISA:
             problem = f"the CPU attention kernel {self.isa!r} (only {TREE_ISA!r} is supported)"
-        elif self.kv_cache_dtype not in TREE_CACHE_DTYPES:
+        elif not is_tree_cache_dtype(self.kv_cache_dtype, self.dtype):
             problem = f"the KV cache type {self.kv_cache_dtype}"
         if problem is not None:
             raise UserError(

@@ -120,7 +120,10 @@ class ScriptedTrees:
         self._runner = runner
         self._share = share
         self._original = runner._host_trees
+        self._remember = runner._remember
+        self._drafting: list[int] = []
         runner._host_trees = self._host_trees
+        runner._remember = self._note_drafting
 
     def know(self, answers: list[list[list[int]]]) -> None:
         """Hide these from now on.
@@ -139,13 +142,17 @@ class ScriptedTrees:
         sequence = int(match[1] or 0)
         return sequences[sequence][done:] if sequence < len(sequences) else []
 
-    def _host_trees(self, trees: Any, drafting: list[int]) -> list[Any]:
+    def _note_drafting(self, trees: Any, drafting: list[int], requests: int) -> Any:
+        self._drafting = drafting
+        return self._remember(trees, drafting, requests)
+
+    def _host_trees(self, trees: Any) -> list[Any]:
         from clover_vllm.engine.step import RequestTree
 
         runner, rng = self._runner, self._rng
         vocab = runner.model_config.get_vocab_size()
-        made: list[RequestTree] = self._original(trees, drafting)
-        for i, r in enumerate(drafting):
+        made: list[RequestTree] = self._original(trees)
+        for i, r in enumerate(self._drafting):
             if rng.random() >= self._share:
                 continue
             name = runner.input_batch.req_ids[r]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import SkipValidation, ValidationError
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -32,8 +33,11 @@ SHARED_OPTIONS = (
 )
 """Fields of `vllm.config.SpeculativeConfig` that mean for Clover-2 what they mean for EAGLE."""
 
-TREE_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Values of `--kv-cache-dtype` that trees are verified with."""
+
+def is_tree_cache_dtype(cache_dtype: str, dtype: torch.dtype) -> bool:
+    """Whether trees are verified with this `--kv-cache-dtype` and a target of this dtype."""
+    return cache_dtype in ("auto", str(dtype).removeprefix("torch."))
+
 
 WORKERS = {
     "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
@@ -153,7 +157,7 @@ def clover_config(
             raise UserError(
                 'Clover-2 verifies trees only on CPUs yet; set the speculative option "tree" to "chain".'
             )
-        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
+        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
             raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
     if parallel.worker_cls not in ("auto", WORKERS[device]):
         raise UserError(
@@ -184,6 +188,8 @@ def clover_config(
         raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
     check_fits(made.draft_model_config.hf_config, target)
     _check_ranks(options, nodes, made.draft_model_config.hf_config)
+    if device != "cpu":  # where vLLM would take its V2 runner by itself
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     parallel.worker_cls = WORKERS[device]
     made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
     return made
@@ -199,7 +205,7 @@ def _check_attention(target: ModelConfig, cache_dtype: str, kv_connector: bool) 
     """
     text = target.hf_text_config
     problems = {
-        f"the KV cache type {cache_dtype}": cache_dtype not in TREE_CACHE_DTYPES,
+        f"the KV cache type {cache_dtype}": not is_tree_cache_dtype(cache_dtype, target.dtype),
         "a KV connector, which may save rows before they are moved into place,": kv_connector,
         "multi-head latent attention": target.use_mla,
         "M-RoPE": target.uses_mrope,
@@ -207,6 +213,7 @@ def _check_attention(target: ModelConfig, cache_dtype: str, kv_connector: bool) 
         "ALiBi": bool(getattr(text, "alibi", False)),
         "sliding-window attention": target.get_sliding_window() is not None
         and getattr(text, "use_sliding_window", True),
+        "chunked local attention": target.attention_chunk_size is not None,
         "state-space layers": target.is_hybrid or target.is_attention_free,
     }
     for problem, found in problems.items():

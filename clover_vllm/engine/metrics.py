@@ -28,7 +28,7 @@ logger = init_logger("vllm.clover")
 PARTS = ("verify", "sample", "move", "draft", "python")
 """Parts of a step whose seconds are counted (see `engine.timing`)."""
 
-REASONS = ("structured_output", "unknown_draft", "non_finite_draft")
+REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft")
 """Why a request got a chain, a shorter tree or no draft in a step."""
 
 MIN_DRAFTS = 500
@@ -86,7 +86,7 @@ class Counters:
             seconds: by part.
         """
         for tree, nodes, is_greedy in zip(step.trees, step.accepted, greedy, strict=False):
-            if tree is None:
+            if tree is None or tree.tokens[0] < 0:  # the scheduler's padding was no draft of ours
                 continue
             first = bool(nodes) and nodes[0] == 0
             promised = sum(tree.probabilities)

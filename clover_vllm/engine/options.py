@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -138,6 +140,8 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
     model = given.get("model")
     if not isinstance(model, str) or not model:
         return False
+    if not Path(model).is_dir() and os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
+        return False  # nothing is asked of another hub; "method" says it there
     try:
         found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
     except Exception:  # no such model, no network, not a model: vLLM's own methods explain that

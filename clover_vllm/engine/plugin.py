@@ -13,8 +13,16 @@ def register() -> None:
     """Make vLLM know the method clover2; harmless if called again.
 
     vLLM calls this in each of its processes (API server, engine core, workers, model inspection).
-    On a vLLM that is not as expected nothing is registered, and asking for clover2 says why.
+    On a vLLM that is not as expected nothing is registered, and asking for clover2 says why. Nothing is
+    raised, since vLLM without Clover would end of it.
     """
+    try:
+        _register()
+    except Exception:
+        logger.exception("clover-vllm stays inactive:")
+
+
+def _register() -> None:
     import vllm
 
     problems = hooks.complaints(vllm.__version__)

@@ -24,7 +24,7 @@ from clover_vllm.attention.cpu_backend import TreeCPUAttentionImpl, TreeCPUAtten
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters, counters_path
 from clover_vllm.engine.proposer import Clover2Proposer, accepted_rows
 from clover_vllm.engine.scorer import Batch, TreeScorer
-from clover_vllm.engine.step import RequestTree, StepTrees
+from clover_vllm.engine.step import Ending, RequestTree, StepTrees
 from clover_vllm.engine.timing import StepTimer
 from clover_vllm.errors import UserError
 from clover_vllm.tree import DraftTrees
@@ -42,6 +42,13 @@ class CloverRunner(GPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        budget = self.scheduler_config.max_num_batched_tokens
+        if self.speculative_config.disable_eagle_block_drop and budget <= self.num_spec_tokens:
+            # vLLM's scheduler would wait for ever to admit a request with one token left to compute.
+            raise UserError(
+                f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_spec_tokens + 1} or more "
+                f"with {self.num_spec_tokens} speculative tokens; it is {budget}."
+            )
         self.drafter = Clover2Proposer(vllm_config, device, self)
         self.scorer = TreeScorer(self.sampler)
         self.rejection_sampler = self.scorer
@@ -95,6 +102,8 @@ class CloverRunner(GPUModelRunner):
                 )
             builder.prepare_trees()
             self._builders.append(builder)
+        for group in self.drafter.draft_attn_groups:  # one layout for all layers; these attend without trees
+            group.get_metadata_builder().prepare_trees()
         for name in names:
             impl = layers[name].impl
             assert isinstance(impl, TreeCPUAttentionImpl), f"{name} has another attention implementation"
@@ -130,18 +139,32 @@ class CloverRunner(GPUModelRunner):
             first_rows.append(row)
             row += count
         trees: list[RequestTree | None] = [None] * len(rows)
+        endings: dict[int, Ending] = {}
         for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
             if not tokens:
                 continue
             r = self.input_batch.req_id_to_index[request_id]
+            endings[r] = self._ending(request_id)
             drafted = self._drafts.get(request_id)
             count = len(tokens)
             if drafted is not None and drafted.tokens[:count] == tokens and rows[r] == count + 1:
                 trees[r] = drafted.prefix(count)
             else:  # any reading of the rows is exact; a chain needs no masks
-                self.counters.count_fallback("unknown_draft")
+                # The scheduler pads some admissions with -1, which no token equals.
+                self.counters.count_fallback("placeholder_draft" if tokens[0] < 0 else "unknown_draft")
                 trees[r] = RequestTree.chain(list(tokens))
-        return StepTrees(trees, rows, first_rows)
+        return StepTrees(trees, rows, first_rows, endings)
+
+    def _ending(self, request_id: str) -> Ending:
+        state = self.requests[request_id]
+        remaining = self.max_model_len - state.num_tokens
+        params = state.sampling_params
+        if params is None:
+            return Ending(remaining=remaining)
+        if params.max_tokens is not None:
+            remaining = min(remaining, params.max_tokens - len(state.output_token_ids))
+        stops = frozenset(params.stop_token_ids or ())
+        return Ending(stops if params.eos_token_id is None else stops | {params.eos_token_id}, remaining)
 
     def _set_positions(self, step: StepTrees) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
@@ -285,7 +308,7 @@ class CloverRunner(GPUModelRunner):
         self._drafts = {k: v for k, v in self._drafts.items() if k in self.requests and k not in done}
         if trees is None:
             return drafts
-        made = self._host_trees(trees, drafting)
+        made = self._host_trees(trees)
         if self.parallel_config.tensor_parallel_size > 1:
             # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
             made = get_tp_group().broadcast_object(made, src=0)
@@ -302,9 +325,8 @@ class CloverRunner(GPUModelRunner):
                 drafts[r] = drafted.tokens
         return drafts
 
-    def _host_trees(self, trees: DraftTrees, drafting: list[int]) -> list[RequestTree]:
+    def _host_trees(self, trees: DraftTrees) -> list[RequestTree]:
         """The trees of the drafting requests as records on the host."""
-        del drafting  # tests script trees by request
         made = RequestTree.from_batch(trees)
         for drafted in made:
             if not drafted.tokens:

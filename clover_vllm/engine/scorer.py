@@ -20,7 +20,7 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from clover_vllm.engine.step import RequestTree, StepTrees
+from clover_vllm.engine.step import NEVER, RequestTree, StepTrees
 from clover_vllm.tree import ROOT
 from clover_vllm.tree.walk import walk_tree
 
@@ -44,7 +44,8 @@ class TreeScorer(nn.Module):
     Drafts are deterministic candidates, so no rejection sampling is needed: the target samples at
     the root, and where a child carries that token it samples there, until none does. Every row is
     thus an ordinary step of vLLM's `Sampler`, with the accepted path as the request's history and one
-    draw of its generator per output token. So greedy and seeded requests get the tokens of plain
+    draw of its generator per output token. A path ends where the request does, so that nothing counts as
+    computed that is not text (a streaming session goes on from there). So greedy and seeded requests get the tokens of plain
     decoding, and others its distribution, whatever vLLM's sampling parameters.
 
     Logits processors of a user's own are asked once per depth for the whole batch, as a plain step asks them;
@@ -104,7 +105,7 @@ class TreeScorer(nn.Module):
             emitted += self.sampler.greedy_sample(part.to(torch.float32)).tolist()
         output, row = [], 0
         step.accepted = []
-        for tree in step.trees:
+        for r, tree in enumerate(step.trees):
             if tree is None:
                 step.accepted.append([])
                 output.append([emitted[row]])
@@ -112,8 +113,11 @@ class TreeScorer(nn.Module):
                 continue
             rows = emitted[row : row + len(tree.tokens) + 1]
             accepted = walk_tree(tree.tokens, tree.parents, rows)
-            step.accepted.append(accepted)
-            output.append([rows[0], *(rows[node + 1] for node in accepted)])
+            tokens = [rows[0], *(rows[node + 1] for node in accepted)]
+            ending = step.endings.get(r, NEVER)
+            last = next((i for i, token in enumerate(tokens) if ending.at(token, i + 1)), len(accepted))
+            step.accepted.append(accepted[:last])
+            output.append(tokens[: last + 1])
             row += len(rows)
         return output
 
@@ -148,7 +152,7 @@ class TreeScorer(nn.Module):
             for r in live:
                 output[r].append(tokens[r])
                 node = children[r].get((current[r], tokens[r]))
-                if node is not None:
+                if node is not None and not step.endings.get(r, NEVER).at(tokens[r], len(output[r])):
                     current[r] = node
                     step.accepted[r].append(node)
                     going.append(r)

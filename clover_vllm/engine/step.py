@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
@@ -94,6 +95,21 @@ def causal_masks(rows: int) -> list[int]:
     return signed([(1 << (row + 1)) - 1 for row in range(rows)])
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Which token ends a request, as `vllm.v1.core.sched.utils.check_stop` (repetition detection aside)."""
+
+    tokens: frozenset[int] = frozenset()
+    remaining: int = sys.maxsize  # tokens until max_tokens or max_model_len
+
+    def at(self, token: int, emitted: int) -> bool:
+        """Whether `token`, the `emitted`-th of the step, is the request's last."""
+        return emitted >= self.remaining or token in self.tokens
+
+
+NEVER = Ending()
+
+
 @dataclass
 class StepTrees:
     """What a step verifies, in the order of the batch (filled by the runner before the forward)."""
@@ -101,6 +117,7 @@ class StepTrees:
     trees: list[RequestTree | None]  # None: no drafts for this request in this step
     rows: list[int]  # rows of each request in the step
     first_rows: list[int]  # index of its first row
+    endings: Mapping[int, Ending] = field(default_factory=dict)  # by request; none: no token ends it
     accepted: list[list[int]] = field(default_factory=list)  # nodes by depth, filled by the scorer
 
     @property

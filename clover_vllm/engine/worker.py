@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -17,15 +17,21 @@ class CloverCPUWorker(CPUWorker):
     """A worker of vLLM's CPU build."""
 
     def init_device(self) -> None:
-        """As the base class, then with our attention backend and runner."""
+        """As the base class, with our attention backend and runner."""
         _refuse_v2(self.vllm_config.use_v2_model_runner)
         install_logits_processors()
-        super().init_device()
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
         )
         forget_cached_backends()
-        self.model_runner = CloverCPUModelRunner(self.vllm_config, torch.device("cpu"))
+        # The base class has no method that makes its runner; one made afterwards, in place of its own, would
+        # make all proposers and users' logits processors twice.
+        original = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = CloverCPUModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = original
 
 
 class CloverGPUWorker(Worker):

@@ -1,0 +1,59 @@
+"""Runs streaming sessions (vLLM's `StreamingInput`) in a process of its own: `python run_sessions.py SPEC OUT`.
+
+SPEC: {"engine": arguments of AsyncEngineArgs, "sessions": [{"turns": [token ids], "params": {}}]}; OUT: per
+session its turns, each {"tokens", "finish"}. A turn is sent when the one before it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+async def session(engine: Any, name: str, asked: Json) -> list[Json]:
+    from vllm import SamplingParams
+    from vllm.engine.protocol import StreamingInput
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(**asked["params"], output_kind=RequestOutputKind.DELTA)
+    ended = asyncio.Event()
+    turns: list[Json] = [{"tokens": [], "finish": None}]
+
+    async def inputs() -> AsyncGenerator[Any, None]:
+        for prompt in asked["turns"]:
+            yield StreamingInput(TokensPrompt(prompt_token_ids=prompt), params)
+            await ended.wait()
+            ended.clear()
+
+    async for output in engine.generate(inputs(), params, request_id=name):
+        turns[-1]["tokens"] += output.outputs[0].token_ids
+        if output.outputs[0].finish_reason is not None:
+            turns[-1]["finish"] = output.outputs[0].finish_reason
+            turns.append({"tokens": [], "finish": None})
+            ended.set()
+    return turns[:-1]
+
+
+async def main() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
+    try:
+        asked = enumerate(spec["sessions"])
+        found = await asyncio.wait_for(asyncio.gather(*(session(engine, f"s{i}", s) for i, s in asked)), 300)
+    finally:
+        engine.shutdown()
+    Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
