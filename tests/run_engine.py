@@ -10,7 +10,7 @@ which requests share a step then depends on nothing but the requests. Keys of SP
     check_head: folder of the head: compare all that it computes with the reference model.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
-OUT: what `drive` returns, with more statistics.
+OUT: what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ def main() -> None:
         scripted.know(spec["scripted"]["answers"])
     probe = CacheProbe(runner) if spec.get("check_cache") else None
     head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
+    verified = Verified(runner)
     result = drive(llm, spec["requests"], probe.look if probe else None)
     stats: Json = result["stats"]
+    stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
+    if hasattr(runner, "counters"):
+        stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
@@ -65,6 +69,23 @@ def fallbacks(runner: Any) -> dict[str, float]:
         return {}
     found = dict(zip(REASONS, runner.counters.fallbacks.tolist(), strict=True))
     return {reason: count for reason, count in found.items() if count}
+
+
+class Verified:
+    """Counts the drafts of steps as they are verified, not as they were made."""
+
+    def __init__(self, runner: Any) -> None:
+        self.chains = self.branching = 0
+        if hasattr(runner, "_match_drafts"):
+            self._original = runner._match_drafts
+            runner._match_drafts = self._match_drafts
+
+    def _match_drafts(self, *args: Any) -> Any:
+        step = self._original(*args)
+        for tree in step.trees:
+            self.chains += tree is not None and tree.is_chain
+            self.branching += tree is not None and not tree.is_chain
+        return step
 
 
 class HeadProbe:
@@ -188,7 +209,7 @@ class CacheProbe:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        llm.reset_prefix_cache()  # lest rows be compared with themselves
+        assert llm.reset_prefix_cache(), "rows would be compared with themselves"
         seen, self.seen, worst = self.seen, {}, 0.0
         for request_id, (tokens, rows) in seen.items():
             name = f"again-{request_id}"

@@ -117,6 +117,36 @@ def test_lists_of_numbers() -> None:
     one_sentence(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--methods", "clover-99"], "clover-99"),
+        (["--concurrency", "0"], "--concurrency"),
+        (["--repetitions", "0"], "--repetitions"),
+    ],
+)
+def test_impossible_settings_are_refused_before_an_engine_starts(wrong: list[str], named: str) -> None:
+    done = CliRunner().invoke(app, ["bench", *wrong])
+    assert done.exit_code == 2
+    assert named in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_kernel_runs_and_refuses_impossible_shapes(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["kernel", "--requests", "1", "--contexts", "40", "--output", str(tmp_path / "out.json")]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out.json").read_text())
+    for wrong in (["--requests", "0"], ["--contexts", "-200"], ["--dtype", "int8"]):
+        done = CliRunner().invoke(app, ["kernel", *wrong])
+        assert done.exit_code == 2
+        assert wrong[0] in done.output
+        assert "Traceback" not in done.output
+
+
 def test_bench_runs_on_a_tiny_target(
     tiny_target: Path, fitting_head: Clover2DraftModel, tmp_path: Path
 ) -> None:
@@ -142,6 +172,6 @@ def test_bench_runs_on_a_tiny_target(
     assert all(r["tokens_per_second"] > 0 for r in found["results"])
     assert found["results"][1]["ms_by_part"]["draft"] > 0
     assert found["packages"]["torch"]
-    for name in ("speedup", "tokens-per-step", "time-split"):
+    for name in ("speedup", "tokens-per-draft", "time-split"):
         assert (output / f"{name}.png").stat().st_size > 1000
     assert str(tmp_path) not in json.dumps(found["methods"])

@@ -109,6 +109,9 @@ def both(settings: Json, head: Path, requests: list[Json], **more: Any) -> tuple
         {**settings, **with_trees(head), **more}, requests, scripted={"answers": tokens_of(plain), "seed": 5}
     )
     assert trees["stats"]["trees"]["branching"] > len(requests)
+    assert trees["stats"]["verified"]["branching"] > len(requests)
+    assert trees["stats"]["accepted"] > len(requests)
+    assert "unknown_draft" not in trees["stats"]["fallbacks"]
     assert trees["stats"]["steps"] < plain["stats"]["steps"]
     assert trees["stats"]["leaked_blocks"] == 0
     return plain, trees
@@ -162,6 +165,14 @@ def test_features_did_something(runs: tuple[Json, Json], pair: tuple[Path, Path]
     for i in of_case("structured choice", kind):
         # With a reasoning configuration vLLM leaves the thinking before a choice alone.
         assert trees["outputs"][i][0]["text"].endswith(("positive", "negative", "neither of them"))
+    for feature in ("stop", "include_stop_str_in_output", "stop_token_ids", "eos"):
+        assert any(trees["outputs"][i][0]["finish"] == "stop" for i in of_case(feature, kind)), feature
+    for i in of_case("bad_words", kind):
+        assert not {"a", "e", "i", "o", "r", "s"}.intersection(trees["outputs"][i][0]["text"])
+    for i in of_case("allowed_token_ids", kind):
+        assert all(40 <= token < 120 for token in trees["outputs"][i][0]["tokens"])
+    for i in of_case("logit_bias", kind):
+        assert {20, 99}.intersection(trees["outputs"][i][0]["tokens"])
     for i in of_case("min_tokens", kind):
         assert len(trees["outputs"][i][0]["tokens"]) >= 12
     assert trees["stats"]["fallbacks"]["structured_output"] > 0

@@ -36,14 +36,16 @@ def patched_copy(folder: Path) -> Path:
 
 
 def test_patched_vllm_needs_no_hooks(tmp_path: Path) -> None:
-    assert len(PATCHES) == 3
+    assert len(PATCHES) == 4
     copy = patched_copy(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     check = (
-        "import vllm; from vllm.engine.arg_utils import EngineArgs; from clover_vllm.engine import plugin;"
+        "import vllm; from vllm.engine.arg_utils import EngineArgs; from clover_vllm.engine import hooks, plugin;"
         f"assert vllm.__file__.startswith({str(copy)!r}), vllm.__file__; plugin.register(); plugin.register();"
         "assert not hasattr(EngineArgs.create_speculative_config, 'clover_original');"
         "from vllm import SamplingParams;"
+        "from vllm.v1.worker import cpu_worker; runner = cpu_worker.CPUModelRunner\n"
+        "with hooks.making_runner(object): assert cpu_worker.CPUModelRunner is runner\n"
         "assert not hasattr(SamplingParams._validate_spec_decode, 'clover_original');"
         "from vllm.config.speculative import speculative_config_factories as found; assert len(found) == 1"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import subprocess
 import sys
 from collections import Counter
@@ -370,10 +369,17 @@ def peak_of_many_rows(greedy: bool) -> int:
     logits.view(requests, nodes + 1, vocab)[:, 5, tokens[8]] = 50
     top = {} if greedy else {"top_k": torch.full((requests,), 50), "top_p": torch.full((requests,), 0.9)}
     scorer = TreeScorer(Sampler())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; a child starts with its parent's
+    before = peak_memory()
     found = score(scorer, [tree] * requests, logits, metadata(requests, greedy=greedy, **top))
     assert all(row[:3] == [tokens[0], tokens[4], tokens[8]] for row in found)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    return (peak_memory() - before) // 1024
+
+
+def peak_memory() -> int:
+    """Most KiB that this process held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
@@ -390,4 +396,4 @@ def test_memory_does_not_grow_with_the_rows_of_trees(kind: str) -> None:
     )
     peak = int(done.stdout.rsplit("MiB", 1)[1])
     print(f"{kind}: {peak} MiB")
-    assert peak < 300
+    assert 10 < peak < {"greedy": 130, "sampled": 300}[kind]

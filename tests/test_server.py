@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +18,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from clover_vllm.bench.online import COUNTERS
 from clover_vllm.bench.server import Server
+from clover_vllm.bench.tiny import make_tiny_pair
 from clover_vllm.errors import UserError
 from clover_vllm.home import shipped_head
 
@@ -274,8 +278,44 @@ def test_a_killed_engine_ends_the_server(smollm2: Path) -> None:
             if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
         ]
         assert engines
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.chat.completions.create(
+            model="target",
+            messages=[{"role": "user", "content": "Tell a long story."}],
+            max_tokens=900,
+            stream=True,
+        )
+        assert next(stream)
         engines[0].kill()
+        with pytest.raises(APIError):
+            list(stream)
         assert server.ended(60)
+        assert not psutil.pid_exists(engines[0].pid)
+        assert "EngineDeadError" in server.log()
+
+
+def test_run_batch_takes_the_same_flag(tmp_path: Path) -> None:
+    target, head = make_tiny_pair(tmp_path)
+    body = {"model": str(target), "prompt": "the cat", "max_tokens": 12, "temperature": 0}
+    line = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": body}
+    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text(json.dumps(line) + "\n")
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "run-batch",
+        "-i",
+        str(asked),
+        "-o",
+        str(answered),
+    ]
+    command += ["--model", str(target), "--enforce-eager", "--max-model-len", "128", "--dtype", "float32"]
+    command += ["--speculative-config", json.dumps({"model": str(head)})]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = (json.loads(row) for row in answered.read_text().splitlines())
+    assert found["error"] is None
+    assert found["response"]["body"]["usage"]["completion_tokens"] > 0
 
 
 def test_unknown_options_end_the_start_with_one_sentence(

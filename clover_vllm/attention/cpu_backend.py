@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from clover_vllm.attention.tree_attention import MAX_ROWS, TreeAttentionInputs, tree_attention
 from clover_vllm.engine.config import is_tree_cache_dtype
 from clover_vllm.engine.step import StepTrees, causal_masks
+from clover_vllm.engine.timing import StepTimer
 from clover_vllm.errors import UserError
 
 TREE_ISA = "vec"
@@ -51,6 +52,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.step: StepTrees | None = None  # set by the runner for the target's layers, every step
+        self.timer = StepTimer()  # the runner's, likewise
 
     def prepare_trees(self) -> None:
         """Choose the cache layout that the tree kernel reads, before anything is cached.
@@ -82,6 +84,12 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         step = self.step
         if step is None or not step.has_branches:
             return plain
+        with self.timer.measure("python"):
+            return self._with_trees(step, plain, common_attn_metadata)
+
+    def _with_trees(
+        self, step: StepTrees, plain: CPUAttentionMetadata, common_attn_metadata: CommonAttentionMetadata
+    ) -> TreeCPUAttentionMetadata:
         assert len(step.rows) == common_attn_metadata.num_reqs, "trees of another step"
         made = TreeCPUAttentionMetadata(**{f.name: getattr(plain, f.name) for f in fields(plain)})
         short = [r for r, rows in enumerate(step.rows) if rows <= MAX_ROWS]

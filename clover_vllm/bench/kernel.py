@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_attention
+from clover_vllm.bench.run import check_dtype
 from clover_vllm.engine.environment import prepare
 from clover_vllm.engine.step import RequestTree
 from clover_vllm.errors import UserError
@@ -165,10 +166,13 @@ def compare_kernels(
     """Measure, print a table, and write JSON.
 
     Raises:
-        UserError: an unknown dtype, the native kernel was not built, or vLLM is not its CPU build.
+        UserError: an unknown dtype, no request or context, the native kernel was not built, or vLLM is not its
+            CPU build.
     """
-    if shape.dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"--dtype is {shape.dtype!r}; it must be bfloat16, float16 or float32.")
+    check_dtype(shape.dtype)
+    for name, values in (("requests", requests), ("contexts", contexts)):
+        if min(values) < 1:
+            raise UserError(f"--{name} must be 1 or more.")
     prepare()
     from vllm.platforms import current_platform
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from clover_vllm.errors import UserError
 from clover_vllm.home import shipped_head
+from clover_vllm.tree.masks import MAX_NODES
 
 CLOVER_TREES = (4, 8, 16)
 CLOVER_CHAIN = 4
@@ -39,6 +40,7 @@ def known_methods(head: str, eagle_head: str) -> dict[str, Method]:
 
 
 def clover_tree(head: str, nodes: int) -> Method:
+    """Clover-2 with trees of at most so many nodes."""
     return Method(f"clover-{nodes}", {"method": "clover2", "model": head, "num_speculative_tokens": nodes})
 
 
@@ -59,11 +61,11 @@ def select(names: Sequence[str], head: str | None, eagle_head: str | None) -> li
     chosen = [known["plain"]]
     for name in names:
         number = name.removeprefix("clover-")
-        if name not in known and number != name and number.isdigit() and int(number) > 0:
+        if name not in known and number != name and number.isdigit() and 0 < int(number) <= MAX_NODES:
             chosen.append(clover_tree(clover, int(number)))
         elif name not in known:
             raise UserError(
-                f"There is no method {name!r}; choose from {', '.join(known)}, or clover-N for N nodes."
+                f"There is no method {name!r}; choose from {', '.join(known)}, or clover-N for N nodes, at most {MAX_NODES}."
             )
         elif name == "suffix" and importlib.util.find_spec("arctic_inference") is None:
             raise UserError(

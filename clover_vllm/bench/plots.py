@@ -42,7 +42,7 @@ def plot_lengths(rows: Rows, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4), constrained_layout=True)
     bars = axis.bar([row["method"] for row in own], [row["acceptance_length"] for row in own])
     axis.bar_label(bars, fmt="%.2f")
-    axis.set(ylabel="tokens per step", title=f"concurrency {lowest}")
+    axis.set(ylabel="tokens per verified draft", title=f"concurrency {lowest}")
     axis.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=110)
     plt.close(figure)

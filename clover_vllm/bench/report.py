@@ -30,6 +30,7 @@ class Comparison:
         self.baseline = self.results[0].method
 
     def of(self, method: str, concurrency: int) -> Result:
+        """The result of one method at one concurrency."""
         return next(r for r in self.results if (r.method, r.concurrency) == (method, concurrency))
 
     def speedups(self, result: Result) -> list[float]:
@@ -110,13 +111,14 @@ def split(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def table(comparison: Comparison) -> Table:
+    """Speed, tokens per verified draft, latencies and equality, by concurrency and method."""
     found = Table(title="Output tokens per second, and side by side with " + comparison.baseline)
     for name in (
         "at once",
         "method",
         "tokens/s",
         "speed-up",
-        "tokens/step",
+        "tokens/draft",
         "TTFT",
         "TPOT",
         "ITL",
@@ -190,7 +192,7 @@ def write(comparison: Comparison, folder: Path, header: dict[str, Any]) -> None:
     from clover_vllm.bench.plots import plot_lengths, plot_speedups, plot_split
 
     plot_speedups(rows, folder / "speedup.png")
-    plot_lengths(rows, folder / "tokens-per-step.png")
+    plot_lengths(rows, folder / "tokens-per-draft.png")
     plot_split(rows, comparison.baseline, folder / "time-split.png")
 
 

@@ -57,6 +57,9 @@ def bench(settings: BenchSettings) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
     if not settings.concurrency or min(settings.concurrency) < 1:
         raise UserError("--concurrency must be 1 or more.")
+    if settings.temperature < 0:
+        raise UserError("--temperature must be 0 or more.")
+    check_dtype(settings.dtype, "auto")
     methods = select(settings.methods, settings.head, settings.eagle_head)
     target = settings.target or str(make_target("smollm2-135m"))
     source = settings.prompts or shipped_head() / "held-out.jsonl.gz"
@@ -221,6 +224,17 @@ def parse_list(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise UserError(f"{text!r} is not a list of whole numbers such as 1,2,4.") from None
+
+
+def check_dtype(dtype: str, *more: str) -> None:
+    """Refuse what is no dtype of a target.
+
+    Raises:
+        UserError: it is none of float32, bfloat16, float16 and `more`.
+    """
+    known = ("float32", "bfloat16", "float16", *more)
+    if dtype not in known:
+        raise UserError(f"--dtype is {dtype!r}; choose from {', '.join(known)}.")
 
 
 def names(text: str) -> list[str]:

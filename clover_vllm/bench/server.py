@@ -73,6 +73,11 @@ class Server:
             return False
         return True
 
+    def log(self) -> str:
+        """All that the server printed."""
+        descriptor = self._log.fileno()  # the server's own place in the file stays where it is
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
+
     def wait(self, seconds: float = 600) -> None:
         """Until the server answers.
 

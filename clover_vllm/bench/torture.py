@@ -48,6 +48,9 @@ JUDGED_REQUESTS = 20_000
 
 MOST_GROWTH = 0.02
 
+MOST_TIES = 1e-4
+"""Of compared requests; more would be a kernel that lost precision."""
+
 
 @dataclass(frozen=True)
 class TortureSettings:
@@ -96,8 +99,14 @@ class Outcome:
 
     @property
     def clean(self) -> bool:
+        """Whether nothing differs or leaks, and memory and ties stay within bounds."""
         grown = self.memory_growth
-        return not self.differences and not self.leaked_blocks and (grown is None or grown <= MOST_GROWTH)
+        return (
+            not self.differences
+            and not self.leaked_blocks
+            and (grown is None or grown <= MOST_GROWTH)
+            and len(self.ties) <= 1 + MOST_TIES * self.compared
+        )
 
     @property
     def memory_growth(self) -> float | None:

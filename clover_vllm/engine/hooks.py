@@ -16,7 +16,8 @@ import copy
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,14 @@ HOOKS = (
         ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
         "For the same reason Clover's workers build all logits processors, the user's own too; the "
         "function is replaced in vllm.v1.worker.gpu_model_runner, and only there.",
+    ),
+    Symbol(
+        "vllm.v1.worker.cpu_model_runner",
+        "CPUModelRunner.__init__",
+        ("self", "vllm_config", "device"),
+        "CPUWorker.init_device makes its runner by name, where the GPU worker has a method to override. While a "
+        "Clover worker runs it, the name in vllm.v1.worker.cpu_worker is that of Clover's runner; a second "
+        "runner made afterwards would make proposers and users' logits processors twice.",
     ),
 )
 
@@ -316,6 +325,25 @@ def install_logits_processors() -> None:
 
     build_logitsprocs.clover_original = original  # type: ignore[attr-defined]
     gpu_model_runner.build_logitsprocs = build_logitsprocs
+
+
+@contextmanager
+def making_runner(runner: type) -> Iterator[None]:
+    """Let `CPUWorker.init_device` make this class of runner; for our worker.
+
+    A vLLM with our patches asks the worker's `_make_model_runner`, and nothing is replaced.
+    """
+    from vllm.v1.worker import cpu_worker
+
+    if "_make_model_runner" in vars(cpu_worker.CPUWorker):
+        yield
+        return
+    original = cpu_worker.CPUModelRunner
+    cpu_worker.CPUModelRunner = runner
+    try:
+        yield
+    finally:
+        cpu_worker.CPUModelRunner = original
 
 
 def speculative_config(

@@ -126,7 +126,7 @@ class CloverRunner(GPUModelRunner):
                 np.nonzero(self.discard_request_mask.np[: len(step.rows)])[0].tolist(),
             )
             for builder in self._builders:
-                builder.step = step
+                builder.step, builder.timer = step, self.timer
             if step.has_branches:
                 self._set_positions(step)
         return prepared
@@ -184,11 +184,12 @@ class CloverRunner(GPUModelRunner):
         output = super().sample_tokens(*args, **kwargs)
         step = self.scorer.step
         seconds = self.timer.finish_step(step is not None and step.decodes_only)
-        if step is not None:
-            batch = self.input_batch
-            greedy = [request in batch.greedy_reqs for request in batch.req_ids]
-            self.counters.count_step(step, greedy, seconds)
-            self._watch.look()
+        with self.timer.measure("python"):  # of the next step, as the seconds of this one are being counted
+            if step is not None:
+                batch = self.input_batch
+                greedy = [request in batch.greedy_reqs for request in batch.req_ids]
+                self.counters.count_step(step, greedy, seconds)
+                self._watch.look()
         return output
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors
+from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors, making_runner
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
 from clover_vllm.errors import UserError
 
@@ -24,14 +24,12 @@ class CloverCPUWorker(CPUWorker):
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
         )
         forget_cached_backends()
-        # The base class has no method that makes its runner; one made afterwards, in place of its own, would
-        # make all proposers and users' logits processors twice.
-        original = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = CloverCPUModelRunner
-        try:
+        with making_runner(CloverCPUModelRunner):
             super().init_device()
-        finally:
-            cpu_worker.CPUModelRunner = original
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        """Asked by a vLLM with our patches."""
+        return CloverCPUModelRunner(self.vllm_config, torch.device("cpu"))
 
 
 class CloverGPUWorker(Worker):
