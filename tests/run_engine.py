@@ -8,6 +8,8 @@ which requests share a step then depends on nothing but the requests. Keys of SP
     scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
         those answers among random siblings in random shapes and sizes.
     check_head: folder of the head: compare all that it computes with the reference model.
+    amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
+        metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
 OUT: what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
@@ -30,10 +32,13 @@ Json = dict[str, Any]
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
+    import torch
     from vllm import LLM
 
     from clover_vllm.bench.drive import ScriptedTrees, drive, runner_of
 
+    if spec.get("amx"):
+        torch.cpu._is_amx_tile_supported = lambda: True
     llm = LLM(**{"disable_log_stats": True, **spec["llm"]})
     runner = runner_of(llm)
     scripted = None
@@ -53,6 +58,11 @@ def main() -> None:
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     ).__name__
+    if spec.get("amx"):
+        groups = [*runner._attn_group_iterator(), *runner.drafter.draft_attn_groups]
+        layers = runner.compilation_config.static_forward_context.values()
+        stats["layouts"] = [group.get_metadata_builder().isa for group in groups]
+        stats["layouts"] += [layer.isa for layer in layers]
     if head is not None:
         stats["head_errors"], stats["head_rows"] = head.errors, head.rows
     if probe is not None:

@@ -119,6 +119,8 @@ def test_random_trees_change_nothing(family: str, tmp_path: Path) -> None:
     stats = scripted["stats"]
     assert differing(plain, scripted) == 0
     assert stats["trees"]["branching"] > 100
+    assert stats["verified"]["branching"] > 100
+    assert stats["accepted"] > 100
     assert stats["steps"] < plain["stats"]["steps"]
     assert stats["preempted"] > 0
     assert stats["cached_tokens"] > 32
@@ -141,6 +143,16 @@ def test_every_shape_drafts_and_changes_nothing(
     assert differing(plain_dozen, run) == 0
     assert run["stats"]["leaked_blocks"] == 0
     assert run["stats"]["worker"] == "CloverCPUWorker"
+    assert run["stats"]["verified"]["chains" if tree == "chain" else "branching"] > 10
+
+
+def test_where_vllm_takes_amx_all_layers_take_the_layout_that_trees_read(llama: tuple[Path, Path]) -> None:
+    """Not the instructions, which the processor need not have: whoever writes and reads agrees on "vec"."""
+    target, head = llama
+    settings = llm(target, dtype="bfloat16", speculative_config=speculative(head))
+    run = run_engine(settings, random_requests(4), amx=True)
+    assert len(run["stats"]["layouts"]) > 4
+    assert set(run["stats"]["layouts"]) == {"vec"}
 
 
 def test_method_is_inferred_from_the_head_and_compiled_targets_work(llama: tuple[Path, Path]) -> None:

@@ -76,17 +76,24 @@ def plain(smollm2: Path) -> Json:
 
 @pytest.fixture(scope="module")
 def trees(smollm2: Path) -> Json:
-    """Trees, with prompts in chunks and a cache too small for the batch."""
+    """Trees, with prompts in chunks and a cache too small for the batch; greedy and seeded requests of the
+    same prompt run together, so that one finds the other's cache blocks."""
     llm = engine(
         smollm2,
         max_num_batched_tokens=160,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=32,  # prompts share less than vLLM's 128 here
-        num_gpu_blocks_override=96,
+        num_gpu_blocks_override=72,
         speculative_config=speculative(),
     )
-    return run_engine(llm, [*greedy(COUNT + SPARE), *seeded(COUNT)], timeout=3000)
+    requests = [*greedy(COUNT + SPARE), *seeded(COUNT)]
+    seeds = COUNT + SPARE
+    order = [i for a in range(0, COUNT, 2) for i in (a, a + 1, seeds + a, seeds + a + 1)]
+    order += range(COUNT, seeds)
+    run = run_engine(llm, [requests[i] for i in order], timeout=3000)
+    by_request = dict(zip(order, run["outputs"], strict=True))
+    return {**run, "outputs": [by_request[i] for i in range(len(requests))]}
 
 
 def test_conditions_were_met(trees: Json) -> None:
