@@ -14,6 +14,7 @@ from clover_vllm.bench.methods import select
 from clover_vllm.bench.offline import Result, orders
 from clover_vllm.bench.report import Comparison, acceptance_by_depth, acceptance_length, split, table
 from clover_vllm.bench.run import parse_list, read_prompts, share_out
+from clover_vllm.bench.tiny import make_tiny_pair
 from clover_vllm.bench.worker import Run
 from clover_vllm.cli import app
 from clover_vllm.errors import UserError
@@ -175,3 +176,22 @@ def test_bench_runs_on_a_tiny_target(
     for name in ("speedup", "tokens-per-draft", "time-split"):
         assert (output / f"{name}.png").stat().st_size > 1000
     assert str(tmp_path) not in json.dumps(found["methods"])
+
+
+@pytest.mark.engine
+def test_bench_runs_through_servers(tmp_path: Path) -> None:
+    """`vllm serve`, loaded by vLLM's own `vllm bench serve`."""
+    target, head = make_tiny_pair(tmp_path)
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+    rows = [{"prompt_ids": [40 + i, 70, 90 + i, 120]} for i in range(6)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["bench", "--server", "--target", str(target), "--head", str(head), "--prompts", str(prompts)]
+    command += ["--methods", "clover-4", "--concurrency", "2", "--repetitions", "1", "--num-prompts", "3"]
+    command += ["--max-tokens", "12", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    done = CliRunner().invoke(app, [*command, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    plain, clover = json.loads((output / "bench.json").read_text())["results"]
+    assert plain["acceptance_length"] == 1.0
+    assert clover["nodes_per_draft"] > 1
+    assert clover["equal_to_baseline"] == 1.0
+    assert clover["tokens_per_second"] > 0

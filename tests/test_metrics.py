@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from clover_vllm.engine import metrics
 from clover_vllm.engine.metrics import AcceptanceWatch, CounterCollector, Counters
+from clover_vllm.engine.runner import CloverRunner
 from clover_vllm.engine.step import RequestTree, StepTrees
 from clover_vllm.tree import DraftTrees
 
@@ -42,6 +44,21 @@ def test_a_step_is_counted() -> None:
     assert counters.accepted.tolist() == [2, 1, 0, 0, 0, 0]
     assert counters.seconds.tolist() == [1.0, 0.0, 0.0, 0.25, 0.0]
     assert counters.fallbacks.sum() == 1
+
+
+def test_drafts_with_a_nan_are_counted() -> None:
+    """By the runner where it makes the trees of a step: a draft without nodes is one that had a NaN."""
+    trees = DraftTrees(
+        torch.tensor([5, 6]),
+        torch.tensor([-1, -1]),
+        torch.tensor([1, 1]),
+        torch.tensor([0.5, float("nan")]).log(),
+        torch.tensor([0, 1, 2]),
+    )
+    runner = SimpleNamespace(counters=Counters(6))
+    made = CloverRunner._host_trees(cast(CloverRunner, runner), trees)
+    assert [tree.tokens for tree in made] == [[5], []]
+    assert runner.counters.fallbacks.tolist() == [float(r == "non_finite_draft") for r in metrics.REASONS]
 
 
 def test_padding_of_the_scheduler_is_no_draft() -> None:

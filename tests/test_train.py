@@ -156,8 +156,13 @@ def test_ten_kills_at_random_moments_leave_the_same_curve_and_head(
     rng = random.Random(7)
     for kill in range(10):
         process = _start(broken)
-        if kill % 2:  # from the imports to the first steps
-            time.sleep(rng.uniform(0.05, 0.9) * startup)
+        done = _steps(tmp_path / "broken")
+        if kill % 2:  # from the imports to the first step, should this start be a quick one
+            latest = time.monotonic() + rng.uniform(0.05, 0.9) * startup
+            while (
+                time.monotonic() < latest and process.poll() is None and _steps(tmp_path / "broken") <= done
+            ):
+                time.sleep(0.002)
         else:  # between steps, or while a checkpoint is written
             while process.poll() is None and _steps(tmp_path / "broken") < (kill + 1) * total // 12:
                 time.sleep(0.002)
