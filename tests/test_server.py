@@ -296,8 +296,11 @@ def test_a_killed_engine_ends_the_server(smollm2: Path) -> None:
 
 def test_run_batch_takes_the_same_flag(tmp_path: Path) -> None:
     target, head = make_tiny_pair(tmp_path)
-    body = {"model": str(target), "prompt": "the cat", "max_tokens": 12, "temperature": 0}
-    line = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": body}
+    messages = [{"role": "user", "content": "the cat"}]
+    body = {"model": str(target), "messages": messages, "max_tokens": 12, "temperature": 0}
+    line = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     asked.write_text(json.dumps(line) + "\n")
     command = [
@@ -309,7 +312,7 @@ def test_run_batch_takes_the_same_flag(tmp_path: Path) -> None:
         str(answered),
     ]
     command += ["--model", str(target), "--enforce-eager", "--max-model-len", "128", "--dtype", "float32"]
-    command += ["--speculative-config", json.dumps({"model": str(head)})]
+    command += ["--chat-template", str(template), "--speculative-config", json.dumps({"model": str(head)})]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
