@@ -319,7 +319,10 @@ def convert(
 @_one_line
 def bench(
     methods: Annotated[
-        str, typer.Option(help="Compared with plain: ngram, suffix, eagle, clover-chain, clover-N (N nodes).")
+        str,
+        typer.Option(
+            help="Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover-N (N nodes)."
+        ),
     ] = "plain,ngram,eagle,clover-chain,clover-4,clover-8,clover-16",
     concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,2,4,8,16",
     repetitions: Annotated[int, typer.Option(help="Runs per method and concurrency.")] = 3,

@@ -222,6 +222,7 @@ def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
         ({"model": "missing/head"}, {}, "missing/head"),
         ({"draft_tensor_parallel_size": 3}, {}, "draft_tensor_parallel_size"),
         ({"treee": "chain"}, {}, "Did you mean tree?"),
+        ({"method": "clover"}, {}, "did you mean 'clover2'"),
         ({}, {"pipeline_parallel_size": 2}, "pipeline"),
         ({"tree": [[900]]}, {}, "child rank 900"),
         ({}, {"worker_cls": "a.b.Worker"}, "worker"),

@@ -132,11 +132,18 @@ def _is_path(path: object) -> bool:
 
 
 def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
-    """Whether a speculative configuration names Clover-2, or a head whose config.json says so."""
+    """Whether a speculative configuration names Clover-2, or a head whose config.json says so.
+
+    Raises:
+        UserError: it names something much like Clover-2.
+    """
     if not given:
         return False
     if given.get("method") is not None:
-        return given["method"] == METHOD
+        method = given["method"]
+        if method != METHOD and isinstance(method, str) and method.lower().startswith("clover"):
+            raise UserError(f"There is no speculative method {method!r}; did you mean {METHOD!r}?")
+        return bool(method == METHOD)
     model = given.get("model")
     if not isinstance(model, str) or not model:
         return False
