@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from clover_vllm.engine import hooks, plugin
 from clover_vllm.errors import UserError
 from clover_vllm.head import Clover2DraftModel
-from clover_vllm.head.checkpoint import save_head
+from clover_vllm.head.checkpoint import probe_lm_head, save_head
 
 
 def test_installed_vllm_is_as_expected() -> None:
@@ -308,6 +308,45 @@ def test_the_plugin_survives_a_vllm_without_our_base_classes(monkeypatch: pytest
     assert args({"method": "ngram"}).create_speculative_config(1, 2) == ("original", 1, 2)
     with pytest.raises(UserError, match=r"works with vLLM 0\.32\.0"):
         args({"method": "clover2"}).create_speculative_config(1, 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_of_a_target_of_the_same_sizes_is_refused_before_the_engine_starts(
+    pair: tuple[Path, Path], tmp_path: Path, tied: bool
+) -> None:
+    """By a few rows of the lm_head in the target's files; its own target, and one that does not show them, pass."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target, head = shutil.copytree(pair[0], tmp_path / "own"), shutil.copytree(pair[1], tmp_path / "head")
+    weights = load_file(target / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    if not tied:
+        weights["lm_head.weight"] = embeddings.clone()
+        weights["model.embed_tokens.weight"] = 2 * embeddings
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    edit(target, tie_word_embeddings=tied)
+    edit(head, target_probe=probe_lm_head(embeddings))
+    given = {"method": "clover2", "model": str(head)}
+    configuration(target, given)
+
+    other = shutil.copytree(target, tmp_path / "other")
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    save_file({**weights, name: 1.5 * weights[name]}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="another model's") as caught:
+        configuration(other, given)
+    one_sentence(caught.value)
+    for hidden in ({}, {name: torch.zeros(3, 4)}, {name: weights[name].to(torch.int8)}):
+        save_file(hidden, other / "model.safetensors", {"format": "pt"})
+        configuration(other, given)
+    (other / "model.safetensors").write_bytes(b"damaged")
+    configuration(other, given)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def test_head_of_another_target_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
 from clover_vllm.errors import UserError
-from clover_vllm.head.checkpoint import check_head
+from clover_vllm.head.checkpoint import check_head, check_target_folder
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.tree.masks import MAX_NODES
 
@@ -187,6 +187,9 @@ def clover_config(
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
     check_fits(made.draft_model_config.hf_config, target)
+    if Path(target.model).is_dir():
+        tied = bool(getattr(target.hf_text_config, "tie_word_embeddings", False))
+        check_target_folder(made.draft_model_config.hf_config, Path(target.model), tied)
     _check_ranks(options, nodes, made.draft_model_config.hf_config)
     if device != "cpu":  # where vLLM would take its V2 runner by itself
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"

@@ -75,6 +75,45 @@ def check_probe(config: Clover2Config, measured: Sequence[float]) -> None:
         )
 
 
+def check_target_folder(config: Clover2Config, folder: Path, tied: bool) -> None:
+    """`check_probe` on a target that is not loaded yet, from the few rows that it needs.
+
+    A folder that does not show a plain lm_head (quantised, other names, not safetensors, damaged) passes: the
+    worker looks again, at the loaded one.
+
+    Args:
+        config: the head's.
+        folder: of the target.
+        tied: whether its lm_head is its embedding.
+
+    Raises:
+        UserError: the lm_head is another model's.
+    """
+    wanted = "embed_tokens.weight" if tied else "lm_head.weight"
+    rows = None
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, it is no mapping
+                    if f".{name}".endswith(f".{wanted}"):
+                        rows = _probed_rows(file.get_slice(name), config)
+        except (SafetensorError, OSError):
+            return
+    if rows is not None:
+        check_probe(config, probe_lm_head(rows))
+
+
+def _probed_rows(weight: Any, config: Clover2Config) -> torch.Tensor | None:
+    """The rows that `probe_lm_head` takes of a [V, D] tensor in a file, or None if it is another kind of tensor."""
+    shape = weight.get_shape()
+    if len(shape) != 2 or shape[0] < config.vocab_size or shape[1] != config.hidden_size:
+        return None
+    if weight.get_dtype() not in ("F64", "F32", "F16", "BF16"):  # quantised rows have scales elsewhere
+        return None
+    index = torch.linspace(0, config.vocab_size - 1, PROBED_ROWS).long().tolist()
+    return torch.cat([weight[i : i + 1] for i in index])
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a head folder.
 
