@@ -20,9 +20,13 @@ async def session(engine: Any, name: str, asked: Json) -> list[Json]:
     from vllm import SamplingParams
     from vllm.engine.protocol import StreamingInput
     from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
-    params = SamplingParams(**asked["params"], output_kind=RequestOutputKind.DELTA)
+    wanted = asked["params"].get("repetition_detection")
+    repetition = RepetitionDetectionParams(**wanted) if wanted else None
+    params = SamplingParams(
+        **{**asked["params"], "repetition_detection": repetition}, output_kind=RequestOutputKind.DELTA
+    )
     ended = asyncio.Event()
     turns: list[Json] = [{"tokens": [], "finish": None}]
 

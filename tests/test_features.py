@@ -43,6 +43,10 @@ FEATURES: dict[str, Json] = {
     "stop_token_ids": {"stop_token_ids": list(range(3, 40))},
     "ignore_eos": {"logit_bias": {"2": 7.0}, "ignore_eos": True},
     "eos": {"logit_bias": {"2": 7.0}, "ignore_eos": False},
+    "repetition_detection": {
+        "logit_bias": {"20": 5.0, "99": 5.0},
+        "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
+    },
     "n": {"n": 3},
     "logprobs": {"logprobs": 3},
     "logprobs of the sampled token": {"logprobs": 0},
@@ -168,6 +172,8 @@ def test_features_did_something(runs: tuple[Json, Json], pair: tuple[Path, Path]
     for feature in ("stop", "include_stop_str_in_output", "stop_token_ids", "eos"):
         both_kinds = [i for either in KINDS for i in of_case(feature, either)]
         assert any(trees["outputs"][i][0]["finish"] == "stop" for i in both_kinds), feature
+    found = [trees["outputs"][i][0]["finish"] for i in of_case("repetition_detection", kind)]
+    assert "repetition" in found
     letters = {token for letter in "aeiors" for token in think(pair[0], letter)}
     for i in of_case("bad_words", kind):
         assert not letters.intersection(trees["outputs"][i][0]["tokens"])

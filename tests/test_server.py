@@ -75,18 +75,21 @@ def ask(client: OpenAI, question: str, **params: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 3}], ids=["greedy", "seeded"]
+)
 def test_streamed_text_equals_that_of_plain_vllm(
-    server: Server, plain_server: Server, client: OpenAI
+    server: Server, plain_server: Server, client: OpenAI, params: dict[str, Any]
 ) -> None:
     """Whole from plain vLLM, one request at a time; streamed from trees, all at once."""
 
     def streamed(question: str) -> str:
-        events = ask(client, question, stream=True)
+        events = ask(client, question, stream=True, **params)
         return "".join(event.choices[0].delta.content or "" for event in events if event.choices)
 
     plain = OpenAI(base_url=f"{plain_server.url}/v1", api_key="none")
     with awake(plain_server):
-        alone = [ask(plain, question).choices[0].message.content for question in QUESTIONS]
+        alone = [ask(plain, question, **params).choices[0].message.content for question in QUESTIONS]
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(streamed, QUESTIONS))
     assert together == alone

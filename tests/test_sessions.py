@@ -13,7 +13,7 @@ from clover_vllm.home import shipped_head
 
 
 def sessions() -> list[dict[str, Any]]:
-    """Held-out prompts cut in four; turns end at a token or a length, mostly in the middle of a path."""
+    """Held-out prompts cut in four; turns end at a token, a length or a repetition, mostly inside a path."""
     with gzip.open(shipped_head() / "held-out.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for _, line in zip(range(8), file, strict=False)]
     found = []
@@ -23,6 +23,9 @@ def sessions() -> list[dict[str, Any]]:
         stops = sorted({token for token in range(1000, 49000) if token % 7 == i % 7}) if i % 2 else []
         params = {"temperature": 0.0, "max_tokens": 4 + i, "stop_token_ids": stops}
         found.append({"turns": [prompt, *later], "params": params})
+        repetition = {"max_pattern_size": 1 + i, "min_count": 2}
+        repeated = {"temperature": 0.0, "max_tokens": 80, "repetition_detection": repetition}
+        found.append({"turns": [prompt, *later], "params": repeated})
     return found
 
 
@@ -42,5 +45,5 @@ def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
         "run_sessions.py", {"engine": {**engine, "speculative_config": spec}, "sessions": asked}
     )
     assert all(len(turns) == 4 for turns in plain)
-    assert {turn["finish"] for turns in plain for turn in turns} == {"stop", "length"}
+    assert {turn["finish"] for turns in plain for turn in turns} == {"stop", "length", "repetition"}
     assert trees == plain

@@ -28,7 +28,7 @@ def drive(llm: Any, requests: list[Json], after_step: Callable[[], None] | None 
     from vllm import SamplingParams
     from vllm.inputs import EmbedsPrompt, TokensPrompt
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
@@ -47,6 +47,8 @@ def drive(llm: Any, requests: list[Json], after_step: Callable[[], None] | None 
                 params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
             if "structured_outputs" in params:
                 params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+            if "repetition_detection" in params:
+                params["repetition_detection"] = RepetitionDetectionParams(**params["repetition_detection"])
             prompt: Any = TokensPrompt(prompt_token_ids=request.get("prompt", []))
             if "embeds" in request:
                 prompt = EmbedsPrompt(prompt_embeds=torch.load(request["embeds"]))

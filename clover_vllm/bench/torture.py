@@ -196,6 +196,10 @@ def random_params(rng: random.Random, longest: int) -> Json:
     some(0.15, stop=rng.sample(["a", "e", "Q", "th", "x", "7"], 2), include_stop_str_in_output=may() < 0.5)
     some(0.15, stop_token_ids=rng.sample(range(3, VOCAB), 12))
     some(0.15, min_tokens=rng.randrange(0, params["max_tokens"] + 1))
+    some(
+        0.1,
+        repetition_detection={"max_pattern_size": rng.randrange(1, 5), "min_count": rng.randrange(2, 4)},
+    )
     some(0.2, logprobs=rng.choice([0, 1, 5]))
     some(0.05, prompt_logprobs=rng.choice([0, 2]))
     kind = rng.randrange(24)

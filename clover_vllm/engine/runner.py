@@ -8,7 +8,7 @@ and draft anew. The scheduler needs no change: a prefix of a tree is a tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.utils import check_sequence_repetition
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -164,7 +166,9 @@ class CloverRunner(GPUModelRunner):
         if params.max_tokens is not None:
             remaining = min(remaining, params.max_tokens - len(state.output_token_ids))
         stops = frozenset(params.stop_token_ids or ())
-        return Ending(stops if params.eos_token_id is None else stops | {params.eos_token_id}, remaining)
+        if params.eos_token_id is not None:
+            stops |= {params.eos_token_id}
+        return Ending(stops, remaining, _repetition(params, state.output_token_ids))
 
     def _set_positions(self, step: StepTrees) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
@@ -346,3 +350,17 @@ class CloverRunner(GPUModelRunner):
 
 class CloverCPUModelRunner(CloverRunner, CPUModelRunner):
     """For vLLM's CPU build."""
+
+
+def _repetition(params: SamplingParams, output: list[int]) -> Callable[[Sequence[int]], bool] | None:
+    """Tells from a step's tokens, which follow `output`, whether repetition detection ends the request."""
+    wanted = params.repetition_detection
+    if wanted is None:
+        return None
+    tail = output[-max(1, wanted.max_pattern_size * wanted.min_count) :]
+    missing = params.min_tokens - len(output)
+
+    def repeats(emitted: Sequence[int]) -> bool:
+        return len(emitted) >= missing and check_sequence_repetition([*tail, *emitted], wanted)
+
+    return repeats

@@ -115,7 +115,7 @@ class TreeScorer(nn.Module):
             accepted = walk_tree(tree.tokens, tree.parents, rows)
             tokens = [rows[0], *(rows[node + 1] for node in accepted)]
             ending = step.endings.get(r, NEVER)
-            last = next((i for i, token in enumerate(tokens) if ending.at(token, i + 1)), len(accepted))
+            last = next((i for i in range(len(accepted)) if ending.at(tokens[: i + 1])), len(accepted))
             step.accepted.append(accepted[:last])
             output.append(tokens[: last + 1])
             row += len(rows)
@@ -152,7 +152,7 @@ class TreeScorer(nn.Module):
             for r in live:
                 output[r].append(tokens[r])
                 node = children[r].get((current[r], tokens[r]))
-                if node is not None and not step.endings.get(r, NEVER).at(tokens[r], len(output[r])):
+                if node is not None and not step.endings.get(r, NEVER).at(output[r]):
                     current[r] = node
                     step.accepted[r].append(node)
                     going.append(r)

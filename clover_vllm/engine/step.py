@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
@@ -97,14 +97,19 @@ def causal_masks(rows: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Ending:
-    """Which token ends a request, as `vllm.v1.core.sched.utils.check_stop` (repetition detection aside)."""
+    """Which token ends a request, as `vllm.v1.core.sched.utils.check_stop`."""
 
     tokens: frozenset[int] = frozenset()
     remaining: int = sys.maxsize  # tokens until max_tokens or max_model_len
+    repeats: Callable[[Sequence[int]], bool] | None = None  # repetition detection, given the step's tokens
 
-    def at(self, token: int, emitted: int) -> bool:
-        """Whether `token`, the `emitted`-th of the step, is the request's last."""
-        return emitted >= self.remaining or token in self.tokens
+    def at(self, emitted: Sequence[int]) -> bool:
+        """Whether the last of `emitted`, the tokens of the step so far, is the request's last."""
+        return (
+            len(emitted) >= self.remaining
+            or emitted[-1] in self.tokens
+            or (self.repeats is not None and self.repeats(emitted))
+        )
 
 
 NEVER = Ending()
