@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import vllm
 from conftest import one_sentence, tiny_llama
+from engine import run_script
 from vllm.engine.arg_utils import EngineArgs
 
 from clover_vllm.engine import hooks, plugin
@@ -341,6 +342,50 @@ def test_head_of_a_target_of_the_same_sizes_is_refused_before_the_engine_starts(
         configuration(other, given)
     (other / "model.safetensors").write_bytes(b"damaged")
     configuration(other, given)
+
+
+def cache_of_hub(folder: Path, **heads: Path) -> None:
+    """What the hub's client leaves behind after downloading `clover/NAME` for each name."""
+    for name, files in heads.items():
+        repository = folder / f"models--clover--{name}"
+        shutil.copytree(files, repository / "snapshots" / "0123abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123abc")
+
+
+def test_heads_of_the_hub_are_checked_before_the_engine_starts(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    target, good = pair
+    nan, cut, bare = (shutil.copytree(good, tmp_path / name) for name in ("nan", "cut", "bare"))
+    weights = load_file(good / "model.safetensors")
+    weights["clover_norm.weight"][3] = float("nan")
+    save_file(weights, nan / "model.safetensors")
+    (cut / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
+    (bare / "model.safetensors").unlink()
+    cache_of_hub(tmp_path / "home" / "hub", good=good, nan=nan, cut=cut, bare=bare)
+    cache_of_hub(tmp_path / "elsewhere", good=good)
+
+    def arguments(name: str, **more: Any) -> dict[str, Any]:
+        speculative = {"method": "clover2", "model": f"clover/{name}"}
+        return {"model": str(target), "skip_tokenizer_init": True, "speculative_config": speculative, **more}
+
+    there = {"download_dir": str(tmp_path / "elsewhere")}
+    asked = [arguments(name) for name in ("good", "nan", "cut", "bare", "none")]
+    asked += [arguments("good", **there), arguments("nan", **there)]
+    home = tmp_path / "home"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
+    found = run_script("run_configs.py", asked, env=offline)
+    words = [None, "not finite", "damaged", "no weights", "clover/none", None, "cannot be downloaded"]
+    for error, word in zip(found, words, strict=True):
+        if word is None:
+            assert error is None
+        else:
+            assert error[0] == "UserError"
+            assert word in error[1]
+            one_sentence(UserError(error[1]))
 
 
 def edit(folder: Path, **changes: Any) -> None:

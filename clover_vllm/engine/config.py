@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from pydantic import SkipValidation, ValidationError
 from transformers import PretrainedConfig
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.model_executor.models.interfaces import supports_eagle3
@@ -125,6 +128,7 @@ def clover_config(
     device: str,
     cache_dtype: str = "auto",
     kv_connector: bool = False,
+    download_dir: str | None = None,
 ) -> CloverSpeculativeConfig:
     """Validate a speculative configuration for Clover-2.
 
@@ -135,6 +139,7 @@ def clover_config(
         device: `vllm.platforms.current_platform.device_type`.
         cache_dtype: `--kv-cache-dtype`.
         kv_connector: whether there is a `--kv-transfer-config`.
+        download_dir: `--download-dir`, where the worker will look for the head's files.
 
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
@@ -186,6 +191,10 @@ def clover_config(
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
+    if not folder.is_dir() and shared.get("quantization") is None:
+        fetched = fetch_head(shared["model"], shared.get("revision"), download_dir)
+        if fetched is not None:
+            check_head(fetched, target.dtype)
     check_fits(made.draft_model_config.hf_config, target)
     if Path(target.model).is_dir():
         tied = bool(getattr(target.hf_text_config, "tie_word_embeddings", False))
@@ -196,6 +205,39 @@ def clover_config(
     parallel.worker_cls = WORKERS[device]
     made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
     return made
+
+
+def fetch_head(name: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """Folder of a head on the Hugging Face hub, whose files are downloaded where they are not yet.
+
+    Args:
+        name: of its repository.
+        revision: branch, tag or commit; None: main.
+        download_dir: instead of the hub's usual cache.
+
+    Returns:
+        None if this is not the hub's: another hub, or a storage address.
+
+    Raises:
+        UserError: the files cannot be had.
+    """
+    if envs.VLLM_USE_MODELSCOPE:
+        return None
+    folder = None
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            files = ["config.json", weights, f"{weights}.index.json"]
+            folder = Path(
+                snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=files)
+            )
+            if any(folder.glob(weights)):
+                break
+    except HFValidationError:
+        return None
+    except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"The Clover-2 head {name!r} cannot be downloaded: {reason}.") from error
+    return folder
 
 
 def _check_attention(target: ModelConfig, cache_dtype: str, kv_connector: bool) -> None:

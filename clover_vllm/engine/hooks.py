@@ -379,6 +379,7 @@ def speculative_config(
         current_platform.device_type,
         engine_args.kv_cache_dtype,
         engine_args.kv_transfer_config is not None,
+        engine_args.download_dir,
     )
 
 
