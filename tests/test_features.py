@@ -51,6 +51,7 @@ FEATURES: dict[str, Json] = {
     "logprobs": {"logprobs": 3},
     "logprobs of the sampled token": {"logprobs": 0},
     "logprobs with penalties": {"logprobs": 2, "repetition_penalty": 1.3},
+    "flat_logprobs": {"logprobs": 2, "flat_logprobs": True},
     "prompt_logprobs": {"prompt_logprobs": 2},
     "structured JSON schema": {"structured_outputs": {"json": SCHEMA}, "ignore_eos": False},
     "structured regex": {"structured_outputs": {"regex": r"[a-f]{4}-\d{3,9}(x|yz)*"}, "ignore_eos": False},
@@ -212,6 +213,17 @@ def test_custom_logits_processors_and_processed_logprobs(pair: tuple[Path, Path]
     assert_same(plain, trees, range(len(requests)))
     for i in range(1, len(requests), 6):
         assert [t % 2 for t in plain["outputs"][i][0]["tokens"]] == [1, 0] * 16
+
+
+@pytest.mark.parametrize("mode", ["raw_logits", "processed_logits"])
+def test_logits_beside_the_tokens(pair: tuple[Path, Path], mode: str) -> None:
+    """The modes of `--logprobs-mode` that other tests do not use."""
+    asked = [
+        {**kind, "logprobs": 2, **more} for kind in KINDS.values() for more in ({}, {"presence_penalty": 0.5})
+    ]
+    requests = requests_of(asked)
+    plain, trees = both(llm(pair[0], logprobs_mode=mode), pair[1], requests)
+    assert_same(plain, trees, range(len(requests)))
 
 
 def make_adapter(folder: Path, target: Path, seed: int) -> Path:

@@ -227,6 +227,7 @@ def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
         ({}, {"pipeline_parallel_size": 2}, "pipeline"),
         ({"tree": [[900]]}, {}, "child rank 900"),
         ({}, {"worker_cls": "a.b.Worker"}, "worker"),
+        ({}, {"watermark_config": {"algorithm": "gumbel"}}, "watermarks"),
     ],
 )
 def test_bad_configurations_are_refused_before_the_engine_starts(
@@ -237,6 +238,14 @@ def test_bad_configurations_are_refused_before_the_engine_starts(
     with pytest.raises(UserError, match=words) as caught:
         configuration(target, {k: v for k, v in given.items() if v is not None}, **more)
     assert "\n" not in str(caught.value)
+
+
+def test_the_other_runner_is_refused_before_the_engine_starts(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(UserError, match="V1 model runner"):
+        configuration(pair[0], {"method": "clover2", "model": str(pair[1])})
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}

@@ -117,6 +117,22 @@ def test_several_samples_and_logprobs(client: OpenAI) -> None:
         assert all(token.logprob <= 0 for token in choice.logprobs.content)
 
 
+def test_beam_search_equals_that_of_plain_vllm(server: Server, plain_server: Server, client: OpenAI) -> None:
+    """Beams ask for one token at a time; other requests keep their trees."""
+    del server
+    beams = {"n": 3, "max_tokens": 10, "extra_body": {"use_beam_search": True}}
+    plain = OpenAI(base_url=f"{plain_server.url}/v1", api_key="none")
+    with awake(plain_server):
+        alone = ask(plain, QUESTIONS[0], **beams)
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(ask, client, question) for question in QUESTIONS[1:3]]
+        found = ask(client, QUESTIONS[0], **beams)
+        assert all(other.result().choices[0].message.content for other in others)
+    texts = [[choice.message.content for choice in answer.choices] for answer in (found, alone)]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+
+
 def test_structured_output_is_valid_beside_trees(client: OpenAI) -> None:
     """The request with a grammar gets a chain; the others keep their trees."""
     choices = ["apple", "pear"]

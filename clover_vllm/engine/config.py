@@ -129,6 +129,7 @@ def clover_config(
     cache_dtype: str = "auto",
     kv_connector: bool = False,
     download_dir: str | None = None,
+    watermark: bool = False,
 ) -> CloverSpeculativeConfig:
     """Validate a speculative configuration for Clover-2.
 
@@ -140,6 +141,7 @@ def clover_config(
         cache_dtype: `--kv-cache-dtype`.
         kv_connector: whether there is a `--kv-transfer-config`.
         download_dir: `--download-dir`, where the worker will look for the head's files.
+        watermark: whether there is a `--watermark-config`.
 
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
@@ -157,13 +159,14 @@ def clover_config(
         raise UserError("Clover-2 does not work with pipeline parallelism yet; use tensor parallelism.")
     if device not in WORKERS:
         raise UserError(f"Clover-2 does not run on {device!r} yet; it runs on {', '.join(WORKERS)}.")
-    if device != "cpu":
-        if options.tree != "chain":
-            raise UserError(
-                'Clover-2 verifies trees only on CPUs yet; set the speculative option "tree" to "chain".'
-            )
-        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
-            raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
+        raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
+    if watermark:  # vLLM would ask for options that Clover-2 does not have
+        raise UserError("Clover-2 does not work with watermarks, which need vLLM's V2 model runner.")
+    if device != "cpu" and options.tree != "chain":
+        raise UserError(
+            'Clover-2 verifies trees only on CPUs yet; set the speculative option "tree" to "chain".'
+        )
     if parallel.worker_cls not in ("auto", WORKERS[device]):
         raise UserError(
             f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."

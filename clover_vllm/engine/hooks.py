@@ -380,6 +380,7 @@ def speculative_config(
         engine_args.kv_cache_dtype,
         engine_args.kv_transfer_config is not None,
         engine_args.download_dir,
+        engine_args.watermark_config is not None,
     )
 
 
