@@ -59,6 +59,19 @@ FEATURES: dict[str, Json] = {
         "structured_outputs": {"choice": ["positive", "negative", "neither of them"]},
         "ignore_eos": False,
     },
+    "structured JSON object": {"structured_outputs": {"json_object": True}, "ignore_eos": False},
+    "structural tag": {
+        "structured_outputs": {
+            "structural_tag": json.dumps(
+                {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}],
+                    "triggers": ["<f>"],
+                }
+            )
+        },
+        "ignore_eos": False,
+    },
     "structured grammar": {
         "structured_outputs": {"grammar": 'root ::= item ("," item)*\nitem ::= [0-9]+ | "(" root ")"'},
         "ignore_eos": False,
@@ -217,12 +230,12 @@ def test_custom_logits_processors_and_processed_logprobs(pair: tuple[Path, Path]
 
 @pytest.mark.parametrize("mode", ["raw_logits", "processed_logits"])
 def test_logits_beside_the_tokens(pair: tuple[Path, Path], mode: str) -> None:
-    """The modes of `--logprobs-mode` that other tests do not use."""
+    """The modes of `--logprobs-mode` that other tests do not use, and the logits of the whole vocabulary."""
     asked = [
         {**kind, "logprobs": 2, **more} for kind in KINDS.values() for more in ({}, {"presence_penalty": 0.5})
     ]
-    requests = requests_of(asked)
-    plain, trees = both(llm(pair[0], logprobs_mode=mode), pair[1], requests)
+    requests = requests_of([*asked, {"logprobs": -1}])
+    plain, trees = both(llm(pair[0], logprobs_mode=mode, max_logprobs=-1), pair[1], requests)
     assert_same(plain, trees, range(len(requests)))
 
 
@@ -266,7 +279,9 @@ def test_prompts_as_embeddings_and_logprobs_of_chosen_tokens(pair: tuple[Path, P
     """The latter in no batch with other logprobs, whose candidates plain vLLM 0.32.0 loses then."""
     target, head = pair
     model = LlamaForCausalLM.from_pretrained(target)
-    requests = requests_of([{}, KINDS["seeded"], {"logprob_token_ids": [5, 9, 77]}, {}])
+    requests = requests_of(
+        [{}, KINDS["seeded"], *({**kind, "logprob_token_ids": [5, 9, 77]} for kind in KINDS.values()), {}]
+    )
     for i, request in enumerate(requests):
         if "logprob_token_ids" not in request["params"]:
             path = tmp_path / f"{i}.pt"

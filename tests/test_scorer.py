@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from clover_vllm.engine.runner import repetition
 from clover_vllm.engine.scorer import Batch, TreeScorer
 from clover_vllm.engine.step import Ending, RequestTree, StepTrees
 
@@ -267,7 +271,8 @@ def test_a_path_ends_where_the_request_does(greedy: bool) -> None:
         return tokens, scorer.step.accepted
 
     whole, nodes = run({})
-    stops = {r: Ending(tokens=frozenset({3, 5})) for r in range(count // 2)}
+    stops = {r: Ending(tokens=frozenset({3, 5})) for r in range(count // 4)}
+    stops |= {r: Ending(repeats=lambda emitted: emitted[-1] in (3, 5)) for r in range(count // 4, count // 2)}
     short = {r: Ending(remaining=1 + r % 2) for r in range(count // 2, count)}
     cut, accepted = run({**stops, **short})
     ended = 0
@@ -278,6 +283,31 @@ def test_a_path_ends_where_the_request_does(greedy: bool) -> None:
         assert accepted[r] == nodes[r][: kept - 1]
         ended += kept < len(whole[r])
     assert ended > 3
+
+
+def test_repetitions_end_a_path_where_vllm_ends_the_request() -> None:
+    """Token by token, the outcome of `check_stop`."""
+    rng, ended = random.Random(3), Counter[bool]()
+    for _ in range(3000):
+        size = rng.randrange(4)
+        wanted = RepetitionDetectionParams(size, rng.randrange(size + 1), rng.randrange(2, 4))
+        params = SamplingParams(max_tokens=99, min_tokens=rng.randrange(12), repetition_detection=wanted)
+        output = [rng.randrange(2) for _ in range(rng.randrange(9))]
+        repeats = repetition(params, output)
+        assert repeats is not None
+        request = Request("r", [1, 2], sampling_params=params, pooling_params=None)
+        request.append_output_token_ids(output)
+        emitted: list[int] = []
+        for _ in range(5):
+            emitted.append(rng.randrange(2))
+            request.append_output_token_ids(emitted[-1])
+            stops = check_stop(request, max_model_len=500)
+            assert repeats(emitted) == stops
+            ended[stops] += 1
+            if stops:
+                break
+    assert min(ended.values()) > 500
+    assert repetition(SamplingParams(), []) is None
 
 
 def test_masks_on_the_host_are_those_of_the_tensor_algorithm() -> None:

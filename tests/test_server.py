@@ -27,6 +27,7 @@ from clover_vllm.errors import UserError
 from clover_vllm.home import shipped_head
 
 FLAGS = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32"]
+FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 QUESTIONS = [
     "Why is the sky blue?",
     "Name three fruits.",
@@ -131,6 +132,29 @@ def test_beam_search_equals_that_of_plain_vllm(server: Server, plain_server: Ser
     texts = [[choice.message.content for choice in answer.choices] for answer in (found, alone)]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 3
+
+
+def test_streamed_tool_call_equals_that_of_plain_vllm(
+    server: Server, plain_server: Server, client: OpenAI
+) -> None:
+    """Whole from plain vLLM; with drafts several tokens of the arguments come at once."""
+    del server
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"type": "integer"}},
+        "required": ["city", "days"],
+    }
+    tool = {"type": "function", "function": {"name": "forecast", "parameters": parameters}}
+    wanted = {"type": "function", "function": {"name": "forecast"}}
+    asked = {"tools": [tool], "tool_choice": wanted, "max_tokens": 64}
+    plain = OpenAI(base_url=f"{plain_server.url}/v1", api_key="none")
+    with awake(plain_server):
+        (whole,) = ask(plain, "Will it rain in Paris?", **asked).choices[0].message.tool_calls
+    events = ask(client, "Will it rain in Paris?", stream=True, **asked)
+    calls = [call for event in events if event.choices for call in event.choices[0].delta.tool_calls or []]
+    assert "".join(call.function.name or "" for call in calls) == whole.function.name == "forecast"
+    assert "".join(call.function.arguments or "" for call in calls) == whole.function.arguments
+    assert json.loads(whole.function.arguments).keys() == {"city", "days"}
 
 
 def test_structured_output_is_valid_beside_trees(client: OpenAI) -> None:

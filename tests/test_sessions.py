@@ -26,6 +26,8 @@ def sessions() -> list[dict[str, Any]]:
         repetition = {"max_pattern_size": 1 + i, "min_count": 2}
         repeated = {"temperature": 0.0, "max_tokens": 80, "repetition_detection": repetition}
         found.append({"turns": [prompt, *later], "params": repeated})
+        seeded = {"temperature": 0.6, "top_p": 0.9, "seed": i}
+        found.append({"turns": [prompt, *later], "params": {**(params if i % 3 else repeated), **seeded}})
     return found
 
 

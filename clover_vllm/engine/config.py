@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from pydantic import SkipValidation, ValidationError
 from transformers import PretrainedConfig
 from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 from vllm.model_executor.models.interfaces import supports_eagle3
 
 from clover_vllm.engine.metrics import export_counters
@@ -23,6 +24,8 @@ from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import check_head, check_target_folder
 from clover_vllm.head.config import Clover2Config
 from clover_vllm.tree.masks import MAX_NODES
+
+logger = init_logger("vllm.clover")
 
 SHARED_OPTIONS = (
     "method",
@@ -126,10 +129,7 @@ def clover_config(
     target: ModelConfig,
     parallel: ParallelConfig,
     device: str,
-    cache_dtype: str = "auto",
-    kv_connector: bool = False,
-    download_dir: str | None = None,
-    watermark: bool = False,
+    engine_args: EngineArgs,
 ) -> CloverSpeculativeConfig:
     """Validate a speculative configuration for Clover-2.
 
@@ -138,10 +138,7 @@ def clover_config(
         target: of the target model.
         parallel: of the target model; its worker class is set.
         device: `vllm.platforms.current_platform.device_type`.
-        cache_dtype: `--kv-cache-dtype`.
-        kv_connector: whether there is a `--kv-transfer-config`.
-        download_dir: `--download-dir`, where the worker will look for the head's files.
-        watermark: whether there is a `--watermark-config`.
+        engine_args: that it all comes from.
 
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
@@ -159,10 +156,16 @@ def clover_config(
         raise UserError("Clover-2 does not work with pipeline parallelism yet; use tensor parallelism.")
     if device not in WORKERS:
         raise UserError(f"Clover-2 does not run on {device!r} yet; it runs on {', '.join(WORKERS)}.")
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("0", "false", "False"):
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
         raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
-    if watermark:  # vLLM would ask for options that Clover-2 does not have
-        raise UserError("Clover-2 does not work with watermarks, which need vLLM's V2 model runner.")
+    for wanted, found in (
+        ("watermarks", engine_args.watermark_config),
+        ("HiSparse", engine_args.attention_config.hisparse_config),
+    ):
+        if found is not None:  # either makes vLLM take that runner, whatever the environment says
+            raise UserError(
+                f"Clover-2 does not work with {wanted}, which vLLM's V2 model runner alone knows."
+            )
     if device != "cpu" and options.tree != "chain":
         raise UserError(
             'Clover-2 verifies trees only on CPUs yet; set the speculative option "tree" to "chain".'
@@ -172,7 +175,7 @@ def clover_config(
             f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
         )
     if options.tree != "chain":
-        _check_attention(target, cache_dtype, kv_connector)
+        _check_attention(target, engine_args.kv_cache_dtype, engine_args.kv_transfer_config is not None)
     if device == "cpu":  # elsewhere a model's module may touch the device, which is the worker's to do
         model, architecture = target.registry.resolve_model_cls(target.architectures, target)
         if not supports_eagle3(model):
@@ -183,7 +186,7 @@ def clover_config(
     shared["method"] = METHOD
     folder = Path(shared["model"])
     if folder.is_dir() and shared.get("quantization") is None:
-        check_head(folder, target.dtype)
+        check_head(folder, target.dtype)  # first, because it explains a bad config.json better
     try:
         made = CloverSpeculativeConfig(
             **shared, clover=options, target_model_config=target, target_parallel_config=parallel
@@ -194,53 +197,50 @@ def clover_config(
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
-    if not folder.is_dir() and shared.get("quantization") is None:
-        fetched = fetch_head(shared["model"], shared.get("revision"), download_dir)
-        if fetched is not None:
-            check_head(fetched, target.dtype)
     check_fits(made.draft_model_config.hf_config, target)
+    if not folder.is_dir() and shared.get("quantization") is None:
+        fetched = fetch_head(made.draft_model_config, engine_args)
+        if fetched is not None:
+            check_head(fetched, target.dtype, made.draft_model_config.hf_config)
     if Path(target.model).is_dir():
         tied = bool(getattr(target.hf_text_config, "tie_word_embeddings", False))
         check_target_folder(made.draft_model_config.hf_config, Path(target.model), tied)
     _check_ranks(options, nodes, made.draft_model_config.hf_config)
-    if device != "cpu":  # where vLLM would take its V2 runner by itself
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # lest vLLM take it by itself
     parallel.worker_cls = WORKERS[device]
     made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
     return made
 
 
-def fetch_head(name: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """Folder of a head on the Hugging Face hub, whose files are downloaded where they are not yet.
+def fetch_head(head: ModelConfig, engine_args: EngineArgs) -> Path | None:
+    """Folder of the head's weights, downloaded as the worker's loader would if they are not there yet.
 
     Args:
-        name: of its repository.
-        revision: branch, tag or commit; None: main.
-        download_dir: instead of the hub's usual cache.
+        head: as a draft model, whose config.json has been read.
+        engine_args: say where downloads go.
 
     Returns:
-        None if this is not the hub's: another hub, or a storage address.
-
-    Raises:
-        UserError: the files cannot be had.
+        None where that cannot be told here; then the worker looks at the weights, and says so if it finds none.
     """
-    if envs.VLLM_USE_MODELSCOPE:
+    folder = Path(head.model)
+    if folder.is_dir():
+        return folder
+    if envs.VLLM_USE_MODELSCOPE or engine_args.load_format not in ("auto", "hf", "safetensors"):
         return None
-    folder = None
+    patterns = ["*.safetensors", "*.bin"]
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            files = ["config.json", weights, f"{weights}.index.json"]
-            folder = Path(
-                snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=files)
+        return Path(
+            download_weights_from_hf(
+                head.model,
+                engine_args.download_dir,
+                patterns[:1] if engine_args.load_format == "safetensors" else patterns,
+                head.revision,
+                ignore_patterns=engine_args.ignore_patterns,
             )
-            if any(folder.glob(weights)):
-                break
-    except HFValidationError:
+        )
+    except Exception as error:  # whatever the hub's client and the network below it raise
+        logger.warning("The weights of the head %s are left to the worker: %s", head.model, error)
         return None
-    except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"The Clover-2 head {name!r} cannot be downloaded: {reason}.") from error
-    return folder
 
 
 def _check_attention(target: ModelConfig, cache_dtype: str, kv_connector: bool) -> None:

@@ -5,7 +5,7 @@ Official ones: the entry point `vllm.general_plugins`, `ModelRegistry.register_m
 
 `HOOKS` lists what is replaced at run time; `RELIED_ON` what our worker, runner and proposer override
 or call in vLLM's classes and what therefore must look as expected. Both are read from vLLM's source
-files, so that the check imports no more of vLLM than the packages that they are in. With a GPU, a configuration
+files, so that the check imports no more of vLLM than the packages that they are in. A configuration
 for clover2 also sets VLLM_USE_V2_MODEL_RUNNER=0 in its process, because Clover runs on the V1 runner only.
 """
 
@@ -377,10 +377,7 @@ def speculative_config(
         target,
         parallel,
         current_platform.device_type,
-        engine_args.kv_cache_dtype,
-        engine_args.kv_transfer_config is not None,
-        engine_args.download_dir,
-        engine_args.watermark_config is not None,
+        engine_args,
     )
 
 

@@ -168,7 +168,7 @@ class CloverRunner(GPUModelRunner):
         stops = frozenset(params.stop_token_ids or ())
         if params.eos_token_id is not None:
             stops |= {params.eos_token_id}
-        return Ending(stops, remaining, _repetition(params, state.output_token_ids))
+        return Ending(stops, remaining, repetition(params, state.output_token_ids))
 
     def _set_positions(self, step: StepTrees) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
@@ -352,7 +352,7 @@ class CloverCPUModelRunner(CloverRunner, CPUModelRunner):
     """For vLLM's CPU build."""
 
 
-def _repetition(params: SamplingParams, output: list[int]) -> Callable[[Sequence[int]], bool] | None:
+def repetition(params: SamplingParams, output: list[int]) -> Callable[[Sequence[int]], bool] | None:
     """Tells from a step's tokens, which follow `output`, whether repetition detection ends the request."""
     wanted = params.repetition_detection
     if wanted is None:

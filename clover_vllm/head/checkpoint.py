@@ -256,18 +256,21 @@ def clover2_config(folder: Path) -> Clover2Config:
         raise UserError(f"{folder / 'config.json'} is not a Clover-2 config ({error}).") from error
 
 
-def load_head(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Clover2DraftModel:
+def load_head(
+    folder: str | Path, dtype: torch.dtype | None = torch.float32, config: Clover2Config | None = None
+) -> Clover2DraftModel:
     """Read a Clover-2 head.
 
     Args:
         folder: with config.json and weights.
         dtype: of the parameters; None keeps what the file has.
+        config: instead of the folder's config.json.
 
     Raises:
         UserError: anything missing, damaged, misshapen or not finite.
     """
     folder = Path(folder)
-    config = clover2_config(folder)
+    config = config or clover2_config(folder)
     tensors = read_tensors(folder)
     with torch.device("meta"):
         head = Clover2DraftModel(config)
@@ -281,17 +284,18 @@ def load_head(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> 
     return head
 
 
-def check_head(folder: Path, dtype: torch.dtype) -> None:
+def check_head(folder: Path, dtype: torch.dtype, config: Clover2Config | None = None) -> None:
     """Refuse a head folder that an engine could not draft with, before the engine starts.
 
     Args:
         folder: with config.json and weights.
         dtype: in which the engine computes.
+        config: instead of the folder's config.json.
 
     Raises:
         UserError: anything missing, damaged, misshapen, or not finite in `dtype`.
     """
-    for name, tensor in load_head(folder, dtype).state_dict().items():
+    for name, tensor in load_head(folder, dtype, config).state_dict().items():
         if not is_finite(tensor):
             raise UserError(
                 f"Weights of {folder}: {name} is too large for {str(dtype).removeprefix('torch.')}; serve with "
