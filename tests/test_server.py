@@ -151,9 +151,10 @@ def test_streamed_tool_call_equals_that_of_plain_vllm(
     with awake(plain_server):
         (whole,) = ask(plain, "Will it rain in Paris?", **asked).choices[0].message.tool_calls
     events = ask(client, "Will it rain in Paris?", stream=True, **asked)
-    calls = [call for event in events if event.choices for call in event.choices[0].delta.tool_calls or []]
-    assert "".join(call.function.name or "" for call in calls) == whole.function.name == "forecast"
-    assert "".join(call.function.arguments or "" for call in calls) == whole.function.arguments
+    deltas = [call for event in events if event.choices for call in event.choices[0].delta.tool_calls or []]
+    parts = [delta.function for delta in deltas if delta.function]
+    assert "".join(part.name or "" for part in parts) == whole.function.name == "forecast"
+    assert "".join(part.arguments or "" for part in parts) == whole.function.arguments
     assert json.loads(whole.function.arguments).keys() == {"city", "days"}
 
 

@@ -78,3 +78,8 @@ def test_differences_are_seen() -> None:
         {"prompt_logprobs": [[(1, -0.5, 1)]]},
     ):
         assert difference([one], [{**one, **change}]) is not None, change
+    # Where no token is allowed, the candidates beside the one that was taken mean nothing.
+    nothing = {**one, "logprobs": [[(1, float("nan"), 0), (3, float("nan"), 1)]]}
+    assert difference([nothing], [{**one, "logprobs": [[(1, float("nan"), 1)]]}]) is None
+    assert difference([nothing], [{**one, "logprobs": [[(2, float("nan"), 1)]]}]) is not None
+    assert difference([nothing], [{**one, "logprobs": [[(1, -0.5, 1), (3, -1.0, 2)]]}]) is not None

@@ -75,7 +75,7 @@ def plot_memory(
     for i, memory in enumerate(engines):
         label = "with Clover-2, an engine each" if i == 0 else None
         axis.plot(*zip(*memory, strict=True), color=f"C{i % 10}", marker=".", markersize=3, label=label)
-    axis.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    axis.set(xlabel="minutes", ylabel="resident memory less malloc's free pages, MiB", ylim=(0, None))
     _finish(figure, axis, path)
 
 
