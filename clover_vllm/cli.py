@@ -234,6 +234,22 @@ def train(
     )
     if summary:
         _summary(f"Head in {output / 'head'}", summary)
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Ends what torchrun's processes share, while Python still runs.
+
+    A thread of gloo that drops the last reference to a tensor when Python is already on its way out
+    aborts the process ("terminate called without an active exception"), and torchrun then kills the others.
+    """
+    import gc
+
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # the trainer's cycles hold the group, and with it its threads
+        torch.distributed.destroy_process_group()
 
 
 @app.command("eval")
