@@ -9,6 +9,7 @@ import atexit
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from clover_vllm.cli import main
@@ -17,7 +18,10 @@ OUT = Path(sys.argv.pop(1))
 
 
 def write_threads() -> None:
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended meanwhile
+            names.append(path.read_text().strip())
     OUT.with_suffix("." + os.environ["RANK"]).write_text(json.dumps(names))
 
 

@@ -20,7 +20,7 @@ from clover_vllm.errors import UserError
 from clover_vllm.head.checkpoint import load_head
 from clover_vllm.head.eagle import load_eagle1
 from clover_vllm.train.objective import LossWeights
-from clover_vllm.train.trainer import TrainSettings, train
+from clover_vllm.train.trainer import TrainSettings, train, whole_checkpoint
 
 
 def settings(target: Path, answers: Path, output: Path, **changes: Any) -> TrainSettings:
@@ -185,6 +185,7 @@ def test_two_processes_train_as_one_with_accumulation(
     options = ["train", "--target", str(tiny_target), "--data", str(tiny_answers), "--batch-tokens", "32"]
     options += ["--epochs", "1", "--log-every", "1", "--save-every", "5", "--dtype", "float32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--local-addr", "127.0.0.1"]
     command += [str(Path(__file__).parent / "run_cli.py"), str(tmp_path / "threads")]
     done = subprocess.run(
         [*command, *options, "--output", str(tmp_path / "two")], capture_output=True, text=True
@@ -209,6 +210,17 @@ def test_two_processes_train_as_one_with_accumulation(
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
     load_head(tmp_path / "two" / "head")
+
+
+def test_only_the_newest_whole_checkpoint_is_kept_for_resuming(tmp_path: Path) -> None:
+    """A kill may leave an older one half deleted, still marked as whole and last touched."""
+    for step, files in ((4, ["complete"]), (8, ["complete", "trainer_state.json"]), (12, ["model.bin"])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+    assert whole_checkpoint(tmp_path / "none") is None
 
 
 def test_foreign_checkpoints_are_left_alone(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:

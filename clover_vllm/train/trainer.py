@@ -166,7 +166,10 @@ class _Checkpoints(TrainerCallback):
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; unfinished ones are removed."""
+    """The newest checkpoint that was written to its end; all others are removed.
+
+    Older ones too: a kill while one was being deleted leaves it marked as whole, and newer than it is.
+    """
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
@@ -176,7 +179,10 @@ def whole_checkpoint(folder: Path) -> Path | None:
             found[int(step)] = path
         else:
             shutil.rmtree(path)
-    return found[max(found)] if found else None
+    newest = found.pop(max(found)) if found else None
+    for path in found.values():
+        shutil.rmtree(path)
+    return newest
 
 
 def choose_draft_vocab(counts: torch.Tensor, size: int) -> torch.Tensor:
