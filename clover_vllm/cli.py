@@ -240,8 +240,8 @@ def train(
 def _leave_process_group() -> None:
     """Ends what torchrun's processes share, while Python still runs.
 
-    A thread of gloo that drops the last reference to a tensor when Python is already on its way out
-    aborts the process ("terminate called without an active exception"), and torchrun then kills the others.
+    Otherwise gloo's threads outlive it. A process was seen to end in "terminate called without an active
+    exception" then, which a thread that needs Python too late would explain; torchrun kills the others.
     """
     import gc
 
