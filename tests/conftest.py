@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -11,15 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small import tiny_llama, write_answers
 
-from clover_vllm.head import Clover2Config, Clover2DraftModel
-from clover_vllm.head.init import config_for_target, init_from_target
-from clover_vllm.target import make_target
-from clover_vllm.train.target_model import FrozenTarget
-
-DATA = Path(__file__).parent / "data"
-VOCAB = 211
+from clover_vllm.heads.clover2 import Clover2Config, Clover2DraftModel
+from clover_vllm.heads.clover2.init import config_for_target, init_from_target
+from clover_vllm.target.frozen import FrozenTarget
+from clover_vllm.target.make import make_target
 
 
 @pytest.fixture(scope="session")
@@ -39,27 +35,6 @@ def smollm2() -> Path:
     return make_target("smollm2-135m")
 
 
-def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, hidden: int = 128) -> Path:
-    """A random two-layer Llama whose greedy answers are not constant."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=hidden // 32,  # heads of 32 channels are the smallest that vLLM's CPU build has
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("tiny") / "target")
@@ -68,31 +43,6 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def frozen(tiny_target: Path) -> FrozenTarget:
     return FrozenTarget(tiny_target, torch.float32)
-
-
-def write_answers(path: Path, frozen: FrozenTarget, count: int, seed: int = 0) -> Path:
-    """Greedy answers of a target to random prompts, in the file form that `data` writes."""
-    generator = torch.Generator().manual_seed(seed)
-    lines = []
-    for index in range(count):
-        length = int(torch.randint(3, 9, (1,), generator=generator))
-        prompt = torch.randint(3, VOCAB, (length,), generator=generator)
-        ids = prompt.tolist()
-        wanted = int(torch.randint(4, 24, (1,), generator=generator))
-        for _ in range(wanted):
-            hidden = frozen.hidden_states(torch.tensor([ids]))
-            ids.append(int((frozen.norm(hidden)[0, -1] @ frozen.lm_head.T).argmax()))
-        lines.append(
-            {
-                "source": f"kind{index % 3}",
-                "temperature": 0.0,
-                "prompt_ids": prompt.tolist(),
-                "answer_ids": ids[length:],
-                "finish": "length",
-            }
-        )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -116,11 +66,3 @@ def fitting_head(frozen: FrozenTarget) -> Clover2DraftModel:
     head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
     init_from_target(head, frozen.layers, frozen.norm)
     return head
-
-
-def one_sentence(error: BaseException | str) -> None:
-    """The form of every message to users: one line that ends like a sentence."""
-    text = str(error)
-    assert "\n" not in text
-    assert text.endswith(".")
-    assert "Traceback" not in text

@@ -1,6 +1,6 @@
 """Attention over a paged prefix and a draft tree."""
 
-from clover_vllm.attention.tree_attention import (
+from clover_vllm.attention.cpu.tree_attention import (
     TreeAttentionInputs,
     native_kernel,
     tree_attention,

@@ -16,10 +16,10 @@ from rich.progress import track
 from rich.table import Table
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_attention
-from clover_vllm.bench.run import check_dtype
-from clover_vllm.engine.environment import prepare
-from clover_vllm.engine.step import RequestTree
-from clover_vllm.errors import UserError
+from clover_vllm.base.errors import UserError
+from clover_vllm.bench.compare import check_dtype
+from clover_vllm.launch.environment import prepare
+from clover_vllm.tree.step import RequestTree
 
 BLOCK = 128
 ROUNDS = 15

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clover_vllm.errors import UserError
-from clover_vllm.home import shipped_head
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.paths import shipped_head
 from clover_vllm.tree.masks import MAX_NODES
 
 CLOVER_TREES = (4, 8, 16)

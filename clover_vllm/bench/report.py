@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from clover_vllm.bench.offline import Result
+from clover_vllm.bench.through_llm import Result
 from clover_vllm.bench.worker import Run
 
 PARTS = ("verify", "draft", "sample", "move", "python")

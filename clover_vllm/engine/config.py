@@ -18,11 +18,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 from vllm.model_executor.models.interfaces import supports_eagle3
 
+from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
-from clover_vllm.errors import UserError
-from clover_vllm.head.checkpoint import check_head, check_target_folder
-from clover_vllm.head.config import Clover2Config
+from clover_vllm.heads.checkpoint import check_head, check_target_folder
+from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.tree.masks import MAX_NODES
 
 logger = init_logger("vllm.clover")

@@ -23,8 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from clover_vllm.base.errors import UserError
 from clover_vllm.engine.options import asks_for_clover
-from clover_vllm.errors import UserError
 
 SUPPORTED_VLLM = ("0.32.0",)
 

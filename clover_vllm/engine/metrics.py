@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
-from clover_vllm.engine.step import StepTrees
+from clover_vllm.tree.step import StepTrees
 
 logger = init_logger("vllm.clover")
 

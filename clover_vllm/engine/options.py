@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from clover_vllm.errors import UserError
+from clover_vllm.base.errors import UserError
 from clover_vllm.tree import PUBLISHED_25, Cutoffs, StaticTopology, chain
 from clover_vllm.tree.masks import MAX_NODES
 

@@ -38,9 +38,11 @@ def _register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry, SamplingParams
 
-    from clover_vllm.head.config import Clover2Config
+    from clover_vllm.heads.clover2.config import Clover2Config
 
     hooks.install_sampling(SamplingParams)
     AutoConfig.register("clover2", Clover2Config, exist_ok=True)
     if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model("Clover2DraftModel", "clover_vllm.head.vllm_model:Clover2DraftModel")
+        ModelRegistry.register_model(
+            "Clover2DraftModel", "clover_vllm.engine.models.clover2:Clover2DraftModel"
+        )

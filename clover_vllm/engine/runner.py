@@ -21,15 +21,15 @@ from vllm.v1.core.sched.utils import check_sequence_repetition
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from clover_vllm.attention.cache_rows import CacheRows
-from clover_vllm.attention.cpu_backend import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
+from clover_vllm.attention.cpu.cache_rows import CacheRows
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.timing import StepTimer
+from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
+from clover_vllm.engine.drafting.proposer import Clover2Proposer, accepted_rows
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters, counters_path
-from clover_vllm.engine.proposer import Clover2Proposer, accepted_rows
 from clover_vllm.engine.scorer import Batch, TreeScorer
-from clover_vllm.engine.step import Ending, RequestTree, StepTrees
-from clover_vllm.engine.timing import StepTimer
-from clover_vllm.errors import UserError
 from clover_vllm.tree import DraftTrees
+from clover_vllm.tree.step import Ending, RequestTree, StepTrees
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata

@@ -20,8 +20,8 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from clover_vllm.engine.step import NEVER, RequestTree, StepTrees
 from clover_vllm.tree import ROOT
+from clover_vllm.tree.step import NEVER, RequestTree, StepTrees
 from clover_vllm.tree.walk import walk_tree
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from clover_vllm.base.errors import UserError
 from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors, making_runner
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
-from clover_vllm.errors import UserError
 
 
 class CloverCPUWorker(CPUWorker):
@@ -21,7 +21,7 @@ class CloverCPUWorker(CPUWorker):
         _refuse_v2(self.vllm_config.use_v2_model_runner)
         install_logits_processors()
         register_backend(
-            AttentionBackendEnum.CPU_ATTN, "clover_vllm.attention.cpu_backend.TreeCPUAttentionBackend"
+            AttentionBackendEnum.CPU_ATTN, "clover_vllm.engine.backends.cpu.TreeCPUAttentionBackend"
         )
         forget_cached_backends()
         with making_runner(CloverCPUModelRunner):

@@ -20,9 +20,9 @@ from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
-from clover_vllm.errors import UserError
-from clover_vllm.home import home
-from clover_vllm.train.files import expand, open_text
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import expand, open_text
+from clover_vllm.base.paths import home
 
 _FEATURES = Features(
     {

@@ -27,8 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from clover_vllm.errors import UserError
-from clover_vllm.train.files import (
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import (
     check_same_settings,
     files_key,
     make_folder,
@@ -36,8 +36,8 @@ from clover_vllm.train.files import (
     peak_memory_gib,
     write_json,
 )
+from clover_vllm.target.frozen import check_loadable
 from clover_vllm.train.prompts import Prompt, read_prompts
-from clover_vllm.train.target_model import check_loadable
 
 
 @dataclass
@@ -205,7 +205,7 @@ def start_engine(target: str, **options: Any) -> Any:
     Raises:
         UserError: vLLM refuses the target or the options.
     """
-    from clover_vllm.engine.environment import prepare
+    from clover_vllm.launch.environment import prepare
 
     prepare()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

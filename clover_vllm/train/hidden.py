@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clover_vllm.errors import UserError
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import make_folder, write_json
+from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.batches import Batch
-from clover_vllm.train.files import make_folder, write_json
-from clover_vllm.train.target_model import FrozenTarget
 
 _CODES = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32}
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clover_vllm.head.eagle import Eagle1DraftModel
-from clover_vllm.head.model import Clover2DraftModel
+from clover_vllm.heads.clover2.model import Clover2DraftModel
+from clover_vllm.heads.eagle1.model import Eagle1DraftModel
 from clover_vllm.train.batches import Batch, Rows, trained_rows
 from clover_vllm.train.loss import VocabularyTargets, vocabulary_loss
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clover_vllm.errors import UserError
-from clover_vllm.train.files import expand, open_text
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import expand, open_text
 
 HELD_OUT_ONE_IN = 50
 

@@ -17,27 +17,27 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from clover_vllm.errors import UserError
-from clover_vllm.head.checkpoint import check_target, clover2_config, load_head, probe_lm_head, save_head
-from clover_vllm.head.config import Clover2Config
-from clover_vllm.head.eagle import Eagle1DraftModel, init_eagle1, save_eagle1
-from clover_vllm.head.init import config_for_target, init_from_target, measure_scales
-from clover_vllm.head.model import Clover2DraftModel
-from clover_vllm.home import home
-from clover_vllm.train.answers import AnswerSet, read_answers
-from clover_vllm.train.batches import Batch, collate, plan_batches
-from clover_vllm.train.card import provenance, write_card
-from clover_vllm.train.files import (
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import (
     check_same_settings,
     files_key,
     make_folder,
     peak_memory_gib,
     write_json,
 )
+from clover_vllm.base.paths import home
+from clover_vllm.heads.checkpoint import check_target, clover2_config, load_head, probe_lm_head, save_head
+from clover_vllm.heads.clover2.config import Clover2Config
+from clover_vllm.heads.clover2.init import config_for_target, init_from_target, measure_scales
+from clover_vllm.heads.clover2.model import Clover2DraftModel
+from clover_vllm.heads.eagle1.model import Eagle1DraftModel, init_eagle1, save_eagle1
+from clover_vllm.target.frozen import FrozenTarget
+from clover_vllm.train.answers import AnswerSet, read_answers
+from clover_vllm.train.batches import Batch, collate, plan_batches
+from clover_vllm.train.card import provenance, write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 from clover_vllm.train.optimizers import OptimizerName, make_optimizer
-from clover_vllm.train.target_model import FrozenTarget
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _STAMP = "settings.json"

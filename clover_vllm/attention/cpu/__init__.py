@@ -1,0 +1,1 @@
+"""Tree attention on vLLM's CPU key/value cache."""

@@ -1,0 +1,188 @@
+"""Tree attention on vLLM's CPU key/value cache: the native kernel, and plain PyTorch as reference.
+
+A verifying request has rows (its root, then its draft nodes) in a step. Each row sees the request's
+whole prefix, which lies in the paged cache, and those rows of the step that its bitmask names.
+
+The cache is in vLLM 0.32's "vec" layout (`vllm.v1.attention.backends.cpu_attn`): tensors of shape
+[blocks, kv heads, block size, head dim] whose memory holds, per block and head, keys as
+[head dim][block size] and values as [block size][head dim].
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+MAX_ROWS = 64
+"""Rows per request and step; a row's visible rows are a 64-bit mask."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass
+class TreeAttentionInputs:
+    """What is the same for all layers of a step (built once per step)."""
+
+    block_table: torch.Tensor  # int32 [R, blocks], cache blocks of each request, in order
+    starts: torch.Tensor  # int32 [R], first row of each request
+    stops: torch.Tensor  # int32 [R], behind its last row
+    prefixes: torch.Tensor  # int32 [R], tokens of each request in the cache before this step
+    masks: torch.Tensor  # int64 [N], bit j: the request's j-th row of this step is visible
+    scale: float  # of the scores
+
+    def __post_init__(self) -> None:
+        for name in ("block_table", "starts", "stops", "prefixes"):
+            assert getattr(self, name).dtype == torch.int32, f"{name} must be int32"
+        assert self.masks.dtype == torch.int64, "masks must be int64"
+        assert int((self.stops - self.starts).max()) <= MAX_ROWS
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    inputs: TreeAttentionInputs,
+    output: torch.Tensor,
+) -> None:
+    """Attend with the native kernel where it was built, else in PyTorch.
+
+    Args:
+        query: [N, heads, D], D a multiple of 32; here and below a row's heads lie together.
+        key: [N, kv heads, D], the step's own keys, rotated.
+        value: [N, kv heads, D].
+        key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
+        value_cache: likewise.
+        inputs: of this step.
+        output: [N, heads, D], written where a request has rows.
+    """
+    kernel = native_kernel()
+    if kernel is None:
+        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+        for first, last in zip(inputs.starts.tolist(), inputs.stops.tolist(), strict=True):
+            output[first:last] = attended[first:last]
+        return
+    failed = kernel(
+        _DTYPES[query.dtype],
+        inputs.prefixes.shape[0],
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        key_cache.shape[2],
+        key_cache.stride(0),
+        key_cache.stride(1),
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        output.stride(0),
+        inputs.block_table.stride(0),
+        inputs.scale,
+        inputs.block_table.data_ptr(),
+        inputs.starts.data_ptr(),
+        inputs.stops.data_ptr(),
+        inputs.prefixes.data_ptr(),
+        inputs.masks.data_ptr(),
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        output.data_ptr(),
+    )
+    assert not failed, f"the kernel does not know {query.dtype}"
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """The compiled library, or None, with a warning, where it was not built or does not fit the CPU."""
+    found = importlib.util.find_spec("clover_vllm.attention.cpu._tree_attention")
+    if found is None or found.origin is None:
+        warnings.warn(
+            "The tree attention kernel was not built (is there a C++ compiler?); PyTorch takes over, "
+            "several times slower.",
+            stacklevel=2,
+        )
+        return None
+    library = ctypes.CDLL(found.origin)
+    library.clover_instruction_sets.restype = ctypes.c_char_p
+    missing = set(library.clover_instruction_sets().decode().split()) - _instruction_sets()
+    if missing:
+        warnings.warn(
+            f"The tree attention kernel was built for a CPU with {', '.join(sorted(missing))}; PyTorch takes over, "
+            "several times slower, until clover-vllm is installed again on this machine.",
+            stacklevel=2,
+        )
+        return None
+    return library
+
+
+def _instruction_sets() -> set[str]:
+    """Those of this CPU, as Linux names them on x86; elsewhere the kernel asks for none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+
+
+@cache
+def native_kernel() -> ctypes._NamedFuncPointer | None:
+    """Tree attention in the compiled library, or None where there is none."""
+    library = native_library()
+    if library is None:
+        return None
+    kernel = library.clover_tree_attention
+    kernel.argtypes = [
+        *[ctypes.c_int] * 6,
+        *[ctypes.c_int64] * 7,
+        ctypes.c_float,
+        *[ctypes.c_void_p] * 11,
+    ]
+    kernel.restype = ctypes.c_int
+    return kernel
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    inputs: TreeAttentionInputs,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The same in plain PyTorch, computed in `dtype`; arguments as for `tree_attention`.
+
+    Returns:
+        [N, heads, D] in the query's dtype, or in `dtype` if that is float64.
+    """
+    blocks, kv_heads, block, dim = key_cache.shape
+    group = query.shape[1] // kv_heads
+    packed_keys = key_cache.reshape(blocks, kv_heads, -1).view(blocks, kv_heads, dim, block)
+    out = torch.zeros(query.shape, dtype=dtype)
+    for r in range(inputs.prefixes.shape[0]):
+        first, last = int(inputs.starts[r]), int(inputs.stops[r])
+        prefix = int(inputs.prefixes[r])
+        used = inputs.block_table[r, : -(-prefix // block)].long()
+        keys = packed_keys[used].permute(0, 3, 1, 2).reshape(-1, kv_heads, dim)[:prefix]
+        values = value_cache[used].permute(0, 2, 1, 3).reshape(-1, kv_heads, dim)[:prefix]
+        keys = torch.cat([keys, key[first:last]]).to(dtype).repeat_interleave(group, dim=1)
+        values = torch.cat([values, value[first:last]]).to(dtype).repeat_interleave(group, dim=1)
+        bits = torch.arange(last - first)
+        own = (inputs.masks[first:last, None] >> bits) & 1
+        visible = torch.cat([own.new_ones(last - first, prefix), own], dim=1).bool()
+        scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * inputs.scale
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        if bool(values.isfinite().all()):
+            out[first:last] = torch.einsum("hnt,thd->nhd", weights, values)
+        else:  # 0 times infinity would reach rows that do not see it
+            products = weights[..., None] * values.transpose(0, 1)[:, None]  # [heads, rows, tokens, D]
+            out[first:last] = products.masked_fill(weights[..., None] == 0, 0).sum(2).transpose(0, 1)
+    return out if dtype == torch.float64 else out.to(query.dtype)

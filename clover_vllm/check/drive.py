@@ -1,0 +1,202 @@
+"""Runs requests through an engine core of this process, step by step, with scripted arrivals and trees."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def drive(llm: Any, requests: list[Json], after_step: Callable[[], None] | None = None) -> Json:
+    """Run requests until all are done.
+
+    Args:
+        llm: a vllm.LLM whose engine core lives in this process.
+        requests: [{"prompt": token ids, "params": SamplingParams arguments, "step": arrives before this
+            engine step (0), "abort": aborted at this step (never), "lora": folder of an adapter (none),
+            "embeds": give the prompt as embeddings of this .pt file (no), "priority": (0)}].
+        after_step: called after every engine step.
+
+    Returns:
+        {"outputs": [[{"tokens", "text", "finish", "stop", "logprobs", "prompt_logprobs"} per sequence] per
+        request], "stats": {"steps", "preempted", "cached_tokens", "leaked_blocks"}}.
+    """
+    import torch
+    from vllm import SamplingParams
+    from vllm.inputs import EmbedsPrompt, TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    waiting, step = set(range(len(requests))), 0
+    aborts = {str(i): r["abort"] for i, r in enumerate(requests) if r.get("abort") is not None}
+    outputs: list[list[Json]] = [[] for _ in requests]
+    preempted = cached = 0
+    while waiting or engine.has_unfinished_requests():
+        for i in sorted(waiting):
+            request = requests[i]
+            if request.get("step", 0) > step and engine.has_unfinished_requests():
+                continue
+            waiting.discard(i)
+            params = dict(request["params"])
+            if "logit_bias" in params:
+                params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
+            if "structured_outputs" in params:
+                params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+            if "repetition_detection" in params:
+                params["repetition_detection"] = RepetitionDetectionParams(**params["repetition_detection"])
+            prompt: Any = TokensPrompt(prompt_token_ids=request.get("prompt", []))
+            if "embeds" in request:
+                prompt = EmbedsPrompt(prompt_embeds=torch.load(request["embeds"]))
+            lora = request.get("lora")
+            engine.add_request(
+                str(i),
+                prompt,
+                SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY),
+                lora_request=LoRARequest(lora, len(lora), lora) if lora else None,
+                priority=request.get("priority", 0),
+            )
+        for name in [name for name, at in aborts.items() if at <= step]:
+            del aborts[name]
+            engine.abort_request([name])
+        for done in engine.step():
+            cached += done.num_cached_tokens or 0
+            outputs[int(done.request_id)] = [
+                {
+                    "tokens": list(o.token_ids),
+                    "text": o.text,
+                    "finish": o.finish_reason,
+                    "stop": o.stop_reason,
+                    "logprobs": _logprobs(o.logprobs),
+                    "prompt_logprobs": _logprobs(done.prompt_logprobs),
+                }
+                for o in done.outputs
+            ]
+        if after_step is not None:
+            after_step()
+        preempted = max(preempted, sum(r.num_preemptions for r in core.scheduler.requests.values()))
+        step += 1
+    pool = core.scheduler.kv_cache_manager.block_pool
+    stats = {
+        "steps": step,
+        "preempted": preempted,
+        "cached_tokens": cached,
+        "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+    }
+    return {"outputs": outputs, "stats": stats}
+
+
+def runner_of(llm: Any) -> Any:
+    """The model runner of an engine core in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def _logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:
+    """Per position (token, logprob, rank), sampled token first."""
+    if found is None:
+        return None
+    return [[(t, v.logprob, v.rank) for t, v in (position or {}).items()] for position in found]
+
+
+class ScriptedTrees:
+    """Replaces a runner's drafts by trees that hide known continuations in scattered rows.
+
+    Attributes:
+        nodes, branching: nodes drafted so far, and trees that were no chains.
+    """
+
+    def __init__(self, runner: Any, seed: int, share: float = 1.0) -> None:
+        """
+        Args:
+            runner: a `CloverRunner`.
+            seed: of the trees' shapes.
+            share: how many drafts are replaced; the others stay the head's.
+        """
+        self.nodes = self.branching = 0
+        self._known: dict[str, list[list[int]]] = {}
+        self._rng = random.Random(seed)
+        self._runner = runner
+        self._share = share
+        self._original = runner._host_trees
+        self._remember = runner._remember
+        self._drafting: list[int] = []
+        runner._host_trees = self._host_trees
+        runner._remember = self._note_drafting
+
+    def know(self, answers: list[list[list[int]]]) -> None:
+        """Hide these from now on.
+
+        Args:
+            answers: by request of `drive`, by sequence, its tokens.
+        """
+        self._known = {str(i): sequences for i, sequences in enumerate(answers)}
+
+    def _right(self, request_id: str, done: int) -> list[int]:
+        """What a request of the runner says next; vLLM calls it [sequence_]request-random."""
+        match = re.match(r"(?:(\d+)_)?(\d+)-", request_id)
+        if match is None:  # not one of `drive`
+            return []
+        sequences = self._known.get(match[2], [])
+        sequence = int(match[1] or 0)
+        return sequences[sequence][done:] if sequence < len(sequences) else []
+
+    def _note_drafting(self, trees: Any, drafting: list[int], requests: int) -> Any:
+        self._drafting = drafting
+        return self._remember(trees, drafting, requests)
+
+    def _host_trees(self, trees: Any) -> list[Any]:
+        from clover_vllm.tree.step import RequestTree
+
+        runner, rng = self._runner, self._rng
+        vocab = runner.model_config.get_vocab_size()
+        made: list[RequestTree] = self._original(trees)
+        for i, r in enumerate(self._drafting):
+            if rng.random() >= self._share:
+                continue
+            name = runner.input_batch.req_ids[r]
+            right = self._right(name, len(runner.requests[name].output_token_ids))
+            nodes = rng.randrange(runner.num_spec_tokens + 1)
+            if runner.drafter.options.tree == "chain":  # such an engine masks nothing
+                good = rng.randrange(min(len(right), nodes) + 1)
+                wrong = [rng.randrange(vocab) for _ in range(nodes - good)]
+                made[i] = RequestTree.chain(right[:good] + wrong)
+            else:
+                made[i] = RequestTree.make(*hide(rng, right, nodes, vocab))
+            self.nodes += len(made[i].tokens)
+            self.branching += not made[i].is_chain
+        return made
+
+
+def hide(
+    rng: random.Random, right: list[int], nodes: int, vocab: int
+) -> tuple[list[int], list[int], list[int]]:
+    """A random tree of at most `nodes` nodes, on one path of which lie some of the right tokens.
+
+    Returns:
+        tokens, parents and depths of its nodes, parents first.
+    """
+    good = rng.randrange(min(len(right), nodes) + 1)
+    plan = [True] * good + [False] * (nodes - good)
+    rng.shuffle(plan)
+    tokens: list[int] = []
+    parents: list[int] = []
+    depths: list[int] = []
+    place: dict[tuple[int, int], int] = {}
+    tip, done = -1, 0
+    for is_right in plan:
+        if is_right:
+            parent, token = tip, right[done]
+        else:
+            parent, token = rng.randrange(-1, len(tokens)), rng.randrange(vocab)
+        if (parent, token) not in place:
+            place[parent, token] = len(tokens)
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        if is_right:
+            tip, done = place[parent, token], done + 1
+    return tokens, parents, depths

@@ -1,0 +1,92 @@
+"""One engine of the torture test, in a process of its own.
+
+Reads one JSON object per line on stdin and answers with one on stdout. The first is {"llm": arguments of
+vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": answers by request, by sequence} is a wave,
+with "noise": seed if its logits are to be moved at random by up to NOISE.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+NOISE = 5e-5
+"""Plain vLLM's own float32 logits move by about as much with the rows that share a step."""
+
+
+def serve(answers: TextIO) -> None:
+    """Answer commands until stdin ends."""
+    import psutil
+    from vllm import LLM
+
+    from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
+
+    settings = json.loads(sys.stdin.readline())
+    llm = LLM(**settings["llm"])
+    script = None
+    if settings["script"] is not None:
+        # Half of the trees are the head's own, half hide the right answer, whatever the head is worth.
+        script = ScriptedTrees(runner_of(llm), settings["script"], share=0.5)
+    _say(answers, {"ready": True})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if script is not None:
+            script.know(command["known"])
+        with noise(runner_of(llm), command.get("noise")):
+            result = drive(llm, command["requests"])
+        release_free_memory()
+        result["stats"]["rss"] = psutil.Process().memory_info().rss
+        counters = getattr(runner_of(llm), "counters", None)
+        result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
+        result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
+        _say(answers, result)
+
+
+def release_free_memory() -> None:
+    """Give back to the system what glibc's malloc keeps for reuse, so that growth of the rest shows.
+
+    What it keeps grows for hours, in plain vLLM as well, while what is in use does not.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # it is glibc
+        trim(0)
+
+
+@contextmanager
+def noise(runner: Any, seed: int | None) -> Iterator[None]:
+    """Move a runner's logits at random by up to NOISE; None: do not."""
+    import torch
+
+    if seed is None:
+        yield
+        return
+    generator = torch.Generator().manual_seed(seed)
+    original = runner.model.compute_logits
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        logits = original(*args, **kwargs)
+        return logits + NOISE * (2 * torch.rand(logits.shape, generator=generator) - 1)
+
+    runner.model.compute_logits = moved
+    try:
+        yield
+    finally:
+        del runner.model.compute_logits  # the instance's; the class's stays
+
+
+def _say(answers: TextIO, message: object) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    found = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM and its libraries print to stdout
+    serve(found)

@@ -1,0 +1,1 @@
+"""What `make demo` and `clover-vllm trees` show."""

@@ -1,0 +1,135 @@
+"""`clover-vllm trees`: the shipped head at work on a few prompts, offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clover_vllm.base.paths import shipped_head
+from clover_vllm.eval.evaluate import Answer, Evaluator, best_first, emitted_tokens, outcome_of
+from clover_vllm.eval.report import ShapeResult, table
+from clover_vllm.heads.checkpoint import load_head
+from clover_vllm.target.frozen import FrozenTarget
+from clover_vllm.target.make import make_target
+from clover_vllm.tree import ROOT, DraftTrees, walk
+
+PROMPTS = [
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "A train travels 60 miles in 1.5 hours. What is its average speed?",
+    "How do I make a cup of green tea?",
+    "Write a short story about a lighthouse keeper.",
+    "List five healthy snacks for school children.",
+]
+"""Written for demonstrations, so in no training set."""
+
+NODES = 8
+
+
+@dataclass
+class _Shown:
+    """Draft trees of one answer, with what was accepted (filled by `_draft`)."""
+
+    trees: DraftTrees
+    accepted: list[list[int]]  # accepted nodes per position
+    starts: list[int]  # positions at which steps start
+
+
+def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
+    """Answer prompts with the target, draft along, print both.
+
+    Raises:
+        UserError: the target cannot be made.
+    """
+    console = Console()
+    console.print("[bold]1. Target[/bold]  SmolLM2-135M-Instruct (made on first use)")
+    folder = make_target("smollm2-135m")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    target = FrozenTarget(str(folder), torch.bfloat16)
+    head = load_head(shipped_head())
+    evaluator = Evaluator(target, head)
+    console.print(f"[bold]2. Head[/bold]    Clover-2, {_millions(head)} M parameters (shipped)\n")
+    prompts = PROMPTS[:num_prompts]
+    shape = best_first(NODES)
+    outcomes = []
+    for prompt, answer in zip(prompts, _greedy(folder, tokenizer, prompts, max_tokens), strict=True):
+        prepared = evaluator.prepare(answer)
+        trees, continuation = evaluator.trees(prepared, shape), prepared.continuation
+        outcome = outcome_of(trees, continuation, answer.category)
+        outcomes.append(outcome)
+        console.rule(f"[bold]{prompt}")
+        console.print(Text(tokenizer.decode(answer.answer_ids, skip_special_tokens=True), style="dim"))
+        console.print(
+            f"{outcome.tokens} tokens in {outcome.steps} steps: "
+            f"[bold]{outcome.tokens_per_step:.2f} tokens per step[/bold]\n"
+        )
+        _show(console, tokenizer, _accepted(trees, continuation), answer, steps)
+    console.rule("[bold]All prompts")
+    console.print(table([ShapeResult("shipped Clover-2", shape.name, outcomes)]))
+    console.print(
+        "Greedy decoding. A step verifies one tree in one forward of the target; plain decoding "
+        "emits 1 token per step."
+    )
+
+
+def _millions(head: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in head.parameters()) / 1e6:.1f}"
+
+
+def _greedy(folder: Any, tokenizer: Any, prompts: list[str], max_tokens: int) -> list[Answer]:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer.padding_side = "left"
+    chats = [[{"role": "user", "content": p}] for p in prompts]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**batch, max_new_tokens=max_tokens, do_sample=False)
+    answers = []
+    for row in range(len(prompts)):
+        prompt_ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        answer_ids = out[row, batch["input_ids"].shape[1] :]
+        ends = (answer_ids == tokenizer.eos_token_id).nonzero()
+        if len(ends):
+            answer_ids = answer_ids[: int(ends[0]) + 1]
+        answers.append(Answer("demo", prompt_ids, answer_ids))
+    return answers
+
+
+def _accepted(trees: DraftTrees, continuation: torch.Tensor) -> _Shown:
+    accepted = walk(trees, emitted_tokens(trees, continuation))
+    paths = [row[:n] for row, n in zip(accepted.nodes.tolist(), accepted.lengths.tolist(), strict=True)]
+    starts, position = [], 0
+    while position < len(continuation):
+        starts.append(position)
+        position += len(paths[position]) + 1
+    return _Shown(trees, paths, starts)
+
+
+def _show(console: Console, tokenizer: Any, shown: _Shown, answer: Answer, steps: int) -> None:
+    """Draw the first trees; accepted nodes are green, then what the target added itself."""
+    for position in shown.starts[:steps]:
+        root = tokenizer.decode(answer.answer_ids[position])
+        drawing = Tree(Text(f"after {root!r}"))
+        branches = {ROOT: drawing}
+        first, last = shown.trees.offsets[position : position + 2].tolist()
+        for node in range(last - first):
+            at = first + node
+            label = Text(repr(tokenizer.decode(shown.trees.tokens[at])))
+            label.append(f"  {shown.trees.log_probs[at].exp():.0%}", style="dim")
+            if node in shown.accepted[position]:
+                label.stylize("bold green")
+            branches[node] = branches[int(shown.trees.parents[at])].add(label)
+        console.print(drawing)
+        path = shown.accepted[position]
+        said = answer.answer_ids[position + 1 : position + len(path) + 2]
+        console.print(
+            f"target said {[tokenizer.decode(t) for t in said]}: "
+            f"{len(path)} drafted tokens accepted, then its own\n",
+            markup=False,
+        )

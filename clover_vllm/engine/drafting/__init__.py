@@ -1,0 +1,1 @@
+"""Drafting inside the engine."""

@@ -1,0 +1,188 @@
+"""Tables, JSON and plots of `clover-vllm eval`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.eval.evaluate import Outcome
+from clover_vllm.heads.checkpoint import read_config
+
+
+@dataclass
+class ShapeResult:
+    """Outcomes of one head and one tree shape over all answers."""
+
+    head: str
+    shape: str
+    outcomes: list[Outcome]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """All tokens over all steps."""
+        return sum(o.tokens for o in self.outcomes) / sum(o.steps for o in self.outcomes)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over answers of their own tokens per step."""
+        return statistics.pstdev(o.tokens_per_step for o in self.outcomes)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over answers."""
+        return self.spread / len(self.outcomes) ** 0.5
+
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of all steps that accepted a node at depth 1, 2, ..., as vLLM counts per position.
+
+        Falls with depth; the sum is tokens per step less the bonus token, but for tokens that an
+        answer's end cuts off.
+        """
+        depth = max(len(o.accepted) for o in self.outcomes)
+        steps = sum(o.steps for o in self.outcomes)
+        return [
+            sum(o.accepted[d] for o in self.outcomes if len(o.accepted) > d) / steps for d in range(depth)
+        ]
+
+    def by_category(self) -> dict[str, float]:
+        """Tokens per step of each prompt category, most answers first."""
+        groups: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            groups.setdefault(outcome.category, []).append(outcome)
+        ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+        return {name: sum(o.tokens for o in group) / sum(o.steps for o in group) for name, group in ordered}
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "head": self.head,
+            "shape": self.shape,
+            "answers": len(self.outcomes),
+            "steps": sum(o.steps for o in self.outcomes),
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "spread_over_answers": round(self.spread, 4),
+            "standard_error": round(self.standard_error, 4),
+            "acceptance_by_depth": [round(x, 4) for x in self.acceptance_by_depth()],
+            "by_category": {k: round(v, 4) for k, v in self.by_category().items()},
+        }
+
+
+def shape_results(measured: dict[str, dict[str, list[Outcome]]]) -> list[ShapeResult]:
+    """Results of `evaluate.evaluate`, named by the shortest unambiguous part of the head's path."""
+    names = [Path(name).name for name in measured]
+    if len(set(names)) < len(names):
+        names = list(measured)
+    return [
+        ShapeResult(name, shape, outcomes)
+        for name, shapes in zip(names, measured.values(), strict=True)
+        for shape, outcomes in shapes.items()
+    ]
+
+
+def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
+    """Write the share of steps that accept the likeliest draft token into the heads' config.json.
+
+    Servers compare themselves with it (`head.config.Clover2Config`, `first_acceptance`).
+
+    Args:
+        measured: by `evaluate.evaluate`, by head folder, with the default shapes.
+
+    Raises:
+        UserError: a config cannot be written.
+    """
+    for head, shapes in measured.items():
+        config = read_config(Path(head))
+        if config.get("model_type") != "clover2":
+            continue
+        chain = ShapeResult(head, "chain", next(iter(shapes.values())))
+        share = next(iter(chain.acceptance_by_depth()), 0.0)
+        path = Path(head) / "config.json"
+        fresh = path.with_name(".config.json.tmp")
+        try:
+            fresh.write_text(json.dumps(config | {"first_acceptance": round(share, 4)}, indent=2) + "\n")
+            fresh.replace(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def write_report(results: Sequence[ShapeResult], folder: Path) -> None:
+    """eval.json and eval.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps([r.as_json() for r in results], indent=1))
+    plot(results, folder / "eval.png")
+
+
+def table(results: Sequence[ShapeResult]) -> Table:
+    """Tokens per step and acceptance per depth."""
+    out = Table(title="Tokens per step, bonus token included (greedy)", title_justify="left")
+    out.add_column("head", overflow="fold")
+    out.add_column("tree", no_wrap=True)
+    out.add_column("tokens/step", justify="right")
+    out.add_column("+- std. error", justify="right")
+    out.add_column("std. dev.", justify="right")
+    out.add_column("steps that accept at depth 1, 2, ...", overflow="fold")
+    for result in results:
+        out.add_row(
+            result.head,
+            result.shape,
+            f"{result.tokens_per_step:.2f}",
+            f"{result.standard_error:.2f}",
+            f"{result.spread:.2f}",
+            " ".join(f"{x:.0%}" for x in result.acceptance_by_depth()),
+        )
+    return out
+
+
+def category_table(results: Sequence[ShapeResult], most: int = 12) -> Table:
+    """Tokens per step by prompt category, of the two trees that are quoted most where present."""
+    quoted = [r for r in results if r.shape in ("tree of 8", "tree of 25")]
+    results = quoted or results
+    out = Table(title="By category (those with the most answers)", title_justify="left")
+    out.add_column("category")
+    for result in results:
+        out.add_column(f"{result.head}\n{result.shape}", justify="right")
+    split = [result.by_category() for result in results]
+    for name in list(split[0])[:most]:
+        out.add_row(name, *(f"{values[name]:.2f}" for values in split))
+    return out
+
+
+def plot(results: Sequence[ShapeResult], path: Path) -> None:
+    """Tokens per step by tree, and acceptance by depth, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    heads = list(dict.fromkeys(r.head for r in results))
+    shapes = list(dict.fromkeys(r.shape for r in results))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
+    width = 0.8 / len(heads)
+    for index, head in enumerate(heads):
+        own = {r.shape: r for r in results if r.head == head}
+        places = [i + index * width for i, s in enumerate(shapes) if s in own]
+        bars = left.bar(
+            places,
+            [own[s].tokens_per_step for s in shapes if s in own],
+            width,
+            yerr=[own[s].standard_error for s in shapes if s in own],
+            label=head,
+        )
+        left.bar_label(bars, fmt="%.2f", fontsize=7)
+        for shape, result in own.items():
+            values = result.acceptance_by_depth()
+            right.plot(range(1, len(values) + 1), values, marker="o", label=f"{head}, {shape}")
+    left.set_xticks([i + 0.4 - width / 2 for i in range(len(shapes))], shapes, fontsize=8)
+    left.set(ylabel="tokens per step", title="tokens per step, bonus included")
+    left.legend(fontsize=8)
+    right.set(xlabel="depth", ylabel="accepted", ylim=(0, 1), title="acceptance by depth")
+    right.legend(fontsize=6)
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

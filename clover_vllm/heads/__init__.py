@@ -1,0 +1,1 @@
+"""Draft heads: configuration, reference model, checkpoints. No vLLM."""

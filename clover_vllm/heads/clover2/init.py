@@ -1,0 +1,168 @@
+"""A new head for a target: its configuration, its scale constants, its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.heads.clover2.config import Clover2Config
+from clover_vllm.heads.clover2.model import Clover2DraftModel, DecoderLayer, ResAttentionBlock
+
+
+def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
+    """A head configuration with the target's sizes and rotary settings.
+
+    Args:
+        target_config: the target's Hugging Face text configuration.
+        overrides: fields of Clover2Config that win over the target's.
+
+    Raises:
+        UserError: the target lacks a size that the head needs, or has one it cannot use.
+    """
+    fields: dict[str, Any] = {}
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    ):
+        value = getattr(target_config, name, None)
+        if value is None:
+            raise UserError(
+                f"The target's config has no {name}; Clover-2 heads need a Llama-like target "
+                "(RMSNorm, rotary positions, gated MLP)."
+            )
+        fields[name] = value
+    for name in ("num_key_value_heads", "head_dim"):
+        fields[name] = getattr(target_config, name, None)
+    fields["attention_bias"] = has_attention_bias(target_config)
+    fields["qk_norm"] = getattr(target_config, "model_type", "") == "qwen3"
+    act = getattr(target_config, "hidden_act", "silu")
+    if act != "silu":
+        raise UserError(f"The target's activation is {act}; Clover-2 heads need a Llama-like target (silu).")
+    rope = getattr(target_config, "rope_parameters", None)
+    if rope:
+        fields["rope_parameters"] = dict(rope)
+    elif getattr(target_config, "rope_theta", None):
+        fields["rope_theta"] = target_config.rope_theta
+    fields["target"] = getattr(target_config, "_name_or_path", None) or None
+    return Clover2Config(**(fields | overrides))
+
+
+def has_attention_bias(target_config: Any) -> bool:
+    """Whether the target's q, k and v projections have a bias (Qwen2 always has one)."""
+    if getattr(target_config, "model_type", "") == "qwen2":
+        return True
+    return bool(getattr(target_config, "attention_bias", False))
+
+
+def rms(rows: torch.Tensor) -> float:
+    """Root mean square over everything, in float64."""
+    return rows.double().square().mean().sqrt().item()
+
+
+def measure_scales(
+    hidden: torch.Tensor, lm_head: torch.Tensor, token_ids: torch.Tensor
+) -> tuple[float, float]:
+    """The two constants that bring the head's inputs to an RMS of 1.
+
+    Args:
+        hidden: [N, D], the target's pre-norm hidden states at ordinary positions.
+        lm_head: [V, D], the target's lm_head weight.
+        token_ids: [N], tokens as they occur in text, so that frequent rows weigh more.
+
+    Returns:
+        hidden_scale, embed_scale.
+    """
+    # The first positions of a sequence are attention sinks whose norm is far from the rest's: the
+    # median over rows is what a typical row has.
+    row_rms = hidden.double().square().mean(dim=-1).sqrt()
+    return 1.0 / row_rms.median().item(), 1.0 / rms(lm_head[token_ids])
+
+
+@torch.no_grad()
+def init_from_target(
+    head: Clover2DraftModel,
+    target_layers: Iterable[nn.Module],
+    target_norm: nn.Module,
+    seed: int = 0,
+) -> None:
+    """First weights (paper section 3.5 and the published code).
+
+    Augmenting layers and norms are copies of the target's last layers and final norm; the
+    residual blocks' q and k are the identity plus U(0, 0.01), v is U(0, 0.01); the projectors are
+    [identity | about 0].
+
+    The copied layers add to a residual stream whose size the head's `hidden_scale` has changed;
+    what they write (o_proj, down_proj) is scaled by the same constant, so that they change the
+    stream by the same share as in the target.
+
+    Args:
+        head: gets the weights.
+        target_layers: the target's decoder layers; the last `num_hidden_layers` are copied.
+        target_norm: the target's final norm.
+        seed: of the random parts.
+
+    Raises:
+        UserError: a target layer has another shape than the head's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sources = list(target_layers)[-len(head.layers) :]
+    for layer, source in zip(head.layers, sources, strict=True):
+        assert isinstance(layer, DecoderLayer)
+        available = source.state_dict()
+        wanted = layer.state_dict()
+        if available.keys() - wanted.keys():
+            extra = ", ".join(sorted(available.keys() - wanted.keys()))
+            raise UserError(
+                f"The target's decoder layers hold {extra}, which a Llama-like layer does not; "
+                "a Clover-2 head cannot start from them."
+            )
+        for name, tensor in wanted.items():
+            found = available.get(name)
+            if found is None or found.shape != tensor.shape:
+                raise UserError(
+                    f"The target's decoder layers have no {name} of shape {tuple(tensor.shape)}; "
+                    "a Clover-2 head can only start from Llama-like layers."
+                )
+            tensor.copy_(found)
+        layer.self_attn.o_proj.weight.mul_(head.config.hidden_scale)
+        layer.mlp.down_proj.weight.mul_(head.config.hidden_scale)
+    norm_weight = target_norm.weight
+    assert isinstance(norm_weight, torch.Tensor)
+    head.clover_norm.weight.copy_(norm_weight)
+    probe = torch.linspace(-1, 1, head.config.hidden_size)[None]
+    ours, theirs = head.clover_norm(probe), target_norm(probe.to(norm_weight)).float().cpu()
+    if not torch.allclose(ours, theirs, atol=0.02, rtol=0.02):
+        raise UserError(
+            f"The target's {type(target_norm).__name__} is not a plain RMSNorm; "
+            "Clover-2 heads need a Llama-like target."
+        )
+    head.clover_head_norm.weight.copy_(norm_weight)
+    for block in (head.clover_head_mlp_rnn, head.clover_head_mlp_rnn2):
+        _init_block(block, generator)
+    size = head.config.hidden_size
+    for projector in (head.clover_head_mlp, head.clover_head_mlp2):
+        projector.weight.copy_(_noise(projector.weight.shape, 1e-3, generator))
+        projector.weight[:, :size] += torch.eye(size)
+        projector.bias.zero_()
+
+
+def _init_block(block: ResAttentionBlock, generator: torch.Generator) -> None:
+    size = block.q.weight.shape[0]
+    for linear in (block.q, block.k, block.v):
+        linear.weight.copy_(_noise((size, size), 0.01, generator))
+        linear.bias.zero_()
+    block.q.weight += torch.eye(size)
+    block.k.weight += torch.eye(size)
+    block.input_layernorm.weight.fill_(1.0)
+
+
+def _noise(shape: Iterable[int], high: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(tuple(shape), generator=generator) * high

@@ -1,0 +1,286 @@
+"""Reference Clover-2 head in plain PyTorch (arXiv 2408.00264).
+
+One set of weights, two forms of use that agree:
+
+* teacher-forced over whole sequences (`augment` without a cache, then `draft_states`), for training;
+* step by step with a key/value cache (`augment` with a cache, `first`, then `advance` per draft
+  level), for drafting.
+
+Legend for shape suffixes in comments: B sequences, T positions, D hidden size, H attention heads,
+K channels per head, N rows of any kind. Parameter names are the published checkpoint's keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clover_vllm.heads.clover2.config import Clover2Config
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps) * self.weight.float()).to(x.dtype)
+
+
+class ResAttentionBlock(nn.Module):
+    """Adds `y` to `x`, gated per head by the cosine similarity of a query of x and a key of y.
+
+    The paper's "attentive regression" applied as an input mixer and as the recurrent cell.
+    """
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, config.rms_norm_eps)
+        self.q = nn.Linear(size, size)
+        self.k = nn.Linear(size, size)
+        self.v = nn.Linear(size, size)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x, y: [..., D] -> [..., D]."""
+        per_head = (*x.shape[:-1], self.num_heads, -1)
+        q = self.q(self.input_layernorm(x)).view(per_head)
+        k = self.k(y).view(per_head)
+        v = self.v(y).view(per_head)
+        gate = F.cosine_similarity(q.float(), k.float(), dim=-1, eps=self.eps).to(v.dtype)
+        return x + (gate.unsqueeze(-1) * v).reshape(x.shape).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of one augmenting layer: each [B, kv heads, T, K], grown by `append`."""
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=2)
+        self.values = v if self.values is None else torch.cat([self.values, v], dim=2)
+        return self.keys, self.values
+
+    @property
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+
+def rope_frequencies(config: Clover2Config) -> torch.Tensor:
+    """Inverse rotary frequencies, float32 [K / 2] (`llama3` scaling as in transformers)."""
+    rope = config.rope_parameters
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / (float(rope["rope_theta"]) ** exponent)
+    if rope.get("rope_type", "default") == "default":
+        return frequency
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / factor)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate halves, as Llama does. x: [B, H, T, K]; cos, sin: [B or 1, 1, T, K / 2]."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention of an augmenting layer."""
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_groups = config.num_attention_heads // config.num_key_value_heads
+        query_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def project(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [B, H, T, K], rotated keys and values [B, kv heads, T, K] of x [B, T, D]."""
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rope(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin)
+        k = apply_rope(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin)
+        return q, k, self.v_proj(x).view(split).transpose(1, 2)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output [B, T, D]; `mask` is bool [B, 1, T, keys], or None for causal."""
+        k = k.repeat_interleave(self.num_groups, dim=1)
+        v = v.repeat_interleave(self.num_groups, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None
+    ) -> torch.Tensor:
+        q, k, v = self.project(x, cos, sin)
+        mask = None
+        if cache is not None:
+            past, length = cache.length, x.shape[1]
+            k, v = cache.append(k, v)
+            if past:
+                mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        return self.attend(q, k, v, mask)
+
+
+class MLP(nn.Module):
+    """Llama's gated MLP."""
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """A Llama decoder layer.
+
+    With `input_norm=False` the first norm is absent, as in EAGLE-1's single layer.
+    """
+
+    def __init__(self, config: Clover2Config, input_norm: bool = True) -> None:
+        super().__init__()
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, eps) if input_norm else nn.Identity()
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Rotary(nn.Module):
+    """cos and sin of rotary positions; the frequencies are derived, never saved."""
+
+    frequencies: torch.Tensor
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [B or 1, T] -> cos, sin, each float32 [B or 1, 1, T, K / 2]."""
+        angles = positions[:, None, :, None].float() * self.frequencies.float()
+        return angles.cos(), angles.sin()
+
+
+class Clover2DraftModel(nn.Module):
+    """The Clover-2 head. Carries neither lm_head nor embeddings: they are the target's.
+
+    Inputs at position t are h_t, the target's last hidden state *before* its final norm, and
+    e_{t+1}, the row of the target's **lm_head** for the token at t + 1. `draft_states` row t of
+    head i is the normed state whose lm_head logits predict token t + 2 + i.
+    """
+
+    draft_vocab: torch.Tensor | None
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        self.config = config
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.clover_norm = RMSNorm(size, eps)
+        self.clover_head_mlp_rnn = ResAttentionBlock(config)
+        self.clover_head_mlp_rnn2 = ResAttentionBlock(config)
+        self.clover_head_mlp = nn.Linear(size, size)
+        self.clover_head_mlp2 = nn.Linear(2 * size, size)
+        self.clover_head_norm = RMSNorm(size, eps)
+        self.rotary = Rotary(config)
+        vocab = None
+        if config.draft_vocab_size is not None:
+            vocab = torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_vocab", vocab)
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty key/value cache, one entry per augmenting layer."""
+        return [KVCache() for _ in self.layers]
+
+    def augment(
+        self,
+        hidden: torch.Tensor,
+        embeds: torch.Tensor,
+        cache: Sequence[KVCache] | None = None,
+    ) -> torch.Tensor:
+        """The augmenting block, paper section 3: mix in the token, then causal layers.
+
+        Args:
+            hidden: [B, T, D], the target's pre-norm hidden states h_t.
+            embeds: [B, T, D], unscaled lm_head rows of the tokens at t + 1.
+            cache: from `new_cache`, when the positions continue an earlier call; grown in place.
+
+        Returns:
+            g, [B, T, D].
+        """
+        past = cache[0].length if cache else 0
+        positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        cos, sin = self.rotary(positions)
+        x = self.clover_head_mlp_rnn(hidden * self.config.hidden_scale, embeds * self.config.embed_scale)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, cache[index] if cache else None)
+        return self.clover_norm(x)
+
+    def first(self, g: torch.Tensor) -> torch.Tensor:
+        """Head 0: s_0 [..., D] from the augmenting output g [..., D], which is also r_0."""
+        return self.clover_head_norm(self.clover_head_mlp(g))
+
+    def advance(self, r: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draft level.
+
+        Args:
+            r: [..., D], the recurrent state r_{i-1} of the parent nodes.
+            embeds: [..., D], unscaled lm_head rows of the tokens at those nodes.
+
+        Returns:
+            r_i and s_i, each [..., D].
+        """
+        e = embeds * self.config.embed_scale
+        r = self.clover_head_mlp_rnn2(r, e)
+        return r, self.clover_head_norm(self.clover_head_mlp2(torch.cat([r, e], dim=-1)))
+
+    def draft_states(self, g: torch.Tensor, next_embeds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Teacher-forced states of every head.
+
+        Args:
+            g: [N, D], augmenting outputs.
+            next_embeds: for head i = 1, 2, ... the [N, D] lm_head rows of the tokens at t + 1 + i.
+
+        Returns:
+            s_0, s_1, ..., each [N, D].
+        """
+        states, r = [self.first(g)], g
+        for embeds in next_embeds:
+            r, s = self.advance(r, embeds)
+            states.append(s)
+        return states

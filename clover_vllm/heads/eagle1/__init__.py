@@ -1,0 +1,1 @@
+"""EAGLE-1, the baseline that vLLM can serve itself."""

@@ -1,0 +1,1 @@
+"""Starting vLLM from outside: environment, processes, servers."""

@@ -1,0 +1,85 @@
+"""A few minutes of the torture test; `clover-vllm torture` runs it for as long as one likes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clover_vllm.check.torture import Outcome, TortureSettings, difference, is_tie, torture
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1800)
+def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path) -> None:
+    outcome = torture(
+        TortureSettings(requests=250, per_engine=70, wave=20, seed=100, output=tmp_path / "out.json")
+    )
+    assert outcome.requests == 250
+    assert outcome.engines == 4
+    assert outcome.compared > 200
+    assert outcome.clean
+    assert outcome.preempted > 0
+    assert outcome.cached_tokens > 0
+    assert outcome.accepted > 0.2 * outcome.drafts
+    assert outcome.memory_growth is None  # too short to say
+    assert all(len(memory) == 4 and memory[-1][1] > 0 for memory in outcome.memory[:3])
+    assert (tmp_path / "out.png").stat().st_size > 0
+    assert json.loads((tmp_path / "out.json").read_text())["differences"] == []
+
+
+def test_growing_memory_is_seen_behind_the_warm_up() -> None:
+    served = list(range(500, 25_001, 500))
+    grown = Outcome(memory=[[(0.0, 100.0 + 0.01 * s) for s in served]], served=[served])
+    assert grown.memory_growth == pytest.approx(350 / 200 - 1)
+    assert not grown.clean
+    warm = Outcome(memory=[[(0.0, 50.0 + min(s, 10_000) / 40) for s in served]], served=[served])
+    assert warm.memory_growth == 0.0
+    assert warm.clean
+    assert Outcome(memory=[[(0.0, 1.0), (1.0, 9.0)]], served=[[100, 200]]).memory_growth is None
+
+
+def test_ties_are_what_plain_vllm_says_with_noise() -> None:
+    def said(*sequences: list[int]) -> list[dict[str, list[int]]]:
+        return [{"tokens": tokens} for tokens in sequences]
+
+    plain, trees = said([1, 2, 3], [4, 5]), said([1, 9, 3], [4, 5, 6])
+    by_noise = {3: said([1, 9, 9], [4, 5]), 7: said([1, 2, 3], [4, 5, 6])}
+    assert is_tie(plain, trees, lambda seed: by_noise.get(seed, plain))
+    assert not is_tie(plain, trees, lambda _: by_noise[3])  # explains one of the sequences only
+    assert not is_tie(plain, trees, lambda _: said([7, 9, 3], [4, 5, 6]))  # differs before
+    assert not is_tie(plain, plain, lambda _: plain)  # the same tokens: something else differs
+    assert not is_tie(plain, trees[:1], lambda _: trees)
+
+
+def test_differences_are_seen() -> None:
+    one = {
+        "tokens": [1, 2, 3],
+        "text": "abc",
+        "finish": "length",
+        "stop": None,
+        "logprobs": [[(1, -0.5, 1)], [(2, -0.5, 1)], [(3, -0.5, 1)]],
+        "prompt_logprobs": None,
+    }
+    assert difference([one], [{**one}]) is None
+    assert difference([one], []) is not None
+    for change in (
+        {"tokens": [1, 2, 4]},
+        {"tokens": [1, 2]},
+        {"text": "ab"},
+        {"finish": "stop"},
+        {"stop": 3},
+        {"logprobs": [[(1, -0.5, 1)], [(2, -0.6, 1)], [(3, -0.5, 1)]]},
+        {"logprobs": None},
+        {"logprobs": [[(1, -0.5, 1)], [(2, -0.5, 1)]]},
+        {"logprobs": [[(1, -0.5, 1)], [(2, float("nan"), 1)], [(3, -0.5, 1)]]},
+        {"logprobs": [[(1, -0.5, 1)], [(7, -0.5, 1)], [(3, -0.5, 1)]]},
+        {"prompt_logprobs": [[(1, -0.5, 1)]]},
+    ):
+        assert difference([one], [{**one, **change}]) is not None, change
+    # Where no token is allowed, the candidates beside the one that was taken mean nothing.
+    nothing = {**one, "logprobs": [[(1, float("nan"), 0), (3, float("nan"), 1)]]}
+    assert difference([nothing], [{**one, "logprobs": [[(1, float("nan"), 1)]]}]) is None
+    assert difference([nothing], [{**one, "logprobs": [[(2, float("nan"), 1)]]}]) is not None
+    assert difference([nothing], [{**one, "logprobs": [[(1, -0.5, 1), (3, -1.0, 2)]]}]) is not None

@@ -1,0 +1,65 @@
+"""The patches apply to the installed vLLM, and with them nothing is hooked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import vllm
+from engines import differing, run_engine, tokens_of
+from pairs import llm, make_pair, random_requests, speculative
+
+PATCHES = sorted((Path(__file__).parents[2] / "patches").glob("*.patch"))
+
+
+def patched_copy(folder: Path) -> Path:
+    """A copy of the installed package, made of links but for the files that the patches change."""
+    package = Path(vllm.__file__).parent
+    folder.mkdir()
+    subprocess.run(["cp", "-rs", package, folder], check=True)
+    for patch in PATCHES:
+        for line in patch.read_text().splitlines():
+            if line.startswith("+++ b/"):
+                file = folder / line.removeprefix("+++ b/")
+                if file.is_symlink():
+                    source = file.resolve()
+                    file.unlink()
+                    shutil.copy(source, file)
+        with patch.open() as diff:
+            subprocess.run(
+                ["patch", "-p1", "--no-backup-if-mismatch", "-F0"], cwd=folder, stdin=diff, check=True
+            )
+    return folder
+
+
+def test_patched_vllm_needs_no_hooks(tmp_path: Path) -> None:
+    assert len(PATCHES) == 4
+    copy = patched_copy(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    check = (
+        "import vllm; from vllm.engine.arg_utils import EngineArgs; from clover_vllm.engine import hooks, plugin;"
+        f"assert vllm.__file__.startswith({str(copy)!r}), vllm.__file__; plugin.register(); plugin.register();"
+        "assert not hasattr(EngineArgs.create_speculative_config, 'clover_original');"
+        "from vllm import SamplingParams;"
+        "from vllm.v1.worker import cpu_worker; runner = cpu_worker.CPUModelRunner\n"
+        "with hooks.making_runner(object): assert cpu_worker.CPUModelRunner is runner\n"
+        "assert not hasattr(SamplingParams._validate_spec_decode, 'clover_original');"
+        "from vllm.config.speculative import speculative_config_factories as found; assert len(found) == 1"
+    )
+    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    target, head = make_pair(tmp_path, "llama tied")
+    settings = llm(target, speculative_config=speculative(head))
+    requests = random_requests(6, min_p=0.1, temperature=0.8, seed=1, logit_bias={7: 3.0})
+    hooked = run_engine(settings, requests)
+    patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
+    assert patched["stats"]["worker"] == "CloverCPUWorker"
+    assert differing(hooked, patched) == 0
+    settings["logits_processors"] = ["processors:PerRequest"]
+    for request in requests:
+        request["params"]["extra_args"] = {"every_other": True}
+    patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
+    for sequences in tokens_of(patched):
+        assert all(token % 2 == 1 - i % 2 for i, token in enumerate(sequences[0]))

@@ -1,0 +1,51 @@
+"""Streaming sessions: what one turn leaves behind is what the next one goes on from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from engines import run_script
+
+from clover_vllm.base.paths import shipped_head
+
+
+def sessions() -> list[dict[str, Any]]:
+    """Held-out prompts cut in four; turns end at a token, a length or a repetition, mostly inside a path."""
+    with gzip.open(shipped_head() / "held-out.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for _, line in zip(range(8), file, strict=False)]
+    found = []
+    for i, row in enumerate(rows):
+        prompt = row["prompt_ids"]
+        later = [prompt[4:5], prompt[5:7], prompt[7 : 8 + i]]
+        stops = sorted({token for token in range(1000, 49000) if token % 7 == i % 7}) if i % 2 else []
+        params = {"temperature": 0.0, "max_tokens": 4 + i, "stop_token_ids": stops}
+        found.append({"turns": [prompt, *later], "params": params})
+        repetition = {"max_pattern_size": 1 + i, "min_count": 2}
+        repeated = {"temperature": 0.0, "max_tokens": 80, "repetition_detection": repetition}
+        found.append({"turns": [prompt, *later], "params": repeated})
+        seeded = {"temperature": 0.6, "top_p": 0.9, "seed": i}
+        found.append({"turns": [prompt, *later], "params": {**(params if i % 3 else repeated), **seeded}})
+    return found
+
+
+def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
+    engine = {
+        "model": str(smollm2),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "async_scheduling": False,
+    }
+    asked = sessions()
+    plain = run_script("run_sessions.py", {"engine": engine, "sessions": asked})
+    spec = {"model": str(shipped_head()), "draft_min_joint": 0.0}
+    trees = run_script(
+        "run_sessions.py", {"engine": {**engine, "speculative_config": spec}, "sessions": asked}
+    )
+    assert all(len(turns) == 4 for turns in plain)
+    assert {turn["finish"] for turns in plain for turn in turns} == {"stop", "length", "repetition"}
+    assert trees == plain

@@ -1,0 +1,242 @@
+"""Runs requests through vLLM's engine in a process of its own: `python run_engine.py SPEC OUT`.
+
+SPEC and OUT are JSON files. The engine core lives in this process, so that a test may look inside;
+which requests share a step then depends on nothing but the requests. Keys of SPEC:
+
+    llm: arguments of vllm.LLM.
+    requests: see `clover_vllm.check.drive`.
+    scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
+        those answers among random siblings in random shapes and sizes.
+    check_head: folder of the head: compare all that it computes with the reference model.
+    amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
+        metadata and each layer takes for the cache's layout.
+    check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
+
+OUT: what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+Json = dict[str, Any]
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    import torch
+    from vllm import LLM
+
+    from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
+
+    if spec.get("amx"):
+        torch.cpu._is_amx_tile_supported = lambda: True
+    llm = LLM(**{"disable_log_stats": True, **spec["llm"]})
+    runner = runner_of(llm)
+    scripted = None
+    if "scripted" in spec:
+        scripted = ScriptedTrees(runner, spec["scripted"]["seed"])
+        scripted.know(spec["scripted"]["answers"])
+    probe = CacheProbe(runner) if spec.get("check_cache") else None
+    head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
+    verified = Verified(runner)
+    result = drive(llm, spec["requests"], probe.look if probe else None)
+    stats: Json = result["stats"]
+    stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
+    if hasattr(runner, "counters"):
+        stats["accepted"] = float(runner.counters.accepted.sum())
+    stats["fallbacks"] = fallbacks(runner)
+    stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
+    stats["worker"] = type(
+        llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    ).__name__
+    if spec.get("amx"):
+        groups = [*runner._attn_group_iterator(), *runner.drafter.draft_attn_groups]
+        layers = runner.compilation_config.static_forward_context.values()
+        stats["layouts"] = [group.get_metadata_builder().isa for group in groups]
+        stats["layouts"] += [layer.isa for layer in layers]
+    if head is not None:
+        stats["head_errors"], stats["head_rows"] = head.errors, head.rows
+    if probe is not None:
+        stats["cache_error"] = probe.error(llm)
+        stats["cache_rows"] = probe.rows
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+def fallbacks(runner: Any) -> dict[str, float]:
+    """By reason, those that happened."""
+    from clover_vllm.engine.metrics import REASONS
+
+    if not hasattr(runner, "counters"):
+        return {}
+    found = dict(zip(REASONS, runner.counters.fallbacks.tolist(), strict=True))
+    return {reason: count for reason, count in found.items() if count}
+
+
+class Verified:
+    """Counts the drafts of steps as they are verified, not as they were made."""
+
+    def __init__(self, runner: Any) -> None:
+        self.chains = self.branching = 0
+        if hasattr(runner, "_match_drafts"):
+            self._original = runner._match_drafts
+            runner._match_drafts = self._match_drafts
+
+    def _match_drafts(self, *args: Any) -> Any:
+        step = self._original(*args)
+        for tree in step.trees:
+            self.chains += tree is not None and tree.is_chain
+            self.branching += tree is not None and not tree.is_chain
+        return step
+
+
+class HeadProbe:
+    """Compares what vLLM's head computes, step by step, with `clover_vllm.heads.clover2.Clover2DraftModel`.
+
+    Attributes:
+        errors: largest difference, relative to the largest value if that is above 1, by what was computed:
+            augmenting outputs of a prompt's beginning ("prefill"), of later parts of it ("chunk"), of accepted
+            rows ("decode"), and what is drafted from them ("first", "expand").
+        rows: compared, likewise.
+    """
+
+    def __init__(self, runner: Any, folder: str) -> None:
+        from clover_vllm.heads.checkpoint import load_head
+
+        self.runner = runner
+        self.reference = load_head(Path(folder)).float()
+        self.errors: dict[str, float] = {}
+        self.rows: dict[str, int] = {}
+        self._hidden: dict[tuple[int, ...], Any] = {}  # by the tokens up to the one behind it
+        self._head = runner.drafter.model
+        self._original = {name: getattr(self._head, name) for name in ("forward", "first", "expand")}
+        self._draft = runner.drafter.draft
+        for name in self._original:
+            object.__setattr__(self._head, name, getattr(self, name))
+        runner.drafter.draft = self.draft
+
+    def _compare(self, what: str, found: Any, expected: Any) -> None:
+        error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+        self.errors[what] = max(self.errors.get(what, 0.0), error)
+        self.rows[what] = self.rows.get(what, 0) + len(found)
+
+    def draft(self, hidden: Any, accepted: Any, common: Any, num_nodes: int) -> Any:
+        import torch
+
+        made = self._draft(hidden, accepted, common, num_nodes)
+        for r, request_id in enumerate(self.runner.input_batch.req_ids):
+            rows = range(accepted.starts[r], accepted.starts[r + 1])
+            positions = accepted.positions[rows.start : rows.stop].tolist()
+            state = self.runner.requests[request_id]
+            tokens = [*state.prompt_token_ids, *state.output_token_ids]
+            for i, p in zip(rows, positions, strict=True):
+                self._hidden[tuple(tokens[: p + 2])] = hidden[accepted.rows[i]]
+            count = positions[-1] + 1
+            own = torch.stack([self._hidden[tuple(tokens[: p + 2])] for p in range(count)])
+            embeds = self._head.embed(torch.tensor(tokens[1 : count + 1]))
+            expected = self.reference.augment(own[None], embeds[None])[0, positions[0] :]
+            prompt = len(state.prompt_token_ids)
+            what = "decode" if positions[-1] >= prompt else "chunk" if positions[0] else "prefill"
+            self._compare(what, self._g[rows.start : rows.stop], expected)
+        return made
+
+    def forward(self, *args: Any) -> Any:
+        self._g = self._original["forward"](*args)
+        return self._g
+
+    def first(self, g: Any) -> Any:
+        found = self._original["first"](g)
+        self._check_candidates("first", found, self.reference.first(g))
+        return found
+
+    def expand(self, states: Any, tokens: Any) -> Any:
+        found = self._original["expand"](states, tokens)
+        expected, outputs = self.reference.advance(states, self._head.embed(tokens))
+        self._compare("expand", found[0], expected)
+        self._check_candidates("expand", found[1:], outputs)
+        return found
+
+    def _check_candidates(self, what: str, found: Any, states: Any) -> None:
+        """Log-probabilities of the best tokens, and that those tokens have them."""
+        import torch
+
+        vocab = self.reference.draft_vocab
+        if vocab is None:
+            vocab = torch.arange(self.reference.config.vocab_size)
+        log_probs = (states @ self._head.embed(vocab).T).log_softmax(-1)
+        of_token = torch.full((len(states), self.reference.config.vocab_size), -torch.inf)
+        of_token[:, vocab] = log_probs
+        best, tokens = found
+        self._compare(what, best, log_probs.topk(best.shape[1]).values)
+        self._compare(what, best, of_token.gather(1, tokens))
+
+
+class CacheProbe:
+    """Reads the target's key/value rows of running requests, and again after a plain prefill."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        drafts = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
+        context = runner.compilation_config.static_forward_context
+        self.layers = [context[name] for name in sorted(context) if name not in drafts]
+        self.seen: dict[str, tuple[list[int], Any]] = {}
+        self.rows = 0
+
+    def look(self) -> None:
+        """Remember each running request's tokens and cached rows, as of now."""
+        for request_id, state in self.runner.requests.items():
+            if request_id in self.runner.input_batch.req_id_to_index:
+                tokens = [*state.prompt_token_ids, *state.output_token_ids]
+                if state.output_token_ids:
+                    cached = tokens[:-1]  # the last token's row is computed in the next step
+                    self.seen[request_id] = (cached, self.read(state.block_ids[0], len(cached)))
+
+    def read(self, blocks: list[int], count: int) -> Any:
+        """[layers, count, 2, kv heads, D]."""
+        import torch
+
+        found = []
+        for layer in self.layers:
+            kv = layer.kv_cache
+            n, heads, block, double = kv.shape
+            pages = kv.view(n, heads, 2, -1)[torch.tensor(blocks)]
+            keys = pages[:, :, 0].unflatten(-1, (double // 2, block)).permute(0, 3, 1, 2).flatten(0, 1)
+            values = pages[:, :, 1].unflatten(-1, (block, double // 2)).permute(0, 2, 1, 3).flatten(0, 1)
+            found.append(torch.stack([keys[:count], values[:count]], dim=1))
+        return torch.stack(found)
+
+    def error(self, llm: Any) -> float:
+        """Largest difference to the rows that a prefill of the same tokens computes, relative to the
+        largest value if that is above 1."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        assert llm.reset_prefix_cache(), "rows would be compared with themselves"
+        seen, self.seen, worst = self.seen, {}, 0.0
+        for request_id, (tokens, rows) in seen.items():
+            name = f"again-{request_id}"
+            llm.llm_engine.add_request(
+                name, TokensPrompt(prompt_token_ids=tokens), SamplingParams(temperature=0, max_tokens=2)
+            )
+            again = None
+            while llm.llm_engine.has_unfinished_requests():
+                llm.llm_engine.step()
+                state = next((s for k, s in self.runner.requests.items() if k.startswith(name)), None)
+                if state is not None and state.output_token_ids and again is None:
+                    again = self.read(state.block_ids[0], len(tokens))
+            assert again is not None
+            worst = max(worst, float((rows - again).abs().max() / again.abs().max().clamp(min=1)))
+            self.rows += len(tokens)
+        return worst
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The native kernel computes what PyTorch computes in float64, on vLLM's own packed cache."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from clover_vllm.attention import (
+    TreeAttentionInputs,
+    native_kernel,
+    tree_attention,
+    tree_attention_reference,
+)
+from clover_vllm.attention.cpu.cache_rows import CacheRows
+from clover_vllm.attention.cpu.tree_attention import native_library
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeAttentionInputs]
+
+
+def tree_masks(sizes: list[int], seed: int) -> torch.Tensor:
+    """Bitmasks of random trees: a row sees its ancestors and itself."""
+    rng = random.Random(seed)
+    masks: list[int] = []
+    for size in sizes:
+        own: list[int] = []
+        for i in range(size):
+            own.append((own[rng.randrange(i)] if i else 0) | 1 << i)
+        masks += own
+    return torch.tensor([m - (1 << 64) if m >> 63 else m for m in masks])
+
+
+def make(
+    dtype: torch.dtype,
+    sizes: list[int],
+    prefixes: list[int],
+    heads: int = 9,
+    kv_heads: int = 3,
+    dim: int = 64,
+    block: int = 128,
+) -> Case:
+    """Random rows and a cache that vLLM's own kernel packed; unused slots hold NaN."""
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    counts = [-(-p // block) for p in prefixes]
+    blocks = sum(counts) + 2
+    cache = torch.full((blocks, kv_heads, 2 * block, dim), torch.nan, dtype=dtype)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    order = torch.randperm(blocks).int()
+    table = torch.zeros(len(sizes), max(1, *counts), dtype=torch.int32)
+    for r, count in enumerate(counts):
+        table[r, :count], order = order[:count], order[count:]
+        if prefixes[r]:
+            position = torch.arange(prefixes[r])
+            ops.cpu_attn_reshape_and_cache(
+                torch.randn(prefixes[r], kv_heads, dim).to(dtype),
+                torch.randn(prefixes[r], kv_heads, dim).to(dtype),
+                key_cache,
+                value_cache,
+                table[r][position // block].long() * block + position % block,
+                "vec",
+                k_scale=1.0,
+                v_scale=1.0,
+                kv_cache_dtype="auto",
+            )
+    rows, stops = sum(sizes), torch.tensor(sizes).cumsum(0).int()
+    # As in a model: query, key and value are views into one projection.
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(dtype)
+    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    inputs = TreeAttentionInputs(
+        block_table=table,
+        starts=stops - torch.tensor(sizes, dtype=torch.int32),
+        stops=stops,
+        prefixes=torch.tensor(prefixes, dtype=torch.int32),
+        masks=tree_masks(sizes, 0),
+        scale=dim**-0.5,
+    )
+    return query, key, value, key_cache, value_cache, inputs
+
+
+def test_kernel_was_built() -> None:
+    """The environment that tests run in has a compiler; elsewhere PyTorch takes over."""
+    assert native_kernel() is not None
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    ("sizes", "prefixes"),
+    [
+        ([9], [300]),
+        ([1], [100]),
+        ([9, 1, 5], [1, 128, 517]),
+        ([33, 26], [257, 2000]),
+        ([64], [70]),
+        ([5, 3], [0, 3]),
+        ([9] * 16, [37 * r + 1 for r in range(16)]),
+    ],
+)
+def test_kernel_equals_float64(dtype: torch.dtype, sizes: list[int], prefixes: list[int]) -> None:
+    query, key, value, key_cache, value_cache, inputs = make(dtype, sizes, prefixes)
+    output = torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, torch.float64)
+    assert (output.double() - exact).abs().max() < TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block"), [(32, 8, 128, 32), (4, 4, 96, 64), (6, 1, 32, 128)]
+)
+def test_kernel_takes_other_shapes(heads: int, kv_heads: int, dim: int, block: int) -> None:
+    query, key, value, key_cache, value_cache, inputs = make(
+        torch.float32, [9, 17], [65, 300], heads, kv_heads, dim, block
+    )
+    output = torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, torch.float64)
+    torch.testing.assert_close(output.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_pytorch_takes_over_with_a_warning_where_the_kernel_was_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
+    with_kernel, without = torch.empty_like(query), torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, with_kernel)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    native_library.cache_clear()
+    native_kernel.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="not built"):
+            tree_attention(query, key, value, key_cache, value_cache, inputs, without)
+    finally:
+        native_library.cache_clear()
+        native_kernel.cache_clear()
+    torch.testing.assert_close(without, with_kernel, atol=1e-5, rtol=0)
+
+
+def test_nodes_do_not_see_their_siblings() -> None:
+    """Changing a row's key and value changes only the rows that descend from it."""
+    query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
+    before, after = torch.empty_like(query), torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, before)
+    value[4] += 1.0
+    tree_attention(query, key, value, key_cache, value_cache, inputs, after)
+    changed = (before != after).flatten(1).any(dim=1)
+    assert changed.tolist() == [bool(int(m) >> 4 & 1) for m in inputs.masks]
+
+
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+@pytest.mark.parametrize("prefix", [0, 40, 125])
+@pytest.mark.parametrize("reference", [False, True])
+def test_infinite_values_stay_with_the_rows_that_see_them(
+    broken: float, prefix: int, reference: bool
+) -> None:
+    """A draft whose numbers overflow must not change its siblings, above all not the root."""
+    query, key, value, key_cache, value_cache, inputs = make(torch.float16, [9], [prefix])
+
+    def attend() -> torch.Tensor:
+        if reference:
+            return tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+        output = torch.empty_like(query)
+        tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+        return output
+
+    before = attend()
+    sees = torch.tensor([bool(int(m) >> 4 & 1) for m in inputs.masks])
+    value[4] = broken
+    after = attend()
+    torch.testing.assert_close(after[~sees], before[~sees], atol=1e-3, rtol=0)
+    assert not after[sees].isfinite().any()
+    key[4] = broken
+    torch.testing.assert_close(attend()[~sees], before[~sees], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_rows_move_within_and_between_blocks(dtype: torch.dtype) -> None:
+    """Native and PyTorch moves agree, and everything else stays."""
+    torch.manual_seed(0)
+    caches = [torch.randn(5, 3, 32, 128).to(dtype) for _ in range(2)]
+    sources, destinations = [9, 40, 41, 100], [7, 30, 40, 99]
+    native, plain = [c.clone() for c in caches], [c.clone() for c in caches]
+    CacheRows(native).move(sources, destinations)
+    CacheRows(plain)._move_in_torch(torch.tensor(sources), torch.tensor(destinations))
+    for before, a, b in zip(caches, native, plain, strict=True):
+        assert torch.equal(a, b)
+        pages = [c.view(5, 3, 2, -1) for c in (before, a)]
+        keys = [p[:, :, 0].unflatten(-1, (64, 32)).permute(0, 3, 1, 2).flatten(0, 1) for p in pages]
+        values = [p[:, :, 1].unflatten(-1, (32, 64)).permute(0, 2, 1, 3).flatten(0, 1) for p in pages]
+        kept = [slot for slot in range(160) if slot not in destinations]
+        for old, new in (keys, values):
+            assert torch.equal(new[destinations], old[sources])
+            assert torch.equal(new[kept], old[kept])
+
+
+def test_moving_nothing_is_fine() -> None:
+    cache = torch.randn(1, 1, 32, 64)
+    before = cache.clone()
+    CacheRows([cache]).move([], [])
+    assert torch.equal(cache, before)

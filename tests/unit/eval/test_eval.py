@@ -1,0 +1,180 @@
+"""Offline evaluation equals drafting and verifying one step after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import one_sentence, write_answers
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.eval.evaluate import (
+    Answer,
+    Evaluator,
+    Prepared,
+    Shape,
+    best_first,
+    default_shapes,
+    greedy_answers,
+)
+from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.init import config_for_target
+from clover_vllm.heads.eagle1.model import Eagle1DraftModel
+from clover_vllm.target.frozen import FrozenTarget
+from clover_vllm.tree import ROOT, DraftTrees, chain, grow_static
+
+
+@pytest.fixture
+def clover(fitting_head: Clover2DraftModel) -> Clover2DraftModel:
+    torch.manual_seed(3)
+    for parameter in fitting_head.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return fitting_head
+
+
+@pytest.fixture
+def eagle(frozen: FrozenTarget) -> Eagle1DraftModel:
+    torch.manual_seed(4)
+    return Eagle1DraftModel(config_for_target(frozen.config)).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(frozen: FrozenTarget, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    path = write_answers(tmp_path_factory.mktemp("a") / "a.jsonl", frozen, 6, seed=5)
+    return greedy_answers([path], frozen, None)
+
+
+def paths(trees: DraftTrees, request: int) -> list[tuple[int, ...]]:
+    first, last = trees.offsets[request : request + 2].tolist()
+    found: list[tuple[int, ...]] = []
+    for node in range(first, last):
+        parent = int(trees.parents[node])
+        found.append((() if parent == ROOT else found[parent]) + (int(trees.tokens[node]),))
+    return found
+
+
+def next_log_probs(
+    head: Clover2DraftModel | Eagle1DraftModel, frozen: FrozenTarget, ids: torch.Tensor, path: tuple[int, ...]
+) -> torch.Tensor:
+    """What a head predicts after a draft path, recomputed from nothing.
+
+    `ids` are the tokens emitted so far; the target's states are known for all but the last.
+    """
+    hidden = frozen.hidden_states(ids[None, :-1])
+    embeds = frozen.lm_head[ids[1:]][None]
+    if isinstance(head, Clover2DraftModel):
+        r = head.augment(hidden, embeds)[0, -1]
+        s = head.first(r)
+        for token in path:
+            r, s = head.advance(r, frozen.lm_head[token])
+    else:
+        features = frozen.norm(hidden)
+        out = head(features, embeds)
+        for token in path:
+            features = torch.cat([features, out[:, -1:]], dim=1)
+            embeds = torch.cat([embeds, frozen.lm_head[token][None, None]], dim=1)
+            out = head(features, embeds)
+        s = out[0, -1]
+    return torch.log_softmax(frozen.lm_head @ s, -1)
+
+
+@pytest.mark.parametrize("kind", ["clover", "eagle"])
+def test_drafted_trees_equal_recomputation_from_nothing(
+    kind: str, request: pytest.FixtureRequest, frozen: FrozenTarget, answers: list[Answer]
+) -> None:
+    head = request.getfixturevalue(kind)
+    answer = answers[0]
+    ids = torch.cat([answer.prompt_ids, answer.answer_ids])
+    evaluator = Evaluator(frozen, head, chunk_elements=12 * 211 * 3)  # three positions at a time
+    with torch.no_grad():
+        trees = evaluator.trees(evaluator.prepare(answer), best_first(12, rounds=4, width=3))
+        for position in range(trees.num_requests):
+            so_far = ids[: len(answer.prompt_ids) + 1 + position]
+            first = int(trees.offsets[position])
+            for node, path in enumerate(paths(trees, position)):
+                joint = sum(
+                    float(next_log_probs(head, frozen, so_far, path[:d])[path[d]]) for d in range(len(path))
+                )
+                assert abs(joint - float(trees.log_probs[first + node])) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["clover", "eagle"])
+def test_outcome_equals_a_real_draft_and_verify_loop(
+    kind: str, request: pytest.FixtureRequest, frozen: FrozenTarget, answers: list[Answer]
+) -> None:
+    """Chains drafted with the head alone and verified by running the target on them."""
+    head = request.getfixturevalue(kind)
+    shape = Shape("chain", lambda drafter: grow_static(drafter, chain(3)))
+    for answer in answers[:4]:
+        (outcome,) = Evaluator(frozen, head).measure(answer, [shape])
+        ids = torch.cat([answer.prompt_ids, answer.answer_ids[:1]])
+        end = len(answer.prompt_ids) + len(answer.answer_ids)
+        steps = tokens = 0
+        with torch.no_grad():
+            while len(ids) < end:
+                path: tuple[int, ...] = ()
+                for _ in range(3):
+                    path = (*path, int(next_log_probs(head, frozen, ids, path).argmax()))
+                hidden = frozen.hidden_states(torch.cat([ids, torch.tensor(path)])[None])
+                said = (frozen.norm(hidden)[0, len(ids) - 1 :] @ frozen.lm_head.T).argmax(-1).tolist()
+                accepted = 0
+                while accepted < 3 and path[accepted] == said[accepted]:
+                    accepted += 1
+                emitted = said[: accepted + 1][: end - len(ids)]
+                ids = torch.cat([ids, torch.tensor(emitted)])
+                steps, tokens = steps + 1, tokens + len(emitted)
+        assert ids[len(answer.prompt_ids) :].tolist() == answer.answer_ids.tolist()
+        assert (outcome.steps, outcome.tokens) == (steps, tokens)
+
+
+def test_a_perfect_drafter_accepts_everything(frozen: FrozenTarget, answers: list[Answer]) -> None:
+    """Counting: with every draft right, a chain of 5 gives 6 tokens per step until the end."""
+
+    class Drafter:
+        def __init__(self, continuation: torch.Tensor, part: slice) -> None:
+            self.tail = torch.cat([continuation, torch.zeros(9, dtype=torch.int64)])
+            self.rows = torch.arange(len(continuation) + 1)[part]
+            self.depth = 0
+
+        def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(len(self.rows), 1), self.tail[self.rows][:, None]
+
+        def expand(
+            self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            self.depth += 1
+            return torch.zeros(len(tokens), 1, 1), self.tail[self.rows + self.depth][:, None, None]
+
+    class Oracle(Evaluator):
+        def prepare(self, answer: Answer) -> Prepared:
+            prepared = super().prepare(answer)
+            prepared.new_drafter = lambda part: Drafter(prepared.continuation, part)
+            return prepared
+
+    oracle = Oracle(frozen, Clover2DraftModel(config_for_target(frozen.config)))
+    for answer in answers:
+        outcome = oracle.measure(answer, [Shape("c", lambda d: grow_static(d, chain(5)))])[0]
+        tokens = len(answer.answer_ids) - 1
+        assert outcome.tokens == tokens
+        assert outcome.steps == -(-tokens // 6)
+
+
+def test_answers_of_another_model_are_refused(
+    frozen: FrozenTarget, clover: Clover2DraftModel, answers: list[Answer]
+) -> None:
+    evaluator = Evaluator(frozen, clover)
+    evaluator.check_answers(answers)
+    foreign = [Answer(a.category, a.prompt_ids, a.answer_ids.flip(0)) for a in answers]
+    with pytest.raises(UserError, match="another model's") as caught:
+        evaluator.check_answers(foreign)
+    one_sentence(caught.value)
+
+
+def test_default_shapes_are_those_of_the_model_card() -> None:
+    assert [s.name for s in default_shapes()] == [
+        "chain of 5",
+        "tree of 4",
+        "tree of 8",
+        "tree of 16",
+        "tree of 25",
+        "published 25",
+    ]

@@ -1,0 +1,223 @@
+"""Answers are the target's own, survive kills, and bad prompts are refused before the engine starts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import one_sentence
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.train.generate import DataSettings, generate
+from clover_vllm.train.prompts import Prompt, read_prompts
+
+WORDS = [f"w{i}" for i in range(208)]
+
+
+@pytest.fixture(scope="module")
+def spoken_target(tiny_target: Path) -> Path:
+    """The tiny target with a tokenizer of one word per token."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}
+    words = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(tiny_target)
+    return tiny_target
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [{"prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 9))), "source": "x"} for _ in range(200)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
+    return {
+        "target": str(target),
+        "prompts": [str(prompts)],
+        "output": str(output),
+        "max_tokens": 24,
+        "shard_size": 4,
+        "limit": 180,
+        "max_num_seqs": 8,
+        "max_model_len": 64,
+        "dtype": "bfloat16",
+        "engine": {"enforce_eager": True},
+    }
+
+
+_WORKER = """
+import json, sys
+from pathlib import Path
+from clover_vllm.train.generate import DataSettings, generate
+if __name__ == "__main__":
+    a = json.loads(sys.argv[1])
+    a["prompts"] = [Path(p) for p in a["prompts"]]
+    a["output"] = Path(a["output"])
+    generate(DataSettings(**a))
+"""
+
+
+def _start(worker: Path, values: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(worker), json.dumps(values)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    import os
+
+    os.killpg(process.pid, signal.SIGKILL)  # the engine's processes too, as a power cut would
+    process.wait()
+
+
+def shards(output: Path) -> list[Path]:
+    return sorted(output.glob("answers-*.jsonl.gz"))
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in shards(output) for line in gzip.open(path, "rt")]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1800)
+def test_ten_kills_at_random_moments_leave_the_same_answers(
+    spoken_target: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(_WORKER)
+    whole = arguments(spoken_target, prompt_file, tmp_path / "whole")
+    started = time.monotonic()
+    process = _start(worker, whole)
+    while process.poll() is None and not shards(tmp_path / "whole"):
+        time.sleep(0.05)
+    startup = time.monotonic() - started
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    count = len(shards(tmp_path / "whole"))
+    assert count >= 40  # ten kills, a few shards each, never come near the end
+
+    broken = arguments(spoken_target, prompt_file, tmp_path / "broken")
+    rng = random.Random(3)
+    for kill in range(10):
+        process = _start(worker, broken)
+        done = len(shards(tmp_path / "broken"))
+        # Odd ones while it starts (or at its first shard, should this start be a quick one), even ones while it
+        # generates or writes.
+        latest = time.monotonic() + rng.uniform(0.05, 0.9) * startup if kill % 2 else float("inf")
+        while (
+            time.monotonic() < latest and process.poll() is None and len(shards(tmp_path / "broken")) <= done
+        ):
+            time.sleep(0.002)
+        if not kill % 2:
+            time.sleep(rng.uniform(0.0, 0.05))
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        _kill(process)
+    assert 0 < len(shards(tmp_path / "broken")) < count
+    process = _start(worker, broken)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    for one, two in zip(shards(tmp_path / "whole"), shards(tmp_path / "broken"), strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+    found = rows(tmp_path / "broken")
+    assert len(found) == len([p for p in read_prompts([prompt_file]) if not p.held_out][:180])
+    temperatures = [r["temperature"] for r in found]
+    assert 0.3 < sum(t == 0 for t in temperatures) / len(found) < 0.7
+    assert all(t == 0 or 0.7 <= t <= 1.0 for t in temperatures)
+    assert len({t for t in temperatures if t}) > 5
+    assert all(1 <= len(r["answer_ids"]) <= 24 for r in found)
+    summary = json.loads((tmp_path / "broken" / "summary.json").read_text())
+    assert summary["answer_tokens"] == sum(len(r["answer_ids"]) for r in found)
+    assert summary["peak_memory_gib"] > 0
+    assert summary["settings"]["max_temperature"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "no prompt"),
+        ("\n\n", "no prompt"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a"}\n[1]', "line 2: not a JSON object"),
+        ('{"text": "a"}', "needs one of"),
+        ('{"prompt": "  "}', "empty"),
+        ('{"prompt": 3}', "empty"),
+        ('{"turns": []}', "turns"),
+        ('{"messages": [{"role": "user"}]}', "messages"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "empty"),
+    ],
+)
+def test_malformed_prompts_are_refused_in_one_sentence(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=named) as caught:
+        generate(DataSettings("nowhere", [path], tmp_path / "out"))
+    one_sentence(caught.value)
+
+
+def test_prompt_forms(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    user = {"role": "user", "content": "hi"}
+    lines = [
+        {"prompt": "hi", "source": "s"},
+        {"turns": ["hi", "and then"], "category": "c"},
+        {"messages": [user, {"role": "assistant", "content": "yes"}]},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert read_prompts([path]) == [Prompt("s", [user]), Prompt("c", [user]), Prompt("p", [user])]
+
+
+def test_held_out_rule_is_the_documented_one() -> None:
+    import hashlib
+
+    texts = [f"prompt {i}" for i in range(500)]
+    held = [t for t in texts if Prompt("s", [{"role": "user", "content": t}]).held_out]
+    assert held == [t for t in texts if int(hashlib.sha1(t.encode()).hexdigest(), 16) % 50 == 0]
+    assert held
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"greedy_share": 1.5}, "greedy-share"),
+        ({"min_temperature": 0.0}, "min-temperature"),
+        ({"min_temperature": 1.2}, "min-temperature"),
+        ({"max_tokens": 0}, "max-tokens"),
+        ({"max_tokens": 64, "max_model_len": 64}, "max-model-len"),
+        ({"skip": 1000}, "No prompt is left"),
+        ({"dtype": "int3"}, "--dtype"),
+        ({"max_tokens": 62, "max_model_len": 63}, "longer than the 1 tokens"),
+        ({"prompts": [Path("missing.jsonl")]}, "does not exist"),
+    ],
+)
+def test_impossible_settings_are_refused_before_the_engine_starts(
+    changes: dict[str, Any], named: str, spoken_target: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "target": str(spoken_target),
+        "prompts": [prompt_file],
+        "output": tmp_path / "out",
+    }
+    with pytest.raises(UserError, match=named) as caught:
+        generate(DataSettings(**(fields | changes)))
+    one_sentence(caught.value)

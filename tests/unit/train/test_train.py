@@ -1,0 +1,261 @@
+"""Training learns, resumes exactly after kills, and refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import one_sentence, tiny_llama
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.heads.checkpoint import load_head
+from clover_vllm.heads.eagle1.model import load_eagle1
+from clover_vllm.train.objective import LossWeights
+from clover_vllm.train.trainer import TrainSettings, train, whole_checkpoint
+
+
+def settings(target: Path, answers: Path, output: Path, **changes: Any) -> TrainSettings:
+    fields: dict[str, Any] = {
+        "batch_tokens": 64,
+        "epochs": 2.0,
+        "save_every": 2,
+        "log_every": 1,
+        "learning_rate": 3e-3,
+        "dtype": "float32",
+    }
+    return TrainSettings(target=str(target), data=[answers], output=output, **(fields | changes))
+
+
+def losses(output: Path) -> list[float]:
+    return [r["loss"] for r in json.loads((output / "log.json").read_text()) if "loss" in r]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_lowers_the_loss_and_writes_everything(
+    optimizer: str, tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    summary = train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=6.0, optimizer=optimizer))
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    assert summary["answer_token_visits"] >= 6 * summary["answer_tokens"]
+    assert summary["peak_memory_gib"] > 0
+    assert (tmp_path / "run" / "head" / "training.png").stat().st_size > 1000
+    card = (tmp_path / "run" / "head" / "README.md").read_text()
+    assert "answer tokens" in card
+    assert "kind0" in card
+    row = json.loads((tmp_path / "run" / "log.json").read_text())[0]
+    assert len(row["accuracy"]) == 5
+    head = load_head(tmp_path / "run" / "head")
+    assert head.config.target == "target"
+    assert head.config.hidden_scale != 1.0
+
+
+def test_eagle1_trains_and_is_saved_as_vllm_expects(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", method="eagle1"))
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < curve[0]
+    folder = tmp_path / "run" / "head"
+    tensors = load_file(folder / "model.safetensors")
+    assert "fc.weight" in tensors
+    assert "layers.0.self_attn.q_proj.weight" in tensors
+    assert not [n for n in tensors if "input_layernorm" in n or "embed" in n or "lm_head" in n]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    load_eagle1(folder)
+
+
+def test_cached_hidden_states_change_nothing(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "fly"))
+    for name, gib in (("whole", 1.0), ("part", 300 * 128 * 4 / 2**30)):
+        train(
+            settings(tiny_target, tiny_answers, tmp_path / name, cache_gib=gib, cache=tmp_path / f"c-{name}")
+        )
+        # A second epoch pads other sequences beside these, hence not to the last bit.
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "fly"), rel=1e-4)
+    assert (tmp_path / "c-part" / "states.bin").stat().st_size <= 300 * 128 * 4
+
+
+def test_draft_vocabulary_is_the_most_frequent_tokens(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", draft_vocab=20, epochs=1.0))
+    counts = torch.zeros(211, dtype=torch.int64)
+    for line in tiny_answers.read_text().splitlines():
+        for token in json.loads(line)["answer_ids"]:
+            counts[token] += 1
+    vocab = load_head(tmp_path / "run" / "head").draft_vocab
+    assert vocab is not None
+    assert len(vocab) == 20
+    left_out = counts.clone()
+    left_out[vocab] = -1
+    assert int(counts[vocab].min()) >= int(left_out.max())
+
+
+_WORKER = """
+import sys, json
+from pathlib import Path
+from clover_vllm.train.objective import LossWeights
+from clover_vllm.train.trainer import TrainSettings, train
+a = json.loads(sys.argv[1])
+a["data"] = [Path(p) for p in a["data"]]
+for name in ("output", "cache"):
+    a[name] = Path(a[name])
+train(TrainSettings(**a))
+"""
+
+
+def _start(arguments: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _WORKER, json.dumps(arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _steps(output: Path) -> int:
+    """Steps of the newest whole checkpoint."""
+    return max((int(p.parent.name.split("-")[1]) for p in output.glob("checkpoint-*/complete")), default=0)
+
+
+@pytest.mark.timeout(1800)
+def test_ten_kills_at_random_moments_leave_the_same_curve_and_head(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {
+        "target": str(tiny_target),
+        "data": [str(tiny_answers)],
+        "batch_tokens": 16,
+        "epochs": 5.0,
+        "save_every": 4,
+        "log_every": 2,
+        "cache_gib": 1.0,
+        "dtype": "bfloat16",
+        "optimizer": "muon",
+    }
+    whole = arguments | {"output": str(tmp_path / "whole"), "cache": str(tmp_path / "c1")}
+    started = time.monotonic()
+    process = _start(whole)
+    while process.poll() is None and not _steps(tmp_path / "whole"):
+        time.sleep(0.02)
+    startup = time.monotonic() - started
+    assert process.wait() == 0
+    total = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
+    broken = arguments | {"output": str(tmp_path / "broken"), "cache": str(tmp_path / "c2")}
+    rng = random.Random(7)
+    for kill in range(10):
+        process = _start(broken)
+        done = _steps(tmp_path / "broken")
+        if kill % 2:  # from the imports to the first step, should this start be a quick one
+            latest = time.monotonic() + rng.uniform(0.05, 0.9) * startup
+            while (
+                time.monotonic() < latest and process.poll() is None and _steps(tmp_path / "broken") <= done
+            ):
+                time.sleep(0.002)
+        else:  # between steps, or while a checkpoint is written
+            while process.poll() is None and _steps(tmp_path / "broken") < (kill + 1) * total // 12:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0.0, 0.05))
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < _steps(tmp_path / "broken") < total
+    assert _start(broken).wait() == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    one = load_file(tmp_path / "whole" / "head" / "model.safetensors")
+    two = load_file(tmp_path / "broken" / "head" / "model.safetensors")
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_two_processes_train_as_one_with_accumulation(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    options = ["train", "--target", str(tiny_target), "--data", str(tiny_answers), "--batch-tokens", "32"]
+    options += ["--epochs", "1", "--log-every", "1", "--save-every", "5", "--dtype", "float32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--local-addr", "127.0.0.1"]
+    command += [str(Path(__file__).parents[2] / "support" / "run_cli.py"), str(tmp_path / "threads")]
+    done = subprocess.run(
+        [*command, *options, "--output", str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):  # a thread that outlives Python may abort its process, and torchrun the others
+        names = json.loads((tmp_path / f"threads.{rank}").read_text())
+        assert names
+        assert not any("gloo" in name for name in names), names
+    train(
+        settings(
+            tiny_target,
+            tiny_answers,
+            tmp_path / "one",
+            batch_tokens=32,
+            epochs=1.0,
+            accumulate=2,
+            learning_rate=1e-3,
+        )
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
+    load_head(tmp_path / "two" / "head")
+
+
+def test_only_the_newest_whole_checkpoint_is_kept_for_resuming(tmp_path: Path) -> None:
+    """A kill may leave an older one half deleted, still marked as whole and last touched."""
+    for step, files in ((4, ["complete"]), (8, ["complete", "trainer_state.json"]), (12, ["model.bin"])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+    assert whole_checkpoint(tmp_path / "none") is None
+
+
+def test_foreign_checkpoints_are_left_alone(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "run" / "checkpoint-500"
+    foreign.mkdir(parents=True)
+    with pytest.raises(UserError, match="another program") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "run"))
+    one_sentence(caught.value)
+    assert foreign.exists()
+
+
+def test_divergence_is_an_error_and_no_head_is_written(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    overflowing = LossWeights(regression=1e39)
+    with pytest.raises(UserError, match="diverged") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "run", weights=overflowing))
+    one_sentence(caught.value)
+    assert not (tmp_path / "run" / "head").exists()
+
+
+def test_a_run_is_not_continued_with_other_settings(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
+    with pytest.raises(UserError, match="learning_rate") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2, learning_rate=1e-4))
+    one_sentence(caught.value)
+
+
+def test_continuing_a_head_of_another_target_is_refused(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
+    other = tiny_llama(tmp_path / "other", hidden=96)
+    with pytest.raises(UserError, match="do not fit") as caught:
+        train(settings(other, tiny_answers, tmp_path / "two", init_from=tmp_path / "run" / "head"))
+    one_sentence(caught.value)

@@ -1,0 +1,274 @@
+"""Tree growth and the verification walk against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_trees import batches_of_trees
+
+from clover_vllm.tree import (
+    PUBLISHED_25,
+    ROOT,
+    Cutoffs,
+    DraftTrees,
+    StaticTopology,
+    chain,
+    grow_best_first,
+    grow_static,
+    walk,
+)
+from clover_vllm.tree.walk import walk_tree
+
+Path = tuple[int, ...]
+
+
+class TableDrafter:
+    """Log-probabilities that depend on the whole path, from a hash; records nothing but paths."""
+
+    def __init__(self, requests: int, vocab: int, seed: int) -> None:
+        self.vocab = vocab
+        self.seed = seed
+        self.paths: list[list[Path]] = [[()] for _ in range(requests)]  # by request, by slot
+
+    def log_probs(self, request: int, path: Path) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, request, path)) % 2**31)
+        return torch.log_softmax(2 * torch.randn(self.vocab, generator=generator), -1)
+
+    def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.stack([self.log_probs(r, ()) for r in range(len(self.paths))])
+        best = rows.topk(num_candidates)
+        return best.values, best.indices
+
+    def expand(
+        self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = []
+        for r, (slots, ids) in enumerate(zip(parent_slots.tolist(), tokens.tolist(), strict=True)):
+            known = list(self.paths[r])
+            new = [(*known[slot], token) for slot, token in zip(slots, ids, strict=True)]
+            self.paths[r].extend(new)
+            rows.append(torch.stack([self.log_probs(r, p) for p in new]))
+        best = torch.stack(rows).topk(num_candidates)
+        return best.values, best.indices
+
+    def joint(self, request: int, path: Path) -> float:
+        return sum(float(self.log_probs(request, path[:i])[t]) for i, t in enumerate(path))
+
+
+def paths_of(trees: DraftTrees, request: int) -> list[Path]:
+    """Token path of every node, in order; checks that parents come first and depths are right."""
+    first, last = trees.offsets[request : request + 2].tolist()
+    paths: list[Path] = []
+    for node in range(first, last):
+        parent = int(trees.parents[node])
+        assert parent < node - first
+        paths.append((() if parent == ROOT else paths[parent]) + (int(trees.tokens[node]),))
+        assert int(trees.depths[node]) == len(paths[-1])
+    return paths
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    requests=st.integers(1, 3),
+    vocab=st.integers(2, 5),
+    nodes=st.integers(1, 9),
+    depth=st.integers(1, 4),
+)
+def test_best_first_growth_wide_enough_finds_the_best_tree(
+    seed: int, requests: int, vocab: int, nodes: int, depth: int
+) -> None:
+    drafter = TableDrafter(requests, vocab, seed)
+    # Expanding all candidates of a level makes the search exhaustive.
+    trees = grow_best_first(drafter, nodes, depth, vocab**depth, num_candidates=vocab)
+    for r in range(requests):
+        every = [p for d in range(1, depth + 1) for p in itertools.product(range(vocab), repeat=d)]
+        best = sorted((drafter.joint(r, p) for p in every), reverse=True)[:nodes]
+        first, last = trees.offsets[r : r + 2].tolist()
+        found = trees.log_probs[first:last]
+        torch.testing.assert_close(found, torch.tensor(best), atol=1e-4, rtol=0)
+        for path, score in zip(paths_of(trees, r), found.tolist(), strict=True):
+            assert abs(drafter.joint(r, path) - score) < 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    nodes=st.integers(1, 20),
+    rounds=st.integers(1, 6),
+    width=st.integers(1, 6),
+    k=st.integers(1, 6),
+)
+def test_every_prefix_of_a_tree_is_a_tree_sorted_by_joint_probability(
+    seed: int, nodes: int, rounds: int, width: int, k: int
+) -> None:
+    drafter = TableDrafter(3, 7, seed)
+    trees = grow_best_first(drafter, nodes, rounds, width, num_candidates=k)
+    for r in range(3):
+        paths = paths_of(trees, r)
+        first, last = trees.offsets[r : r + 2].tolist()
+        scores = trees.log_probs[first:last]
+        assert len(set(paths)) == len(paths) <= nodes
+        assert bool((scores[1:] <= scores[:-1]).all())
+        for path, score in zip(paths, scores.tolist(), strict=True):
+            assert abs(drafter.joint(r, path) - score) < 1e-4
+    sizes = torch.tensor([0, 1, nodes // 2])
+    cut = trees.truncate(sizes)
+    for r in range(3):
+        assert paths_of(cut, r) == paths_of(trees, r)[: int(sizes[r])]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    requests=st.integers(1, 3),
+    nodes=st.integers(1, 20),
+    rounds=st.integers(1, 6),
+    width=st.integers(1, 6),
+    k=st.integers(1, 6),
+    min_share=st.sampled_from([0.0, 0.3, 0.9]),
+    min_joint=st.sampled_from([0.0, 0.05, 0.2, 0.9]),
+)
+def test_growth_on_the_host_equals_growth_in_tensors(
+    seed: int, requests: int, nodes: int, rounds: int, width: int, k: int, min_share: float, min_joint: float
+) -> None:
+    cutoffs = Cutoffs(min_share=min_share, min_joint=min_joint)
+    found = []
+    for limit in (0, 64):
+        with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
+            drafter = TableDrafter(requests, 7, seed)
+            found.append(grow_best_first(drafter, nodes, rounds, width, k, cutoffs))
+    in_tensors, on_host = found
+    for name in ("tokens", "parents", "depths", "offsets"):
+        one, two = getattr(in_tensors, name), getattr(on_host, name)
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two), name
+    torch.testing.assert_close(in_tensors.log_probs, on_host.log_probs)
+    for r in range(requests):
+        for path in paths_of(on_host, r):
+            assert len(path) == 1 or math.exp(drafter.joint(r, path[:-1])) >= min_joint - 1e-4
+
+
+class CertainDrafter(TableDrafter):
+    """All probability on one token: every score of a path ties with its parent's."""
+
+    def log_probs(self, request: int, path: Path) -> torch.Tensor:
+        row = torch.full((self.vocab,), -torch.inf)
+        row[len(path) % self.vocab] = 0.0
+        return row
+
+
+def test_ties_keep_parents_first_and_impossible_tokens_never_grow() -> None:
+    for limit in (0, 64):
+        with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
+            trees = grow_best_first(CertainDrafter(2, 5, 0), 8, 4, 2, num_candidates=3)
+        for r in range(2):
+            assert paths_of(trees, r) == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+
+
+class NaNDrafter(TableDrafter):
+    """Scores that are no numbers, all or one of them, from depth r on for request r; none for request 3."""
+
+    def log_probs(self, request: int, path: Path) -> torch.Tensor:
+        row = super().log_probs(request, path)
+        if request < 3 and len(path) >= request:
+            row[slice(None) if request == 1 else 2] = torch.nan
+        return row
+
+
+@pytest.mark.parametrize("limit", [0, 64])
+def test_scores_that_are_no_numbers_leave_their_request_without_a_tree(limit: int) -> None:
+    with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
+        trees = grow_best_first(NaNDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
+        alone = grow_best_first(TableDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
+    for r in (0, 1, 2):
+        assert paths_of(trees, r) == []
+    assert len(paths_of(trees, 3)) == 9
+    assert paths_of(trees, 3) == paths_of(alone, 3)
+
+
+def test_cutoffs_drop_unlikely_children() -> None:
+    log_probs = torch.tensor([0.5, 0.3, 0.12, 0.05, 0.03]).log()
+    kept = Cutoffs(top_p=0.75).apply(log_probs).isfinite()
+    assert kept.tolist() == [True, True, False, False, False]
+    kept = Cutoffs(min_share=0.25).apply(log_probs).isfinite()
+    assert kept.tolist() == [True, True, False, False, False]
+    kept = Cutoffs(min_share=0.2).apply(log_probs).isfinite()
+    assert kept.tolist() == [True, True, True, False, False]
+    assert torch.equal(Cutoffs().apply(log_probs), log_probs)
+    assert Cutoffs(top_p=0.0).apply(log_probs).isfinite().tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("topology", [chain(1), chain(5), PUBLISHED_25, StaticTopology([(1,), (1, 2)][:1])])
+def test_static_growth_takes_the_ranks_it_names(topology: StaticTopology) -> None:
+    drafter = TableDrafter(2, 6, 3)
+    trees = grow_static(drafter, topology)
+    for r in range(2):
+        expected = []
+        for ranks in topology.paths:
+            path: Path = ()
+            for rank in ranks:
+                order = drafter.log_probs(r, path).argsort(descending=True).tolist()
+                path = (*path, order[rank])
+            expected.append(path)
+        assert paths_of(trees, r) == expected
+        first = int(trees.offsets[r])
+        for node, path in enumerate(expected):
+            assert abs(float(trees.log_probs[first + node]) - drafter.joint(r, path)) < 1e-4
+
+
+def test_published_tree_has_25_nodes_in_five_levels() -> None:
+    assert len(PUBLISHED_25) == 25
+    assert [len(PUBLISHED_25.nodes_at(d)) for d in range(1, 6)] == [4, 8, 8, 3, 2]
+
+
+@pytest.mark.parametrize("paths", [[(0, 0)], [(0,), (0,)], [()], [(-1,)]])
+def test_impossible_topologies_are_refused(paths: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"\.$"):
+        StaticTopology(paths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(trees=batches_of_trees(), data=st.data())
+def test_walk_equals_brute_force(trees: DraftTrees, data: st.DataObject) -> None:
+    rows = len(trees.tokens) + trees.num_requests
+    emitted = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
+    accepted = walk(trees, torch.tensor(emitted))
+    for r in range(trees.num_requests):
+        first, last = trees.offsets[r : r + 2].tolist()
+        base, current, path = first + r, ROOT, []
+        while True:
+            wanted = emitted[base + current + 1]
+            children = [
+                n
+                for n in range(last - first)
+                if int(trees.parents[first + n]) == current and int(trees.tokens[first + n]) == wanted
+            ]
+            if not children:
+                break
+            (current,) = children
+            path.append(current)
+        length = int(accepted.lengths[r])
+        assert accepted.nodes[r, :length].tolist() == path
+        assert bool((accepted.nodes[r, length:] == ROOT).all())
+        assert int(accepted.last[r]) == current
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12))
+def test_walking_on_the_host_equals_walking_tensors(seed: int, requests: int, nodes: int) -> None:
+    trees = grow_best_first(TableDrafter(requests, 5, seed), nodes, 4, 3, num_candidates=min(nodes, 5))
+    generator = torch.Generator().manual_seed(seed)
+    emitted = torch.randint(0, 5, (trees.tokens.shape[0] + requests,), generator=generator)
+    accepted = walk(trees, emitted)
+    for r in range(requests):
+        first, last = trees.offsets[r : r + 2].tolist()
+        own = emitted[first + r : last + r + 1].tolist()
+        nodes_of = walk_tree(trees.tokens[first:last].tolist(), trees.parents[first:last].tolist(), own)
+        assert nodes_of == accepted.nodes[r, : int(accepted.lengths[r])].tolist()
