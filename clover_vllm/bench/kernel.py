@@ -19,7 +19,7 @@ from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_atten
 from clover_vllm.base.errors import UserError
 from clover_vllm.bench.compare import check_dtype
 from clover_vllm.launch.environment import prepare
-from clover_vllm.tree.step import RequestTree
+from clover_vllm.tree import Tree
 
 BLOCK = 128
 ROUNDS = 15
@@ -93,13 +93,13 @@ def measure(shape: KernelShape, requests: int, context: int) -> Timing:
     prefixes = torch.full((requests,), context, dtype=torch.int32)
     rng = random.Random(0)
     parents = [rng.randrange(-1, node) for node in range(shape.rows - 1)]
-    tree = RequestTree.make([0] * len(parents), parents, [1] * len(parents))
+    tree = Tree([0] * len(parents), parents)
     inputs = TreeAttentionInputs(
         table,
         starts[:-1].contiguous(),
         starts[1:].contiguous(),
         prefixes,
-        torch.tensor([1, *tree.masks] * requests),
+        torch.tensor(tree.masks * requests),
         shape.dim**-0.5,
     )
     lengths = prefixes + shape.rows

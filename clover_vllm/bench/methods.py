@@ -9,7 +9,7 @@ from typing import Any
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
-from clover_vllm.tree.masks import MAX_NODES
+from clover_vllm.tree import MAX_NODES
 
 CLOVER_TREES = (4, 8, 16)
 CLOVER_CHAIN = 4

@@ -121,11 +121,8 @@ class ScriptedTrees:
         self._rng = random.Random(seed)
         self._runner = runner
         self._share = share
-        self._original = runner._host_trees
-        self._remember = runner._remember
-        self._drafting: list[int] = []
-        runner._host_trees = self._host_trees
-        runner._remember = self._note_drafting
+        self._original = runner._remember
+        runner._remember = self._remember
 
     def know(self, answers: list[list[list[int]]]) -> None:
         """Hide these from now on.
@@ -144,17 +141,13 @@ class ScriptedTrees:
         sequence = int(match[1] or 0)
         return sequences[sequence][done:] if sequence < len(sequences) else []
 
-    def _note_drafting(self, trees: Any, drafting: list[int], requests: int) -> Any:
-        self._drafting = drafting
-        return self._remember(trees, drafting, requests)
-
-    def _host_trees(self, trees: Any) -> list[Any]:
-        from clover_vllm.tree.step import RequestTree
+    def _remember(self, trees: Any, drafting: list[int], requests: int) -> Any:
+        from clover_vllm.tree import Tree
 
         runner, rng = self._runner, self._rng
         vocab = runner.model_config.get_vocab_size()
-        made: list[RequestTree] = self._original(trees)
-        for i, r in enumerate(self._drafting):
+        made: list[Tree] = list(trees)
+        for i, r in enumerate(drafting):
             if rng.random() >= self._share:
                 continue
             name = runner.input_batch.req_ids[r]
@@ -163,28 +156,25 @@ class ScriptedTrees:
             if runner.drafter.options.tree == "chain":  # such an engine masks nothing
                 good = rng.randrange(min(len(right), nodes) + 1)
                 wrong = [rng.randrange(vocab) for _ in range(nodes - good)]
-                made[i] = RequestTree.chain(right[:good] + wrong)
+                made[i] = Tree.chain(right[:good] + wrong)
             else:
-                made[i] = RequestTree.make(*hide(rng, right, nodes, vocab))
-            self.nodes += len(made[i].tokens)
+                made[i] = Tree(*hide(rng, right, nodes, vocab))
+            self.nodes += len(made[i])
             self.branching += not made[i].is_chain
-        return made
+        return self._original(made, drafting, requests)
 
 
-def hide(
-    rng: random.Random, right: list[int], nodes: int, vocab: int
-) -> tuple[list[int], list[int], list[int]]:
+def hide(rng: random.Random, right: list[int], nodes: int, vocab: int) -> tuple[list[int], list[int]]:
     """A random tree of at most `nodes` nodes, on one path of which lie some of the right tokens.
 
     Returns:
-        tokens, parents and depths of its nodes, parents first.
+        tokens and parents of its nodes, parents first.
     """
     good = rng.randrange(min(len(right), nodes) + 1)
     plan = [True] * good + [False] * (nodes - good)
     rng.shuffle(plan)
     tokens: list[int] = []
     parents: list[int] = []
-    depths: list[int] = []
     place: dict[tuple[int, int], int] = {}
     tip, done = -1, 0
     for is_right in plan:
@@ -196,7 +186,6 @@ def hide(
             place[parent, token] = len(tokens)
             tokens.append(token)
             parents.append(parent)
-            depths.append(1 if parent < 0 else depths[parent] + 1)
         if is_right:
             tip, done = place[parent, token], done + 1
-    return tokens, parents, depths
+    return tokens, parents

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from rich.tree import Tree
+from rich.tree import Tree as Drawing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clover_vllm.base.paths import shipped_head
-from clover_vllm.eval.evaluate import Answer, Evaluator, best_first, emitted_tokens, outcome_of
+from clover_vllm.eval.evaluate import Answer, Evaluator, accepted_nodes, best_first, outcome_of
 from clover_vllm.eval.report import ShapeResult, table
 from clover_vllm.heads.checkpoint import load_head
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.target.make import make_target
-from clover_vllm.tree import ROOT, DraftTrees, walk
+from clover_vllm.tree import ROOT, Tree
 
 PROMPTS = [
     "Explain in three sentences why the sky is blue.",
@@ -30,15 +29,6 @@ PROMPTS = [
 """Written for demonstrations, so in no training set."""
 
 NODES = 8
-
-
-@dataclass
-class _Shown:
-    """Draft trees of one answer, with what was accepted (filled by `_draft`)."""
-
-    trees: DraftTrees
-    accepted: list[list[int]]  # accepted nodes per position
-    starts: list[int]  # positions at which steps start
 
 
 def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
@@ -60,7 +50,7 @@ def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
     outcomes = []
     for prompt, answer in zip(prompts, _greedy(folder, tokenizer, prompts, max_tokens), strict=True):
         prepared = evaluator.prepare(answer)
-        trees, continuation = evaluator.trees(prepared, shape), prepared.continuation
+        trees, continuation = evaluator.trees(prepared, shape), prepared.continuation.tolist()
         outcome = outcome_of(trees, continuation, answer.category)
         outcomes.append(outcome)
         console.rule(f"[bold]{prompt}")
@@ -69,7 +59,7 @@ def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
             f"{outcome.tokens} tokens in {outcome.steps} steps: "
             f"[bold]{outcome.tokens_per_step:.2f} tokens per step[/bold]\n"
         )
-        _show(console, tokenizer, _accepted(trees, continuation), answer, steps)
+        _show(console, tokenizer, trees, continuation, answer, steps)
     console.rule("[bold]All prompts")
     console.print(table([ShapeResult("shipped Clover-2", shape.name, outcomes)]))
     console.print(
@@ -101,35 +91,29 @@ def _greedy(folder: Any, tokenizer: Any, prompts: list[str], max_tokens: int) ->
     return answers
 
 
-def _accepted(trees: DraftTrees, continuation: torch.Tensor) -> _Shown:
-    accepted = walk(trees, emitted_tokens(trees, continuation))
-    paths = [row[:n] for row, n in zip(accepted.nodes.tolist(), accepted.lengths.tolist(), strict=True)]
-    starts, position = [], 0
-    while position < len(continuation):
-        starts.append(position)
-        position += len(paths[position]) + 1
-    return _Shown(trees, paths, starts)
-
-
-def _show(console: Console, tokenizer: Any, shown: _Shown, answer: Answer, steps: int) -> None:
+def _show(
+    console: Console, tokenizer: Any, trees: list[Tree], continuation: list[int], answer: Answer, steps: int
+) -> None:
     """Draw the first trees; accepted nodes are green, then what the target added itself."""
-    for position in shown.starts[:steps]:
-        root = tokenizer.decode(answer.answer_ids[position])
-        drawing = Tree(Text(f"after {root!r}"))
+    position = 0
+    for _ in range(steps):
+        if position >= len(continuation):
+            return
+        tree = trees[position]
+        path = accepted_nodes(tree, continuation[position:])
+        drawing = Drawing(Text(f"after {tokenizer.decode(answer.answer_ids[position])!r}"))
         branches = {ROOT: drawing}
-        first, last = shown.trees.offsets[position : position + 2].tolist()
-        for node in range(last - first):
-            at = first + node
-            label = Text(repr(tokenizer.decode(shown.trees.tokens[at])))
-            label.append(f"  {shown.trees.log_probs[at].exp():.0%}", style="dim")
-            if node in shown.accepted[position]:
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            label = Text(repr(tokenizer.decode(token)))
+            label.append(f"  {tree.probabilities[node]:.0%}", style="dim")
+            if node in path:
                 label.stylize("bold green")
-            branches[node] = branches[int(shown.trees.parents[at])].add(label)
+            branches[node] = branches[parent].add(label)
         console.print(drawing)
-        path = shown.accepted[position]
-        said = answer.answer_ids[position + 1 : position + len(path) + 2]
+        said = continuation[position : position + len(path) + 1]
         console.print(
             f"target said {[tokenizer.decode(t) for t in said]}: "
             f"{len(path)} drafted tokens accepted, then its own\n",
             markup=False,
         )
+        position += len(path) + 1

@@ -23,7 +23,7 @@ from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
 from clover_vllm.heads.checkpoint import check_head, check_target_folder
 from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.tree.masks import MAX_NODES
+from clover_vllm.tree import MAX_NODES
 
 logger = init_logger("vllm.clover")
 
@@ -92,6 +92,10 @@ class CloverSpeculativeConfig(SpeculativeConfig):
 
     def samples_every_token(self) -> bool:
         """Whether each token is an ordinary sampling step, with all of its parameters (see `engine.hooks`)."""
+        return True
+
+    def writes_accepted_rows_only(self) -> bool:
+        """Whether drafting needs no cache slots beyond the step's own (see `engine.hooks`)."""
         return True
 
     def compute_hash(self) -> str:

@@ -69,6 +69,13 @@ HOOKS = (
         "function is replaced in vllm.v1.worker.gpu_model_runner, and only there.",
     ),
     Symbol(
+        "vllm.config.vllm",
+        "VllmConfig.num_lookahead_tokens",
+        ("self",),
+        "vLLM reserves a cache slot per draft token beyond the step, because an EAGLE head writes there. "
+        "Clover's head writes accepted rows only, which have slots, so the hook says 0.",
+    ),
+    Symbol(
         "vllm.v1.worker.cpu_model_runner",
         "CPUModelRunner.__init__",
         ("self", "vllm_config", "device"),
@@ -306,6 +313,28 @@ def install_sampling(sampling_params: type) -> None:
 
     _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
     sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]
+
+
+def install_lookahead(vllm_config: type) -> None:
+    """Reserve no cache slots beyond a step with clover2; a second call does nothing.
+
+    Args:
+        vllm_config: `vllm.config.VllmConfig`.
+    """
+    name = "writes_accepted_rows_only"  # asked by a vLLM with our patches
+    original: Callable[[Any], int] = vllm_config.num_lookahead_tokens.fget  # type: ignore[attr-defined]
+    if hasattr(getattr(_speculative_module(), "SpeculativeConfig", None), name) or hasattr(
+        original, "clover_original"
+    ):
+        return
+
+    @functools.wraps(original)
+    def num_lookahead_tokens(self: Any) -> int:
+        says: Callable[[], bool] | None = getattr(self.speculative_config, name, None)
+        return 0 if says is not None and says() else original(self)
+
+    num_lookahead_tokens.clover_original = original  # type: ignore[attr-defined]
+    vllm_config.num_lookahead_tokens = property(num_lookahead_tokens)  # type: ignore[attr-defined]
 
 
 def install_logits_processors() -> None:

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
-from clover_vllm.tree.step import StepTrees
+from clover_vllm.tree.step import Step
 
 logger = init_logger("vllm.clover")
 
@@ -78,7 +78,7 @@ class Counters:
         """Say that a worker counts here."""
         self.totals[0] = 1.0
 
-    def count_step(self, step: StepTrees, greedy: Sequence[bool], seconds: Mapping[str, float]) -> None:
+    def count_step(self, step: Step, greedy: Sequence[bool], seconds: Mapping[str, float]) -> None:
         """Add a finished step.
 
         Args:

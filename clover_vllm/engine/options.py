@@ -12,8 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.tree import PUBLISHED_25, Cutoffs, StaticTopology, chain
-from clover_vllm.tree.masks import MAX_NODES
+from clover_vllm.tree import MAX_NODES, PUBLISHED_25, Cutoffs, Shape, chain
 
 METHOD = "clover2"
 """The method's name in vLLM's speculative configuration."""
@@ -72,7 +71,7 @@ class CloverOptions:
                 raise UserError(f"Clover's option {name} is {value!r}; it must be a number from {low} to 1.")
         self.fixed_shape(MAX_NODES)
 
-    def fixed_shape(self, num_nodes: int) -> StaticTopology | None:
+    def fixed_shape(self, num_nodes: int) -> Shape | None:
         """The fixed tree of at most `num_nodes` nodes, or None for `best_first`.
 
         Raises:
@@ -83,17 +82,17 @@ class CloverOptions:
         if self.tree == "chain":
             return chain(num_nodes)
         if self.tree == "published":
-            return StaticTopology(PUBLISHED_25.paths[:num_nodes])
+            return Shape(PUBLISHED_25.paths[:num_nodes])
         form = "a list of paths of child ranks such as [[0], [1], [0, 0]]"
         if not isinstance(self.tree, list) or not self.tree or not all(map(_is_path, self.tree)):
             raise UserError(
                 f"Clover's option tree is {self.tree!r}; it must be one of {', '.join(SHAPES)}, or {form}."
             )
         try:
-            shape = StaticTopology([tuple(path) for path in self.tree])
+            shape = Shape([tuple(path) for path in self.tree])
         except ValueError as error:
             raise UserError(f"Clover's option tree is not {form}: {error}") from error
-        return StaticTopology(shape.paths[:num_nodes])
+        return Shape(shape.paths[:num_nodes])
 
     def rounds(self, num_nodes: int) -> int:
         """Drafting levels of a `best_first` tree."""

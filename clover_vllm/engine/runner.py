@@ -8,7 +8,7 @@ and draft anew. The scheduler needs no change: a prefix of a tree is a tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +16,19 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.utils import check_sequence_repetition
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from clover_vllm.attention.cpu.cache_rows import CacheRows
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
-from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
-from clover_vllm.engine.drafting.proposer import Clover2Proposer, accepted_rows
+from clover_vllm.engine.drafting.pending import PendingDrafts
+from clover_vllm.engine.drafting.proposer import AcceptedRows, Clover2Proposer, accepted_rows
+from clover_vllm.engine.endings import ending_of
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters, counters_path
-from clover_vllm.engine.scorer import Batch, TreeScorer
-from clover_vllm.tree import DraftTrees
-from clover_vllm.tree.step import Ending, RequestTree, StepTrees
+from clover_vllm.engine.scorer import TreeScorer
+from clover_vllm.engine.verification import TargetLayers
+from clover_vllm.tree import Tree
+from clover_vllm.tree.step import NEVER, CurrentStep, Step
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -51,66 +50,25 @@ class CloverRunner(GPUModelRunner):
                 f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_spec_tokens + 1} or more "
                 f"with {self.num_spec_tokens} speculative tokens; it is {budget}."
             )
+        self.current = CurrentStep()
+        self.timer = StepTimer()
         self.drafter = Clover2Proposer(vllm_config, device, self)
-        self.scorer = TreeScorer(self.sampler)
+        self.scorer = TreeScorer(self.sampler, self.current)
         self.rejection_sampler = self.scorer
         self.use_aux_hidden_state_outputs = True
-        self.timer = StepTimer()
         self.counters = self._open_counters()
         head = self.speculative_config.draft_model_config.hf_config
         self._watch = AcceptanceWatch(self.counters, head.first_acceptance)
-        self._drafts: dict[str, RequestTree] = {}  # by request, until they are scheduled
-        self._cache_rows: CacheRows | None = None
-        self._builders: list[TreeCPUAttentionMetadataBuilder] = []
-        self._branching = self.drafter.options.tree != "chain"
+        self._pending = PendingDrafts(self.counters.count_fallback)
+        self._layers: TargetLayers | None = None  # where trees may branch
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             holder.in_spec_mode = False  # the scorer samples as without speculation, row by row
-        if self._branching and self.kv_caches:
-            self._prepare_trees()
-
-    def _prepare_trees(self) -> None:
-        """Find the target's layers, and refuse what would not be verified correctly.
-
-        Raises:
-            UserError: trees are not supported for this target on this platform.
-        """
-        if len(self.kv_cache_config.kv_cache_groups) != 1 or self.uses_mrope:
-            raise UserError(
-                "Clover-2 cannot verify trees for targets with several kinds of attention or with "
-                'M-RoPE yet; set the speculative option "tree" to "chain".'
-            )
-        if self.vllm_config.kv_transfer_config is not None:
-            raise UserError(
-                "Clover-2 cannot verify trees with a KV connector yet, which may save rows before they are "
-                'moved into place; set the speculative option "tree" to "chain".'
-            )
-        layers = self.compilation_config.static_forward_context
-        names = [
-            name
-            for group in self._attn_group_iterator()
-            for name in group.layer_names
-            if name not in self.drafter._draft_attn_layer_names
-        ]
-        builders = [group.get_metadata_builder() for group in self._attn_group_iterator()]
-        for builder in builders:
-            if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
-                raise UserError(
-                    "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
-                    'option "tree" to "chain".'
-                )
-            builder.prepare_trees()
-            self._builders.append(builder)
-        for group in self.drafter.draft_attn_groups:  # one layout for all layers; these attend without trees
-            group.get_metadata_builder().prepare_trees()
-        for name in names:
-            impl = layers[name].impl
-            assert isinstance(impl, TreeCPUAttentionImpl), f"{name} has another attention implementation"
-            impl.check_trees()
-        self._cache_rows = CacheRows([layers[name].kv_cache for name in names])
+        if self.drafter.options.tree != "chain" and self.kv_caches:
+            self._layers = TargetLayers(self, self.current, self.timer)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         with self.timer.measure("verify"):
@@ -121,63 +79,38 @@ class CloverRunner(GPUModelRunner):
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.timer.measure("python"):
-            step = self._match_drafts(scheduler_output, num_scheduled_tokens)
-            self.scorer.step = step
-            self.scorer.batch = Batch(
-                self.input_batch.req_output_token_ids,
-                np.nonzero(self.discard_request_mask.np[: len(step.rows)])[0].tolist(),
-            )
-            for builder in self._builders:
-                builder.step, builder.timer = step, self.timer
+            step = self._step(scheduler_output, num_scheduled_tokens)
+            self.current.begin(step)
             if step.has_branches:
                 self._set_positions(step)
         return prepared
 
-    def _match_drafts(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> StepTrees:
-        """The trees whose nodes were scheduled; the scheduler may have cut them short."""
-        rows = num_scheduled_tokens.tolist()
-        first_rows, row = [], 0
-        for count in rows:
-            first_rows.append(row)
-            row += count
-        trees: list[RequestTree | None] = [None] * len(rows)
-        endings: dict[int, Ending] = {}
+    def _step(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
+        """The trees whose nodes were scheduled, and what scoring needs to know of the batch."""
+        batch, rows = self.input_batch, num_scheduled_tokens.tolist()
+        trees: list[Tree | None] = [None] * len(rows)
         for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
-            if not tokens:
-                continue
-            r = self.input_batch.req_id_to_index[request_id]
-            endings[r] = self._ending(request_id)
-            drafted = self._drafts.get(request_id)
-            count = len(tokens)
-            if drafted is not None and drafted.tokens[:count] == tokens and rows[r] == count + 1:
-                trees[r] = drafted.prefix(count)
-            else:  # any reading of the rows is exact; a chain needs no masks
-                # The scheduler pads some admissions with -1, which no token equals.
-                self.counters.count_fallback("placeholder_draft" if tokens[0] < 0 else "unknown_draft")
-                trees[r] = RequestTree.chain(list(tokens))
-        return StepTrees(trees, rows, first_rows, endings)
+            if tokens:
+                r = batch.req_id_to_index[request_id]
+                trees[r] = self._pending.take(request_id, tokens, rows[r])
+        return Step(
+            trees,
+            rows,
+            endings={
+                r: ending_of(self.requests[batch.req_ids[r]], self.max_model_len) for r in range(len(rows))
+            },
+            histories=batch.req_output_token_ids,
+            discarded=frozenset(np.nonzero(self.discard_request_mask.np[: len(rows)])[0].tolist()),
+            with_logprobs=frozenset(batch.req_id_to_index[name] for name in batch.num_logprobs),
+        )
 
-    def _ending(self, request_id: str) -> Ending:
-        state = self.requests[request_id]
-        remaining = self.max_model_len - state.num_tokens
-        params = state.sampling_params
-        if params is None:
-            return Ending(remaining=remaining)
-        if params.max_tokens is not None:
-            remaining = min(remaining, params.max_tokens - len(state.output_token_ids))
-        stops = frozenset(params.stop_token_ids or ())
-        if params.eos_token_id is not None:
-            stops |= {params.eos_token_id}
-        return Ending(stops, remaining, repetition(params, state.output_token_ids))
-
-    def _set_positions(self, step: StepTrees) -> None:
+    def _set_positions(self, step: Step) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
         rows: list[int] = []
         shifts: list[int] = []
-        for r, tree in enumerate(step.trees):
+        for root, tree in zip(step.root_rows, step.trees, strict=True):
             if tree is None or tree.is_chain:
                 continue
-            root = step.root_row(r)
             for node, depth in enumerate(tree.depths):
                 if depth != node + 1:
                     rows.append(root + node + 1)
@@ -186,34 +119,29 @@ class CloverRunner(GPUModelRunner):
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
-        step = self.scorer.step
-        seconds = self.timer.finish_step(step is not None and step.decodes_only)
-        with self.timer.measure("python"):  # of the next step, as the seconds of this one are being counted
-            if step is not None:
-                batch = self.input_batch
-                greedy = [request in batch.greedy_reqs for request in batch.req_ids]
-                self.counters.count_step(step, greedy, seconds)
-                self._watch.look()
+        if self.current.running:
+            self._end_step(self.current.value)
         return output
+
+    def _end_step(self, step: Step) -> None:
+        seconds = self.timer.finish_step(step.decodes_only)
+        with self.timer.measure("python"):  # of the next step, as the seconds of this one are being counted
+            batch = self.input_batch
+            greedy = [request in batch.greedy_reqs for request in batch.req_ids]
+            self.counters.count_step(step, greedy, seconds)
+            self._watch.look()
+            self.current.end()
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
         with self.timer.measure("sample"):
             output = super()._sample(logits, spec_decode_metadata)
-        with self.timer.measure("move"):
-            self._move_accepted()
+        if spec_decode_metadata is None and self.current.running:  # vLLM sampled the roots itself
+            self.current.value.accepted = [[] for _ in self.current.value.trees]
+        if self._layers is not None:
+            with self.timer.measure("move"):
+                slots = self.input_batch.block_table[0].slot_mapping.gpu
+                self._layers.move_accepted(self.current, slots)
         return output
-
-    def _move_accepted(self) -> None:
-        """Bring the accepted rows' keys and values right behind their roots."""
-        step = self.scorer.step
-        if step is None or self._cache_rows is None or not step.has_branches:
-            return
-        sources, destinations = step.moves()
-        if sources:
-            slots = self.input_batch.block_table[0].slot_mapping.gpu
-            self._cache_rows.move(
-                slots[torch.tensor(sources)].tolist(), slots[torch.tensor(destinations)].tolist()
-            )
 
     def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
         # vLLM gives up drafting for the whole batch when one request nears max_model_len; here the
@@ -253,18 +181,11 @@ class CloverRunner(GPUModelRunner):
         common_attn_metadata: CommonAttentionMetadata,
         slot_mappings: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]] | None,
     ) -> list[list[int]]:
-        del (
-            scheduler_output,
-            sampling_metadata,
-            hidden_states,
-            sample_hidden_states,
-            spec_decode_metadata,
-            slot_mappings,
-        )
+        del scheduler_output, sampling_metadata, hidden_states, sample_hidden_states
+        del spec_decode_metadata, slot_mappings
         assert isinstance(sampled_token_ids, list)
         assert aux_hidden_states is not None
-        step = self.scorer.step
-        assert step is not None
+        step = self.current.value
         with self.timer.measure("python"):
             accepted = self._accepted_rows(step, sampled_token_ids, common_attn_metadata)
         with self.timer.measure("draft"):
@@ -275,23 +196,23 @@ class CloverRunner(GPUModelRunner):
             return self._remember(trees, accepted.drafting, len(step.rows))
 
     def _accepted_rows(
-        self, step: StepTrees, sampled: list[list[int]], common: CommonAttentionMetadata
-    ) -> Any:
+        self, step: Step, sampled: list[list[int]], common: CommonAttentionMetadata
+    ) -> AcceptedRows:
+        """What of the step is text now. Who ends with it, or has one token to go, gets no draft."""
         batch = self.input_batch
         kept: list[list[int]] = []
         tokens: list[list[int]] = []
         drafting: list[int] = []
         input_ids = self.input_ids.cpu
         computed = batch.num_computed_tokens_cpu[: len(step.rows)].tolist()
-        for r, first in enumerate(step.first_rows):
+        for r, (first, root) in enumerate(zip(step.first_rows, step.root_rows, strict=True)):
             own = sampled[r]
-            root = step.root_row(r)
             before = list(range(first, root))  # a prompt chunk's rows; none for a decoding request
             if own:
-                nodes = step.accepted[r]
-                kept.append([*before, root, *(root + 1 + node for node in nodes)])
+                kept.append([*before, root, *(root + 1 + node for node in step.accepted[r])])
                 tokens.append([*input_ids[first + 1 : root + 1].tolist(), *own])
-                drafting.append(r)
+                if step.endings.get(r, NEVER).leaves_room(own):
+                    drafting.append(r)
             else:
                 following = self._token_at(batch.req_ids[r], computed[r] + step.rows[r])
                 kept.append([*before, root])
@@ -306,37 +227,27 @@ class CloverRunner(GPUModelRunner):
         except ValueError:
             return 0
 
-    def _remember(self, trees: DraftTrees | None, drafting: list[int], requests: int) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in range(requests)]
-        # A running request that this step had no budget for keeps its drafts, here as in the scheduler.
-        done = set(self.input_batch.req_ids)
-        self._drafts = {k: v for k, v in self._drafts.items() if k in self.requests and k not in done}
-        if trees is None:
-            return drafts
-        made = self._host_trees(trees)
-        if self.parallel_config.tensor_parallel_size > 1:
+    def _remember(self, trees: list[Tree], drafting: list[int], requests: int) -> list[list[int]]:
+        """Keep the drafts until they are verified, and tell the scheduler their tokens, by request."""
+        if trees and self.parallel_config.tensor_parallel_size > 1:
             # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
-            made = get_tp_group().broadcast_object(made, src=0)
-        for r, drafted in zip(drafting, made, strict=True):
-            request_id = self.input_batch.req_ids[r]
-            params = self.requests[request_id].sampling_params
-            if params is not None and params.structured_outputs is not None:
-                # The grammar follows drafts one after the other.
-                if not drafted.is_chain:
-                    self.counters.count_fallback("structured_output")
-                drafted = drafted.likeliest_chain()
-            if drafted.tokens:
-                self._drafts[request_id] = drafted
-                drafts[r] = drafted.tokens
-        return drafts
+            trees = get_tp_group().broadcast_object(trees, src=0)
+        names = self.input_batch.req_ids
+        made = {names[r]: self._usable(names[r], tree) for r, tree in zip(drafting, trees, strict=True)}
+        made = {name: tree for name, tree in made.items() if len(tree)}
+        self._pending.replace(made, set(names), self.requests)
+        return [list(made[name].tokens) if name in made else [] for name in names[:requests]]
 
-    def _host_trees(self, trees: DraftTrees) -> list[RequestTree]:
-        """The trees of the drafting requests as records on the host."""
-        made = RequestTree.from_batch(trees)
-        for drafted in made:
-            if not drafted.tokens:
-                self.counters.count_fallback("non_finite_draft")
-        return made
+    def _usable(self, request_id: str, drafted: Tree) -> Tree:
+        """What of a tree a request can verify."""
+        if not len(drafted):
+            self.counters.count_fallback("non_finite_draft")
+        params = self.requests[request_id].sampling_params
+        if params is None or params.structured_outputs is None:
+            return drafted
+        if not drafted.is_chain:  # the grammar follows drafts one after the other
+            self.counters.count_fallback("structured_output")
+        return drafted.likeliest_chain()
 
     def _open_counters(self) -> Counters:
         """In a file that the front end reads too; one rank counts for all."""
@@ -350,17 +261,3 @@ class CloverRunner(GPUModelRunner):
 
 class CloverCPUModelRunner(CloverRunner, CPUModelRunner):
     """For vLLM's CPU build."""
-
-
-def repetition(params: SamplingParams, output: list[int]) -> Callable[[Sequence[int]], bool] | None:
-    """Tells from a step's tokens, which follow `output`, whether repetition detection ends the request."""
-    wanted = params.repetition_detection
-    if wanted is None:
-        return None
-    tail = output[-max(1, wanted.max_pattern_size * wanted.min_count) :]
-    missing = params.min_tokens - len(output)
-
-    def repeats(emitted: Sequence[int]) -> bool:
-        return len(emitted) >= missing and check_sequence_repetition([*tail, *emitted], wanted)
-
-    return repeats

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import (
+from vllm.v1.sample.logits_processor import (
+    AdapterLogitsProcessor,
+    BatchUpdate,
     LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessors,
     MinPLogitsProcessor,
     MinTokensLogitsProcessor,
+    MoveDirectionality,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from clover_vllm.tree import ROOT
-from clover_vllm.tree.step import NEVER, RequestTree, StepTrees
-from clover_vllm.tree.walk import walk_tree
+from clover_vllm.tree import ROOT, Tree, walk
+from clover_vllm.tree.step import NEVER, CurrentStep, Step
 
 T = TypeVar("T")
 
 GREEDY_ROWS = 128
 """Rows whose logits are held in float32 at a time."""
 
-
-@dataclass
-class Batch:
-    """What sampling needs to know of the batch beyond vLLM's metadata (filled by the runner)."""
-
-    output_token_ids: Sequence[list[int] | None]  # per request, the lists that vLLM itself appends to
-    discarded: Sequence[int]  # requests of which nothing is sampled yet: their prompt goes on
+GREEDY_TEMPERATURE = 1e-5
+"""Below it vLLM takes the most likely token (`vllm.v1.sample.sampler._SAMPLING_EPS`)."""
 
 
 class TreeScorer(nn.Module):
@@ -45,20 +44,22 @@ class TreeScorer(nn.Module):
     the root, and where a child carries that token it samples there, until none does. Every row is
     thus an ordinary step of vLLM's `Sampler`, with the accepted path as the request's history and one
     draw of its generator per output token. A path ends where the request does, so that nothing counts as
-    computed that is not text (a streaming session goes on from there). So greedy and seeded requests get the tokens of plain
-    decoding, and others its distribution, whatever vLLM's sampling parameters.
+    computed that is not text (a streaming session goes on from there). So greedy and seeded requests get the
+    tokens of plain decoding, and others its distribution, whatever vLLM's sampling parameters.
 
-    Logits processors of a user's own are asked once per depth for the whole batch, as a plain step asks them;
-    `update_state(None)` stands between. Rows of requests whose path has ended are in that batch too, and what
-    comes of them is dropped. So a row's result may depend on the request's parameters, prompt and output
-    so far, but a processor that counts its calls counts too many.
+    Requests that just take the argmax of the target's logits are scored in one pass over all of their rows.
+    The others are sampled depth by depth, only they, and only while their path goes on. The exception are
+    logits processors of a user's own that are not vLLM's per-request adapter: nobody can tell which rows they
+    change, so they see the whole batch at every depth, as in a plain step, with `update_state(None)` in
+    between. Rows of requests whose path has ended are in that batch too, and what comes of them is dropped. So
+    a row's result may depend on the request's parameters, prompt and output so far, but a processor that
+    counts its calls counts too many.
     """
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, current: CurrentStep) -> None:
         super().__init__()
         self.sampler = sampler
-        self.step: StepTrees | None = None
-        self.batch: Batch | None = None
+        self._current = current
 
     def forward(
         self,
@@ -76,132 +77,215 @@ class TreeScorer(nn.Module):
             sampling_metadata: of the batch.
 
         Returns:
-            tokens int32 [R, most drafts + 1], padded with -1, and logprobs of R * (most drafts + 1)
-            rows if any request wants them.
+            tokens int32 [R, longest accepted path + 1], padded with -1, and logprobs of as many rows if any
+            request wants them.
         """
         del draft_probs
-        step, batch = self.step, self.batch
-        if step is None or batch is None:  # vLLM warms the sampler up
-            drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
-            step = StepTrees([RequestTree.chain(part.tolist()) for part in drafts], [], [])
-            batch = Batch([None] * len(drafts), [])
-        if is_plain_greedy(sampling_metadata):
-            emitted, logprobs = self._greedy(logits, step), None
-        else:
-            emitted, logprobs = self._walk(logits, step, batch, sampling_metadata)
-        width = max(metadata.num_draft_tokens) + 1
+        step = self._current.value if self._current.running else _warm_up_step(metadata)
+        emitted, logprobs = self._score(logits, step, sampling_metadata)
+        width = max(map(len, emitted))
         tokens = torch.tensor(
             [row + [PLACEHOLDER_TOKEN_ID] * (width - len(row)) for row in emitted], dtype=torch.int32
         ).to(logits.device)
         return SamplerOutput(
             sampled_token_ids=tokens,
-            logprobs_tensors=None if logprobs is None else _by_request(logprobs, width),
+            logprobs_tensors=_by_request(logprobs, width) if logprobs else None,
         )
 
-    def _greedy(self, logits: torch.Tensor, step: StepTrees) -> list[list[int]]:
-        """All rows at once: an argmax has no side effects."""
+    def _score(
+        self, logits: torch.Tensor, step: Step, sampling_metadata: SamplingMetadata
+    ) -> tuple[list[list[int]], list[LogprobsTensors]]:
+        """Tokens by request, and logprobs by depth; fills `step.accepted`."""
+        requests = range(len(step.trees))
+        greedy = plain_greedy(sampling_metadata, step.with_logprobs, len(requests))
+        fast = [r for r in requests if r in greedy]
+        slow = [r for r in requests if r not in greedy and r not in step.discarded]
+        output: list[list[int]] = [[0] for _ in requests]  # of discarded requests, vLLM drops it
+        accepted: list[list[int]] = [[] for _ in requests]
+        logprobs: list[LogprobsTensors] = []
+        if fast:
+            self._greedy(logits, step, fast, output, accepted)
+        if slow:
+            logprobs = self._sample(logits, step, slow, sampling_metadata, output, accepted)
+        step.accepted = accepted
+        return output, logprobs
+
+    def _greedy(
+        self,
+        logits: torch.Tensor,
+        step: Step,
+        chosen: Sequence[int],
+        output: list[list[int]],
+        accepted: list[list[int]],
+    ) -> None:
+        """All rows of the chosen requests at once: an argmax has no side effects."""
+        counts = [1 + len(step.trees[r] or ()) for r in chosen]
+        if len(chosen) < len(step.trees):
+            rows = [step.sampled_rows[r] + i for r, n in zip(chosen, counts, strict=True) for i in range(n)]
+            logits = logits[torch.tensor(rows, device=logits.device)]
         emitted: list[int] = []
         for part in logits.split(GREEDY_ROWS):
             emitted += self.sampler.greedy_sample(part.to(torch.float32)).tolist()
-        output, row = [], 0
-        step.accepted = []
-        for r, tree in enumerate(step.trees):
-            if tree is None:
-                step.accepted.append([])
-                output.append([emitted[row]])
-                row += 1
-                continue
-            rows = emitted[row : row + len(tree.tokens) + 1]
-            accepted = walk_tree(tree.tokens, tree.parents, rows)
-            tokens = [rows[0], *(rows[node + 1] for node in accepted)]
+        first = 0
+        for r, count in zip(chosen, counts, strict=True):
+            tree, own = step.trees[r], emitted[first : first + count]
+            first += count
+            nodes = walk(tree, own) if tree is not None else []
+            tokens = [own[0], *(own[node + 1] for node in nodes)]
             ending = step.endings.get(r, NEVER)
-            last = next((i for i in range(len(accepted)) if ending.at(tokens[: i + 1])), len(accepted))
-            step.accepted.append(accepted[:last])
-            output.append(tokens[: last + 1])
-            row += len(rows)
-        return output
+            last = next((i for i in range(len(nodes)) if ending.at(tokens[: i + 1])), len(nodes))
+            output[r], accepted[r] = tokens[: last + 1], nodes[:last]
 
-    def _walk(
-        self, logits: torch.Tensor, step: StepTrees, batch: Batch, sampling_metadata: SamplingMetadata
-    ) -> tuple[list[list[int]], list[LogprobsTensors] | None]:
-        """One sampling step of the batch per depth; requests drop out where their path ends."""
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        step: Step,
+        chosen: Sequence[int],
+        sampling_metadata: SamplingMetadata,
+        output: list[list[int]],
+        accepted: list[list[int]],
+    ) -> list[LogprobsTensors]:
+        """The chosen requests, depth by depth; they drop out where their path ends. Logprobs by depth."""
         requests = len(step.trees)
-        everyone = list(range(requests))
-        first_rows, row = [], 0
-        for tree in step.trees:
-            first_rows.append(row)
-            row += 1 + (len(tree.tokens) if tree else 0)
-        children = [_children(tree) for tree in step.trees]
+        everyone: Sequence[int] = range(requests)
+        processors = list(sampling_metadata.logitsprocs.all)
+        may_narrow = can_narrow(sampling_metadata)
         current = [ROOT] * requests
-        step.accepted = [[] for _ in everyone]
-        output: list[list[int]] = [[] for _ in everyone]
+        histories = step.histories or [None] * requests
         logprobs: list[LogprobsTensors] = []
-        holder = sampling_metadata.thinking_budget_state_holder
-        may_narrow = all(is_idle(processor) for processor in sampling_metadata.logitsprocs.all)
-        may_narrow &= holder is None or not holder.has_tracked_requests()
-        may_narrow &= not sampling_metadata.logprob_token_ids  # its table is as wide as its widest request
-        live = sorted(set(everyone).difference(batch.discarded))
-        chosen = everyone
+        live = list(chosen)
+        for r in live:
+            output[r] = []
         while True:
-            rows = torch.tensor([first_rows[r] + current[r] + 1 for r in chosen], device=logits.device)
-            sampled = self.sampler(logits[rows], narrow(sampling_metadata, chosen, live))
-            tokens = dict(zip(chosen, sampled.sampled_token_ids[:, 0].tolist(), strict=True))
+            rows_of = live if may_narrow else everyone
+            rows = [step.sampled_rows[r] + current[r] + 1 for r in rows_of]
+            sampled = self.sampler(
+                logits[torch.tensor(rows, device=logits.device)], narrow(sampling_metadata, rows_of, live)
+            )
             if sampled.logprobs_tensors is not None:
-                logprobs.append(_spread(sampled.logprobs_tensors, chosen, requests))
+                logprobs.append(_spread(sampled.logprobs_tensors, rows_of, requests))
+            tokens = dict(zip(rows_of, sampled.sampled_token_ids[:, 0].tolist(), strict=True))
             going = []
             for r in live:
                 output[r].append(tokens[r])
-                node = children[r].get((current[r], tokens[r]))
+                node = _children(step.trees[r]).get((current[r], tokens[r]))
                 if node is not None and not step.endings.get(r, NEVER).at(output[r]):
                     current[r] = node
-                    step.accepted[r].append(node)
+                    accepted[r].append(node)
                     going.append(r)
             live = going
             if not live:
                 break
             for r in live:  # the history of the next sampling step
-                ids = batch.output_token_ids[r]
+                ids = histories[r]
                 if ids is not None:
                     ids.append(output[r][-1])
-            for processor in sampling_metadata.logitsprocs.all:
+            for processor in processors:
                 processor.update_state(None)
-            chosen = live if may_narrow else everyone
-        for r, nodes in enumerate(step.accepted):  # vLLM's bookkeeping appends them itself
-            ids = batch.output_token_ids[r]
-            if ids is not None and nodes:
-                del ids[-len(nodes) :]
-        for r in batch.discarded:
-            output[r].append(0)  # vLLM drops it
-        return output, logprobs or None
+        for r in chosen:  # vLLM's bookkeeping appends them itself
+            ids = histories[r]
+            if ids is not None and accepted[r]:
+                del ids[-len(accepted[r]) :]
+        return logprobs
 
 
-def is_plain_greedy(metadata: SamplingMetadata) -> bool:
-    """Whether every request just takes the argmax of the target's own logits."""
+def _warm_up_step(metadata: SpecDecodeMetadata) -> Step:
+    """vLLM warms its sampler up outside of steps."""
+    drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
+    return Step.of_trees([Tree.chain(part.tolist()) for part in drafts])
+
+
+def _children(tree: Tree | None) -> dict[tuple[int, int], int]:
+    return tree.children if tree is not None else {}
+
+
+def plain_greedy(metadata: SamplingMetadata, with_logprobs: Iterable[int], requests: int) -> set[int]:
+    """Requests that just take the argmax of the target's own logits.
+
+    Args:
+        metadata: of the batch.
+        with_logprobs: requests that ask for logprobs.
+        requests: in the batch.
+    """
+    holder = metadata.thinking_budget_state_holder
+    if holder is not None and holder.has_tracked_requests():
+        return set()
+    found = set(range(requests))
+    if metadata.temperature is not None:
+        found = {r for r, t in enumerate(metadata.temperature.tolist()) if t < GREEDY_TEMPERATURE}
+    elif not metadata.all_greedy:
+        return set()
+    for processor in metadata.logitsprocs.non_argmax_invariant:
+        active = active_requests(processor)
+        if active is None:
+            return set()
+        found -= active
+    found -= set(with_logprobs) | set(metadata.logprob_token_ids or ()) | set(metadata.bad_words_token_ids)
+    if not metadata.no_penalties:
+        penalised = metadata.frequency_penalties.ne(0) | metadata.presence_penalties.ne(0)
+        penalised |= metadata.repetition_penalties.ne(1)
+        found -= set(penalised.nonzero()[:, 0].tolist())
+    if metadata.allowed_token_ids_mask is not None:
+        found -= set(metadata.allowed_token_ids_mask.any(1).nonzero()[:, 0].tolist())
+    return found
+
+
+def _entries(processor: LogitsProcessor) -> str | None:
+    """Name of the attribute in which a processor keeps its entries by request, or None for an unknown kind."""
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return "min_toks"
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        return "biases"
+    kind, adapter = type(processor), AdapterLogitsProcessor
+    if isinstance(processor, adapter) and (kind.apply, kind.update_state) == (
+        adapter.apply,
+        adapter.update_state,
+    ):
+        return "req_info"
+    return None
+
+
+def active_requests(processor: LogitsProcessor) -> set[int] | None:
+    """Requests whose logits a processor changes, or None where nobody can tell."""
+    if isinstance(processor, MinPLogitsProcessor):
+        return set(processor.min_p_cpu.nonzero()[0].tolist()) if processor.min_p_count else set()
+    name = _entries(processor)
+    return None if name is None else set(getattr(processor, name))
+
+
+def can_narrow(metadata: SamplingMetadata) -> bool:
+    """Whether some requests of the batch can be sampled without the others."""
     holder = metadata.thinking_budget_state_holder
     return (
-        metadata.all_greedy
-        and metadata.max_num_logprobs is None
-        and not metadata.logprob_token_ids
-        and metadata.no_penalties
-        and metadata.allowed_token_ids_mask is None
-        and not metadata.bad_words_token_ids
-        and all(is_idle(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+        all(active_requests(processor) is not None for processor in metadata.logitsprocs.all)
         and (holder is None or not holder.has_tracked_requests())
+        and not metadata.logprob_token_ids  # its table is as wide as its widest request
     )
 
 
-def is_idle(processor: LogitsProcessor) -> bool:
-    """Whether a logits processor has nothing to do for the batch; unknown ones always have."""
-    if isinstance(processor, MinTokensLogitsProcessor):
-        return not processor.min_toks
-    if isinstance(processor, LogitBiasLogitsProcessor):
-        return not processor.biases
-    if isinstance(processor, MinPLogitsProcessor):
-        return not processor.min_p_count
-    return False
+def narrow_processors(processors: LogitsProcessors, chosen: Sequence[int], requests: int) -> LogitsProcessors:
+    """What is left of a batch's logits processors for some of its requests, in ascending order.
+
+    As vLLM itself condenses a batch: requests are removed, and the others move up. The originals stay as they are.
+    """
+    removed = sorted(set(range(requests)).difference(chosen))
+    moved = [(r, i, MoveDirectionality.UNIDIRECTIONAL) for i, r in enumerate(chosen) if r != i]
+    views: list[LogitsProcessor] = []
+    for processor in processors.all:
+        if (active_requests(processor) or set()).isdisjoint(chosen):
+            continue
+        view = copy.copy(processor)
+        name = _entries(processor)
+        if name is not None:
+            setattr(view, name, dict(getattr(processor, name)))
+            view.update_state(BatchUpdate(len(chosen), removed, [], moved))
+        elif isinstance(view, MinPLogitsProcessor):
+            view.min_p = view.min_p[torch.tensor(chosen, device=view.min_p.device)]
+        views.append(view)
+    return LogitsProcessors(views)
 
 
-def narrow(metadata: SamplingMetadata, chosen: list[int], live: list[int]) -> SamplingMetadata:
+def narrow(metadata: SamplingMetadata, chosen: Sequence[int], live: Sequence[int]) -> SamplingMetadata:
     """Metadata of some requests of the batch.
 
     Args:
@@ -210,10 +294,11 @@ def narrow(metadata: SamplingMetadata, chosen: list[int], live: list[int]) -> Sa
         live: those of them whose generators may be drawn from.
     """
     drawn = {r: metadata.generators[r] for r in live if r in metadata.generators}
-    if len(chosen) == metadata.repetition_penalties.shape[0]:
+    requests = metadata.repetition_penalties.shape[0]
+    if len(chosen) == requests:
         return replace(metadata, generators=drawn, spec_token_ids=[[] for _ in chosen])
     position = {r: i for i, r in enumerate(chosen)}
-    index = torch.tensor(chosen)
+    index = torch.tensor(list(chosen))
 
     def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor[index.to(tensor.device)]
@@ -234,25 +319,17 @@ def narrow(metadata: SamplingMetadata, chosen: list[int], live: list[int]) -> Sa
         output_token_ids=[metadata.output_token_ids[r] for r in chosen] if metadata.output_token_ids else [],
         allowed_token_ids_mask=rows(metadata.allowed_token_ids_mask),
         bad_words_token_ids=remap(metadata.bad_words_token_ids),
+        logitsprocs=narrow_processors(metadata.logitsprocs, chosen, requests),
         logprob_token_ids=None,  # such batches are not narrowed
         spec_token_ids=[[] for _ in chosen],
     )
 
 
-def _children(tree: RequestTree | None) -> dict[tuple[int, int], int]:
-    """(parent, token) -> node; the first of equal siblings."""
-    found: dict[tuple[int, int], int] = {}
-    if tree is not None:
-        for node, key in enumerate(zip(tree.parents, tree.tokens, strict=True)):
-            found.setdefault(key, node)
-    return found
-
-
-def _spread(part: LogprobsTensors, chosen: list[int], requests: int) -> LogprobsTensors:
+def _spread(part: LogprobsTensors, chosen: Sequence[int], requests: int) -> LogprobsTensors:
     """Rows of some requests in a table of all; the other rows are never read."""
     if len(chosen) == requests:
         return part
-    index = torch.tensor(chosen, device=part.logprobs.device)
+    index = torch.tensor(list(chosen), device=part.logprobs.device)
 
     def table(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.new_zeros(requests, *tensor.shape[1:]).index_copy_(0, index, tensor)

@@ -28,10 +28,10 @@ from clover_vllm.tree import (
     PUBLISHED_25,
     Cutoffs,
     Drafter,
-    DraftTrees,
+    Tree,
     chain,
     grow_best_first,
-    grow_static,
+    grow_fixed,
     walk,
 )
 
@@ -39,7 +39,7 @@ from clover_vllm.tree import (
 class Grow(Protocol):
     """Makes trees from a drafter."""
 
-    def __call__(self, drafter: Drafter) -> DraftTrees: ...
+    def __call__(self, drafter: Drafter) -> list[Tree]: ...
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def best_first(
 def default_shapes() -> list[Shape]:
     """The shapes that the model card reports."""
     return [
-        Shape("chain of 5", lambda drafter: grow_static(drafter, chain(5))),
+        Shape("chain of 5", lambda drafter: grow_fixed(drafter, chain(5))),
         *(best_first(n) for n in (4, 8, 16, 25)),
-        Shape("published 25", lambda drafter: grow_static(drafter, PUBLISHED_25)),
+        Shape("published 25", lambda drafter: grow_fixed(drafter, PUBLISHED_25)),
     ]
 
 
@@ -339,18 +339,18 @@ class Evaluator:
         return lambda part: Clover2Drafter(clover, g[part], self.embed, self.draft_head)
 
     @torch.no_grad()
-    def trees(self, prepared: Prepared, shape: Shape) -> DraftTrees:
-        """A tree for every position of an answer, on the CPU; drafted in chunks of positions."""
-        parts = []
+    def trees(self, prepared: Prepared, shape: Shape) -> list[Tree]:
+        """A tree for every position of an answer; drafted in chunks of positions."""
+        made: list[Tree] = []
         for start in range(0, prepared.positions, self._chunk):
             part = slice(start, min(start + self._chunk, prepared.positions))
-            parts.append(shape.grow(prepared.new_drafter(part)).to("cpu"))
-        return DraftTrees.concatenate(parts)
+            made += shape.grow(prepared.new_drafter(part))
+        return made
 
     def measure(self, answer: Answer, shapes: Sequence[Shape]) -> list[Outcome]:
         """Outcome of every shape over one answer of at least two tokens."""
         prepared = self.prepare(answer)
-        continuation = prepared.continuation.cpu()
+        continuation = prepared.continuation.tolist()
         return [outcome_of(self.trees(prepared, shape), continuation, answer.category) for shape in shapes]
 
     def check_answers(self, answers: Sequence[Answer]) -> None:
@@ -370,37 +370,33 @@ class Evaluator:
             )
 
 
-def emitted_tokens(trees: DraftTrees, continuation: torch.Tensor) -> torch.Tensor:
-    """What the target emits at every row, where the row lies on the answer's path.
+def accepted_nodes(tree: Tree, continuation: Sequence[int]) -> list[int]:
+    """What the target accepts of a tree.
 
     Args:
-        trees: request r starts r tokens into `continuation`.
-        continuation: int64 [C], R <= C + 1; past its end nothing is emitted (-1).
-
-    Returns:
-        int64 [N + R], root row before node rows (see `tree.walk`).
+        tree: drafted behind the token before `continuation`.
+        continuation: how the answer goes on; past its end the target says nothing.
     """
-    request = trees.request_of_node
-    index = torch.empty(len(trees.tokens) + trees.num_requests, dtype=torch.int64)
-    roots = trees.offsets[:-1] + torch.arange(trees.num_requests)
-    index[roots] = torch.arange(trees.num_requests)
-    nodes = torch.arange(len(trees.tokens)) + request + 1
-    index[nodes] = request + trees.depths
-    padded = torch.cat([continuation, torch.full((int(index.max()) + 1,), -1)])
-    return padded[index]
+    said = [continuation[d] if d < len(continuation) else -1 for d in (0, *tree.depths)]
+    return walk(tree, said)
 
 
-def outcome_of(trees: DraftTrees, continuation: torch.Tensor, category: str) -> Outcome:
-    """Follow one answer: which steps an engine takes, and what each accepts."""
-    accepted = walk(trees, emitted_tokens(trees, continuation)).lengths.tolist()
-    depth = int(trees.depths.max()) if len(trees.depths) else 0
-    taken = [0] * depth
+def outcome_of(trees: Sequence[Tree], continuation: Sequence[int], category: str) -> Outcome:
+    """Follow one answer: which steps an engine takes, and what each accepts.
+
+    Args:
+        trees: by position; tree r is drafted r tokens into `continuation`.
+        continuation: the answer's tokens after its first.
+        category: of the answer.
+    """
+    taken = [0] * max((depth for tree in trees for depth in tree.depths), default=0)
     position = steps = tokens = 0
     while position < len(continuation):
         steps += 1
-        for d in range(depth):
-            taken[d] += accepted[position] > d
-        emitted = min(accepted[position] + 1, len(continuation) - position)
+        accepted = len(accepted_nodes(trees[position], continuation[position:]))
+        for d in range(accepted):
+            taken[d] += 1
+        emitted = min(accepted + 1, len(continuation) - position)
         tokens += emitted
         position += emitted
     return Outcome(category, tokens, steps, taken)

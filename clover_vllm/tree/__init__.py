@@ -1,33 +1,26 @@
-"""Draft trees as pure tensors: topology, growth, verification walk. Knows nothing of vLLM.
+"""Tree verification without vLLM: draft trees, their growth, the step that verifies them, the walk.
 
 A draft tree hangs under a *root*, the last token that the target has emitted. Its *nodes* are
 draft tokens; a node's parent always stands before it, so any prefix of a tree's node list is
-itself a tree. Depth 1 is a child of the root.
+itself a tree. Depth 1 is a child of the root. Read in this order: `draft`, `shapes`, `growth`, `step`, `walk`.
 """
 
-from clover_vllm.tree.growth import (
-    Cutoffs,
-    Drafter,
-    grow_best_first,
-    grow_static,
-)
-from clover_vllm.tree.masks import accepted_moves, ancestor_bits, ancestor_matrix
-from clover_vllm.tree.topology import PUBLISHED_25, ROOT, DraftTrees, StaticTopology, chain
-from clover_vllm.tree.walk import Accepted, walk
+from clover_vllm.tree.draft import MAX_NODES, ROOT, Tree, TreeBatch
+from clover_vllm.tree.growth import Cutoffs, Drafter, grow_best_first, grow_fixed
+from clover_vllm.tree.shapes import PUBLISHED_25, Shape, chain
+from clover_vllm.tree.walk import walk
 
 __all__ = [
+    "MAX_NODES",
     "PUBLISHED_25",
     "ROOT",
-    "Accepted",
     "Cutoffs",
-    "DraftTrees",
     "Drafter",
-    "StaticTopology",
-    "accepted_moves",
-    "ancestor_bits",
-    "ancestor_matrix",
+    "Shape",
+    "Tree",
+    "TreeBatch",
     "chain",
     "grow_best_first",
-    "grow_static",
+    "grow_fixed",
     "walk",
 ]

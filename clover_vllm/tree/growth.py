@@ -14,7 +14,8 @@ from typing import Protocol
 
 import torch
 
-from clover_vllm.tree.topology import ROOT, DraftTrees, StaticTopology, offsets_of
+from clover_vllm.tree.draft import ROOT, Tree, TreeBatch
+from clover_vllm.tree.shapes import Shape
 
 HOST_REQUESTS = 64
 """On a CPU, up to so many requests grow in plain Python, which is the quicker then."""
@@ -88,7 +89,7 @@ def grow_best_first(
     num_candidates: int | None = None,
     cutoffs: Cutoffs | None = None,
     fixed_levels: bool = False,
-) -> DraftTrees:
+) -> list[Tree]:
     """Grow by joint probability.
 
     The root is expanded, then `rounds - 1` times the `width` best unexpanded candidates of all
@@ -108,14 +109,15 @@ def grow_best_first(
             arithmetic differs in a bit make the same calls.
 
     Returns:
-        trees of at most `num_nodes` nodes each, sorted by falling joint probability.
+        by request, a tree of at most `num_nodes` nodes, sorted by falling joint probability.
     """
     k = min(num_nodes, 8) if num_candidates is None else num_candidates
     cutoffs = cutoffs or Cutoffs()
     log_probs, tokens = drafter.first(k)
     on_host = tokens.device.type == "cpu" and len(tokens) <= HOST_REQUESTS and not fixed_levels
-    grow = _grow_on_host if on_host else _grow_on_device
-    return grow(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs)
+    if on_host:
+        return _grow_on_host(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs)
+    return _grow_on_device(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs).to_host()
 
 
 def _grow_on_host(
@@ -126,7 +128,7 @@ def _grow_on_host(
     rounds: int,
     width: int,
     cutoffs: Cutoffs,
-) -> DraftTrees:
+) -> list[Tree]:
     """Best-first growth in plain Python: a few hundred numbers, where tensor operations cost more than they do."""
     k = tokens.shape[1]
     pools = [
@@ -145,15 +147,7 @@ def _grow_on_host(
         for pool, own, (scores, ids) in zip(pools, chosen, children, strict=True):
             for c, child_scores, child_ids in zip(own, scores, ids, strict=True):
                 pool.add(c, child_scores, child_ids, cutoffs.min_score)
-    trees = [pool.best(num_nodes) for pool in pools]
-    sizes = torch.tensor([len(scores) for *_, scores in trees])
-    return DraftTrees(
-        torch.tensor([t for own, *_ in trees for t in own], dtype=torch.long),
-        torch.tensor([p for _, own, *_ in trees for p in own], dtype=torch.long),
-        torch.tensor([d for _, _, own, _ in trees for d in own], dtype=torch.long),
-        torch.tensor([s for *_, own in trees for s in own], dtype=torch.float32),
-        offsets_of(sizes),
-    )
+    return [pool.best(num_nodes) for pool in pools]
 
 
 class _Pool:
@@ -166,7 +160,6 @@ class _Pool:
         self._broken = any(math.isnan(p) for p in scores)
         self._open = self._scores.copy()  # -inf: expanded
         self._entries = [ROOT]  # of the slots' nodes
-        self._depths = [0]
 
     def take(self, width: int) -> list[int]:
         """The best entries to expand next; expanded ones only where no others are left."""
@@ -184,31 +177,29 @@ class _Pool:
         if score < min_score:
             score = -math.inf
         self._entries.append(entry)
-        self._depths.append(self._depths[entry // self._k] + 1)
         self._broken |= any(math.isnan(p) for p in log_probs)
         scores = [score + p for p in log_probs]
         self._scores += scores
         self._open += scores
         self.tokens += tokens
 
-    def best(self, num_nodes: int) -> tuple[list[int], list[int], list[int], list[float]]:
-        """Tokens, parents, depths and scores of the best entries, parents first.
+    def best(self, num_nodes: int) -> Tree:
+        """The tree of the best entries.
 
         The sort is stable and a parent stands before its children, also where a child is certain and both
         scores are equal.
         """
         if self._broken:
-            return [], [], [], []
+            return Tree([], [])
         scores, k = self._scores, self._k
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:num_nodes]
         order = [c for c in order if scores[c] > -math.inf]
         position = {c: i for i, c in enumerate(order)}
         position[ROOT] = ROOT
-        return (
+        return Tree(
             [self.tokens[c] for c in order],
             [position[self._entries[c // k]] for c in order],
-            [self._depths[c // k] + 1 for c in order],
-            [scores[c] for c in order],
+            [math.exp(scores[c]) for c in order],
         )
 
 
@@ -220,7 +211,7 @@ def _grow_on_device(
     rounds: int,
     width: int,
     cutoffs: Cutoffs,
-) -> DraftTrees:
+) -> TreeBatch:
     """Best-first growth in tensors of fixed shapes, which never wait for the device."""
     requests, k = tokens.shape
     # The pool holds the k children of every expanded node, slot by slot: pool entry c is a child of
@@ -229,7 +220,6 @@ def _grow_on_device(
     broken = log_probs.isnan().any(1)
     expanded = tokens.new_empty(requests, 0)
     scores = pool.new_empty(requests, 0)  # of the expanded
-    slot_depths = tokens.new_zeros(requests, 1)
     for _ in range(rounds - 1):
         best, chosen = pool.topk(min(width, pool.shape[1]), dim=1)  # [R, W]
         pool.scatter_(1, chosen, -torch.inf)
@@ -242,19 +232,17 @@ def _grow_on_device(
         tokens = torch.cat([tokens, child_tokens.flatten(1)], dim=1)
         expanded = torch.cat([expanded, chosen], dim=1)
         scores = torch.cat([scores, best], dim=1)
-        slot_depths = torch.cat([slot_depths, slot_depths.gather(1, parent_slots) + 1], dim=1)
     # Where fewer are left than fit, an entry is expanded again, with -inf: its first score counts.
     scores = pool.scatter_reduce(1, expanded, scores, "amax").masked_fill(broken[:, None], -torch.inf)
-    return _select(scores, tokens, expanded, slot_depths, num_nodes)
+    return _select(scores, tokens, expanded, num_nodes)
 
 
 def _select(
     scores: torch.Tensor,
     tokens: torch.Tensor,
     expanded: torch.Tensor,
-    slot_depths: torch.Tensor,
     num_nodes: int,
-) -> DraftTrees:
+) -> TreeBatch:
     """The best of the pool as trees.
 
     The sort is stable and a parent stands before its children in the pool, so the parent comes
@@ -263,11 +251,11 @@ def _select(
     Args:
         scores: [R, P] joint log-probabilities of the pool.
         tokens: [R, P].
-        expanded: [R, S], pool entries of the nodes with slots 1, 2, ... .
-        slot_depths: [R, S + 1], depths of the slots' nodes; the pool holds P / (S + 1) children each.
+        expanded: [R, S], pool entries of the nodes with slots 1, 2, ...; the pool holds P / (S + 1) children
+            of each slot.
         num_nodes: most nodes per tree.
     """
-    n, k = min(num_nodes, scores.shape[1]), scores.shape[1] // slot_depths.shape[1]
+    n, k = min(num_nodes, scores.shape[1]), scores.shape[1] // (expanded.shape[1] + 1)
     ordered, index = torch.sort(scores, dim=1, descending=True, stable=True)
     ordered, index = ordered[:, :n], index[:, :n]
     position = torch.full_like(tokens, ROOT)
@@ -276,38 +264,44 @@ def _select(
     of_slot = torch.cat([torch.full_like(index[:, :1], ROOT), position.gather(1, expanded)], dim=1)
     parent_slots = index // k
     keep = ordered > -torch.inf
-    return DraftTrees(
+    return TreeBatch(
         tokens.gather(1, index)[keep],
         of_slot.gather(1, parent_slots)[keep],
-        slot_depths.gather(1, parent_slots).add_(1)[keep],
         ordered[keep],
-        offsets_of(keep.sum(dim=1)),
+        _offsets(keep.sum(dim=1)),
     )
 
 
-def grow_static(drafter: Drafter, topology: StaticTopology) -> DraftTrees:
-    """Fill a tree of fixed shape; a chain is one (`topology.chain`).
+def _offsets(counts: torch.Tensor) -> torch.Tensor:
+    """Exclusive prefix sum with the total at the end: int64 [R] -> [R + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def grow_fixed(drafter: Drafter, shape: Shape) -> list[Tree]:
+    """Fill a tree of fixed shape; a chain is one (`shapes.chain`).
+
+    A request for which the drafter gives a NaN gets no tree.
 
     Returns:
-        one tree of len(topology) nodes per request, nodes in the topology's order.
+        one tree of len(shape) nodes per request, nodes in the shape's order.
     """
-    k = topology.max_rank + 1
+    k = shape.max_rank + 1
     log_probs, tokens = drafter.first(k)
     device = tokens.device
     node_tokens: list[torch.Tensor] = []
     node_scores: list[torch.Tensor] = []
     slot_of: dict[int, int] = {ROOT: 0}
     children_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {ROOT: (log_probs, tokens)}
-    for depth in range(1, topology.max_depth + 1):
-        level = topology.nodes_at(depth)
+    for depth in range(1, shape.max_depth + 1):
+        level = shape.nodes_at(depth)
         for i in level:
-            scores, candidates = children_of[topology.parents[i]]
-            node_tokens.append(candidates[:, topology.ranks[i]])
-            node_scores.append(scores[:, topology.ranks[i]])
-        inner = [i for i in level if i in topology.parents]
+            scores, candidates = children_of[shape.parents[i]]
+            node_tokens.append(candidates[:, shape.ranks[i]])
+            node_scores.append(scores[:, shape.ranks[i]])
+        inner = [i for i in level if i in shape.parents]
         if not inner:
             continue
-        parent_slots = torch.tensor([slot_of[topology.parents[i]] for i in inner], device=device)
+        parent_slots = torch.tensor([slot_of[shape.parents[i]] for i in inner], device=device)
         level_tokens = torch.stack([node_tokens[i] for i in inner], dim=1)
         child_scores, child_tokens = drafter.expand(parent_slots.expand_as(level_tokens), level_tokens, k)
         for column, i in enumerate(inner):
@@ -316,11 +310,9 @@ def grow_static(drafter: Drafter, topology: StaticTopology) -> DraftTrees:
                 node_scores[i][:, None] + child_scores[:, column],
                 child_tokens[:, column],
             )
-    requests, nodes = tokens.shape[0], len(topology)
-    return DraftTrees(
-        torch.stack(node_tokens, dim=1).flatten(),
-        torch.tensor(topology.parents, device=device).repeat(requests),
-        torch.tensor(topology.depths, device=device).repeat(requests),
-        torch.stack(node_scores, dim=1).flatten(),
-        torch.arange(0, requests * nodes + 1, nodes, device=device),
-    )
+    all_tokens = torch.stack(node_tokens, dim=1).tolist()
+    joint = torch.stack(node_scores, dim=1).exp().tolist()
+    return [
+        Tree([], []) if any(map(math.isnan, own)) else Tree(ids, shape.parents, own)
+        for ids, own in zip(all_tokens, joint, strict=True)
+    ]

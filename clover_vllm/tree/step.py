@@ -1,98 +1,14 @@
-"""Which draft trees a step verifies: small host-side records between proposer, runner and scorer."""
+"""A step: which trees it verifies and what came of them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from math import isfinite
+from functools import cached_property
+from itertools import accumulate
 
-from clover_vllm.tree import ROOT, DraftTrees
-
-
-@dataclass(frozen=True)
-class RequestTree:
-    """One request's draft tree on the host, parents first (made by the proposer)."""
-
-    tokens: list[int]
-    parents: list[int]  # index or ROOT
-    depths: list[int]  # 1 under the root
-    masks: list[int]  # of the node rows: bit j, the request's row j is visible (64th bit: the sign)
-    is_chain: bool
-    probabilities: Sequence[float] = ()  # joint, as the head sees them; empty where it does not say
-
-    @classmethod
-    def chain(cls, tokens: list[int], probabilities: Sequence[float] = ()) -> RequestTree:
-        """A single path."""
-        count = len(tokens)
-        masks = [(1 << (i + 2)) - 1 for i in range(count)]
-        return cls(
-            tokens, list(range(-1, count - 1)), list(range(1, count + 1)), signed(masks), True, probabilities
-        )
-
-    @classmethod
-    def make(
-        cls, tokens: list[int], parents: list[int], depths: list[int], probabilities: Sequence[float] = ()
-    ) -> RequestTree:
-        """From nodes in parent-first order."""
-        masks: list[int] = []
-        for node, parent in enumerate(parents):
-            masks.append((1 if parent == ROOT else masks[parent]) | 1 << (node + 1))
-        return cls(tokens, parents, depths, signed(masks), _is_chain(parents), probabilities)
-
-    @classmethod
-    def from_batch(cls, trees: DraftTrees) -> list[RequestTree]:
-        """The trees of a batch; one with a probability that is no number is left out whole.
-
-        Their masks are those of `tree.ancestor_bits`.
-        """
-        offsets = trees.offsets.tolist()
-        tokens, parents, depths = trees.tokens.tolist(), trees.parents.tolist(), trees.depths.tolist()
-        joint = trees.log_probs.exp().tolist()
-        found = []
-        for a, b in pairwise(offsets):
-            b = b if all(map(isfinite, joint[a:b])) else a
-            found.append(cls.make(tokens[a:b], parents[a:b], depths[a:b], joint[a:b]))
-        return found
-
-    def prefix(self, count: int) -> RequestTree:
-        """The first nodes, which again are a tree."""
-        if count == len(self.tokens):
-            return self
-        return RequestTree(
-            self.tokens[:count],
-            self.parents[:count],
-            self.depths[:count],
-            self.masks[:count],
-            _is_chain(self.parents[:count]),
-            self.probabilities[:count],
-        )
-
-    def likeliest_chain(self) -> RequestTree:
-        """The path of first children; a tree's nodes stand in falling order of probability."""
-        path: list[int] = []
-        current = ROOT
-        for node, parent in enumerate(self.parents):
-            if parent == current:
-                path.append(node)
-                current = node
-        probabilities = [self.probabilities[node] for node in path] if self.probabilities else ()
-        return RequestTree.chain([self.tokens[node] for node in path], probabilities)
-
-
-def _is_chain(parents: list[int]) -> bool:
-    return parents == list(range(-1, len(parents) - 1))
-
-
-def signed(masks: Sequence[int]) -> list[int]:
-    """64-bit masks as int64 values."""
-    return [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
-
-
-def causal_masks(rows: int) -> list[int]:
-    """Masks of the rows of a request that decodes or prefills: each sees those up to itself."""
-    return signed([(1 << (row + 1)) - 1 for row in range(rows)])
+from clover_vllm.tree.draft import Tree
 
 
 @dataclass(frozen=True)
@@ -100,7 +16,7 @@ class Ending:
     """Which token ends a request, as `vllm.v1.core.sched.utils.check_stop`."""
 
     tokens: frozenset[int] = frozenset()
-    remaining: int = sys.maxsize  # tokens until max_tokens or max_model_len
+    remaining: int = sys.maxsize  # tokens until max_tokens or max_model_len, before the step
     repeats: Callable[[Sequence[int]], bool] | None = None  # repetition detection, given the step's tokens
 
     def at(self, emitted: Sequence[int]) -> bool:
@@ -111,46 +27,102 @@ class Ending:
             or (self.repeats is not None and self.repeats(emitted))
         )
 
+    def leaves_room(self, emitted: Sequence[int]) -> bool:
+        """Whether a draft can be accepted after `emitted`: the request goes on for more than one token."""
+        return len(emitted) + 1 < self.remaining and not self.at(emitted)
+
 
 NEVER = Ending()
 
 
 @dataclass
-class StepTrees:
-    """What a step verifies, in the order of the batch (filled by the runner before the forward)."""
+class Step:
+    """What a step verifies, in the order of the batch (made by the runner before the forward)."""
 
-    trees: list[RequestTree | None]  # None: no drafts for this request in this step
-    rows: list[int]  # rows of each request in the step
-    first_rows: list[int]  # index of its first row
+    trees: Sequence[Tree | None]  # None: no drafts for this request in this step
+    rows: Sequence[int]  # rows of each request in the step
     endings: Mapping[int, Ending] = field(default_factory=dict)  # by request; none: no token ends it
-    accepted: list[list[int]] = field(default_factory=list)  # nodes by depth, filled by the scorer
+    histories: Sequence[list[int] | None] = ()  # output tokens by request, the lists that vLLM appends to
+    discarded: frozenset[int] = frozenset()  # requests of which nothing is sampled: their prompt goes on
+    with_logprobs: frozenset[int] = frozenset()  # requests that ask for logprobs
+    _accepted: list[list[int]] | None = field(default=None, init=False)
+
+    @classmethod
+    def of_trees(cls, trees: Sequence[Tree | None], **more: object) -> Step:
+        """A step without prompt chunks: each request's rows are its root and its nodes."""
+        return cls(trees, [1 + (len(tree) if tree else 0) for tree in trees], **more)  # type: ignore[arg-type]
 
     @property
+    def accepted(self) -> list[list[int]]:
+        """By request, the accepted nodes by depth."""
+        assert self._accepted is not None, "the step has not been scored yet"
+        return self._accepted
+
+    @accepted.setter
+    def accepted(self, nodes: list[list[int]]) -> None:
+        assert len(nodes) == len(self.trees)
+        self._accepted = nodes
+
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """By request, index of its first row."""
+        return [end - count for end, count in zip(accumulate(self.rows), self.rows, strict=True)]
+
+    @cached_property
+    def root_rows(self) -> list[int]:
+        """By request, index of its root's row. Drafts are a request's last rows, before them its prompt chunk."""
+        ends = accumulate(self.rows)
+        return [end - 1 - (len(tree) if tree else 0) for end, tree in zip(ends, self.trees, strict=True)]
+
+    @cached_property
+    def sampled_rows(self) -> list[int]:
+        """By request, index of its root's row among the rows whose logits are computed: roots and nodes."""
+        counts = [1 + (len(tree) if tree else 0) for tree in self.trees]
+        return [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+
+    @cached_property
     def has_branches(self) -> bool:
         """Whether any tree is more than a chain, so that the step needs masks."""
         return any(tree is not None and not tree.is_chain for tree in self.trees)
 
-    def moves(self) -> tuple[list[int], list[int]]:
-        """Rows that accepted nodes lie in and rows right behind the root that they belong in, where those differ.
+    @cached_property
+    def decodes_only(self) -> bool:
+        """Whether no request has more rows than its root and its drafts."""
+        return self.root_rows == self.first_rows
 
-        Sources never precede their destinations (`tree.masks.accepted_moves`).
+    def moves(self) -> tuple[list[int], list[int]]:
+        """Rows that accepted nodes lie in, and rows right behind their root that they belong in, where those differ.
+
+        Sources never precede their destinations, so moving in order overwrites nothing that is still needed.
         """
         sources: list[int] = []
         destinations: list[int] = []
-        for r, nodes in enumerate(self.accepted):
-            root = self.root_row(r)
+        for root, nodes in zip(self.root_rows, self.accepted, strict=True):
             for depth, node in enumerate(nodes):
                 if node != depth:
                     sources.append(root + 1 + node)
                     destinations.append(root + 1 + depth)
         return sources, destinations
 
-    @property
-    def decodes_only(self) -> bool:
-        """Whether no request has more rows than its root and its drafts."""
-        return all(self.root_row(r) == first for r, first in enumerate(self.first_rows))
 
-    def root_row(self, request: int) -> int:
-        """Index of the row of a request's root; drafts are the request's last rows."""
-        tree = self.trees[request]
-        return self.first_rows[request] + self.rows[request] - 1 - (len(tree.tokens) if tree else 0)
+class CurrentStep:
+    """The one step that is under way: the runner begins and ends it, others read it."""
+
+    def __init__(self) -> None:
+        self._step: Step | None = None
+
+    def begin(self, step: Step) -> None:
+        self._step = step
+
+    def end(self) -> None:
+        self._step = None
+
+    @property
+    def running(self) -> bool:
+        """False in dummy runs and while the sampler is warmed up."""
+        return self._step is not None
+
+    @property
+    def value(self) -> Step:
+        assert self._step is not None, "no step is under way"
+        return self._step

@@ -51,6 +51,8 @@ def main() -> None:
     result = drive(llm, spec["requests"], probe.look if probe else None)
     stats: Json = result["stats"]
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
+    stats["grown"], stats["in_vain"] = verified.grown, verified.in_vain
+    stats["lookahead"] = llm.llm_engine.engine_core.engine_core.scheduler.num_lookahead_tokens
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
@@ -82,20 +84,31 @@ def fallbacks(runner: Any) -> dict[str, float]:
 
 
 class Verified:
-    """Counts the drafts of steps as they are verified, not as they were made."""
+    """Counts the drafts of steps as they are verified, and as they are grown.
+
+    Attributes:
+        chains, branching: drafts verified, by kind.
+        in_vain: drafts verified for a request with one token to go.
+        grown: drafts grown.
+    """
 
     def __init__(self, runner: Any) -> None:
-        self.chains = self.branching = 0
-        if hasattr(runner, "_match_drafts"):
-            self._original = runner._match_drafts
-            runner._match_drafts = self._match_drafts
+        self.chains = self.branching = self.in_vain = self.grown = 0
+        if hasattr(runner, "_step"):
+            self._original, self._grow = runner._step, runner.drafter.grow
+            runner._step, runner.drafter.grow = self._step, self.grow
 
-    def _match_drafts(self, *args: Any) -> Any:
+    def _step(self, *args: Any) -> Any:
         step = self._original(*args)
-        for tree in step.trees:
+        for r, tree in enumerate(step.trees):
             self.chains += tree is not None and tree.is_chain
             self.branching += tree is not None and not tree.is_chain
+            self.in_vain += tree is not None and step.endings[r].remaining < 2
         return step
+
+    def grow(self, g: Any, num_nodes: int) -> Any:
+        self.grown += len(g)
+        return self._grow(g, num_nodes)
 
 
 class HeadProbe:

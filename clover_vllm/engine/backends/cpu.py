@@ -25,7 +25,8 @@ from clover_vllm.attention.cpu.tree_attention import MAX_ROWS, TreeAttentionInpu
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.config import is_tree_cache_dtype
-from clover_vllm.tree.step import StepTrees, causal_masks
+from clover_vllm.tree.draft import causal_masks
+from clover_vllm.tree.step import CurrentStep, Step
 
 TREE_ISA = "vec"
 """The one of vLLM's CPU cache layouts that the tree kernel reads."""
@@ -41,7 +42,7 @@ class TreeCPUAttentionMetadata(CPUAttentionMetadata):
 
 
 class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds `TreeCPUAttentionMetadata` where `step` has branches."""
+    """Builds `TreeCPUAttentionMetadata` where the current step has branches."""
 
     def __init__(
         self,
@@ -51,8 +52,8 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.step: StepTrees | None = None  # set by the runner for the target's layers, every step
-        self.timer = StepTimer()  # the runner's, likewise
+        self.current = CurrentStep()  # `verification.TargetLayers` sets the runner's, for the target's layers
+        self.timer = StepTimer()  # and its timer
 
     def prepare_trees(self) -> None:
         """Choose the cache layout that the tree kernel reads, before anything is cached.
@@ -81,14 +82,13 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
         plain = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        step = self.step
-        if step is None or not step.has_branches:
+        if not self.current.running or not self.current.value.has_branches:
             return plain
         with self.timer.measure("python"):
-            return self._with_trees(step, plain, common_attn_metadata)
+            return self._with_trees(self.current.value, plain, common_attn_metadata)
 
     def _with_trees(
-        self, step: StepTrees, plain: CPUAttentionMetadata, common_attn_metadata: CommonAttentionMetadata
+        self, step: Step, plain: CPUAttentionMetadata, common_attn_metadata: CommonAttentionMetadata
     ) -> TreeCPUAttentionMetadata:
         assert len(step.rows) == common_attn_metadata.num_reqs, "trees of another step"
         made = TreeCPUAttentionMetadata(**{f.name: getattr(plain, f.name) for f in fields(plain)})
@@ -100,18 +100,18 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         return made
 
     def _tree_inputs(
-        self, step: StepTrees, requests: list[int], plain: CPUAttentionMetadata
+        self, step: Step, requests: list[int], plain: CPUAttentionMetadata
     ) -> TreeAttentionInputs:
         masks = torch.zeros(plain.num_actual_tokens, dtype=torch.int64)
         values: list[int] = []
-        for r, (rows, tree) in enumerate(zip(step.rows, step.trees, strict=True)):
+        for rows, tree in zip(step.rows, step.trees, strict=True):
             if rows > MAX_ROWS:
                 values += [0] * rows
             elif tree is None or tree.is_chain:
                 values += causal_masks(rows)
             else:
-                assert step.root_row(r) == step.first_rows[r], "a branching tree's root is its first row"
-                values += [1, *tree.masks]
+                assert rows == len(tree) + 1, "a branching tree's root is its first row"
+                values += tree.masks
         masks[: len(values)] = torch.tensor(values)
         index = torch.tensor(requests)
         starts = plain.query_start_loc[index]
@@ -126,7 +126,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _rest(
-        self, step: StepTrees, requests: list[int], plain: CPUAttentionMetadata
+        self, step: Step, requests: list[int], plain: CPUAttentionMetadata
     ) -> tuple[torch.Tensor, CPUAttentionMetadata]:
         index = torch.tensor(requests)
         rows = torch.cat(

@@ -18,7 +18,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
 from clover_vllm.engine.options import CloverOptions
-from clover_vllm.tree import DraftTrees, grow_best_first, grow_static
+from clover_vllm.tree import Tree, grow_best_first, grow_fixed
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Clover2Proposer(EagleProposer):
 
     def draft(
         self, hidden: torch.Tensor, accepted: AcceptedRows, common: CommonAttentionMetadata, num_nodes: int
-    ) -> DraftTrees | None:
+    ) -> list[Tree]:
         """Write the accepted rows into the head's cache and grow trees.
 
         Args:
@@ -112,18 +112,18 @@ class Clover2Proposer(EagleProposer):
             num_nodes: most nodes per tree; 0 only writes the cache.
 
         Returns:
-            one tree per drafting request, or None.
+            one tree per drafting request; none if only the cache is written.
         """
         with self._forward_context(accepted, common):
             embeds = self.model.embed(accepted.next_tokens)
             g = self.model(accepted.positions, hidden[accepted.rows], embeds)
             if not accepted.drafting or not num_nodes:
-                return None
+                return []
             last = [accepted.starts[r + 1] - 1 for r in accepted.drafting]
             chosen = g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
             return self.grow(chosen, num_nodes)
 
-    def grow(self, g: torch.Tensor, num_nodes: int) -> DraftTrees:
+    def grow(self, g: torch.Tensor, num_nodes: int) -> list[Tree]:
         """Trees of at most `num_nodes` nodes from augmenting outputs [R, D], in a forward context."""
         drafter = HeadDrafter(self.model, g)
         options = self.options
@@ -137,7 +137,7 @@ class Clover2Proposer(EagleProposer):
                 options.cutoffs,
                 fixed_levels=get_tensor_model_parallel_world_size() > 1,
             )
-        return grow_static(drafter, self.options.fixed_shape(num_nodes) or self.shape)
+        return grow_fixed(drafter, self.shape)
 
     def _forward_context(
         self, accepted: AcceptedRows, common: CommonAttentionMetadata

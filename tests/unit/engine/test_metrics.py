@@ -9,20 +9,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 from clover_vllm.engine import metrics
 from clover_vllm.engine.metrics import AcceptanceWatch, CounterCollector, Counters
 from clover_vllm.engine.runner import CloverRunner
-from clover_vllm.tree import DraftTrees
-from clover_vllm.tree.step import RequestTree, StepTrees
+from clover_vllm.tree import Tree
+from clover_vllm.tree.step import Step
 
 
-def step(accepted: list[int]) -> StepTrees:
+def step(accepted: list[int]) -> Step:
     """One request with a tree of four nodes and one without drafts."""
-    tree = RequestTree.make([5, 6, 7, 8], [-1, -1, 0, 2], [1, 1, 2, 3], [0.6, 0.3, 0.5, 0.25])
-    made = StepTrees([tree, None], [5, 1], [0, 5])
+    tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.6, 0.3, 0.5, 0.25])
+    made = Step([tree, None], [5, 1])
     made.accepted = [accepted, []]
     return made
 
@@ -47,22 +46,18 @@ def test_a_step_is_counted() -> None:
 
 
 def test_drafts_with_a_nan_are_counted() -> None:
-    """By the runner where it makes the trees of a step: a draft without nodes is one that had a NaN."""
-    trees = DraftTrees(
-        torch.tensor([5, 6]),
-        torch.tensor([-1, -1]),
-        torch.tensor([1, 1]),
-        torch.tensor([0.5, float("nan")]).log(),
-        torch.tensor([0, 1, 2]),
+    """By the runner where it takes over the drafts of a step: one without nodes had a NaN."""
+    params = SimpleNamespace(structured_outputs=None)
+    runner = SimpleNamespace(
+        counters=Counters(6), requests={name: SimpleNamespace(sampling_params=params) for name in "ab"}
     )
-    runner = SimpleNamespace(counters=Counters(6))
-    made = CloverRunner._host_trees(cast(CloverRunner, runner), trees)
-    assert [tree.tokens for tree in made] == [[5], []]
+    for name, tree in (("a", Tree.chain([5])), ("b", Tree([], []))):
+        assert CloverRunner._usable(cast(CloverRunner, runner), name, tree) is tree
     assert runner.counters.fallbacks.tolist() == [float(r == "non_finite_draft") for r in metrics.REASONS]
 
 
 def test_padding_of_the_scheduler_is_no_draft() -> None:
-    made = StepTrees([RequestTree.chain([-1, -1])], [3], [0])
+    made = Step([Tree.chain([-1, -1])], [3])
     made.accepted = [[]]
     counters = Counters(6)
     counters.count_step(made, [True], {})
@@ -144,18 +139,3 @@ def test_acceptance_far_below_the_promise_is_warned_of_once(
     assert len(caplog.records) == int(warns)
     if warns:
         assert "promises 60%" in caplog.text
-
-
-def test_drafts_that_are_no_numbers_leave_no_tree() -> None:
-    """Wherever they stand, for their request alone (best-first growth sees to it itself, see test_tree.py)."""
-    trees = DraftTrees(
-        torch.arange(9),
-        torch.tensor([-1, 0, 1] * 3),
-        torch.tensor([1, 2, 3] * 3),
-        torch.tensor([-0.1, -0.2, torch.nan, torch.nan, -1.0, -2.0, -0.1, -0.2, -0.3]),
-        torch.tensor([0, 3, 6, 9]),
-    )
-    one, other, sound = RequestTree.from_batch(trees)
-    assert one.tokens == other.tokens == []
-    assert sound.tokens == [6, 7, 8]
-    assert sound.is_chain

@@ -7,23 +7,34 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.request import Request
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor import (
+    AdapterLogitsProcessor,
+    BatchUpdate,
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from clover_vllm.engine.runner import repetition
-from clover_vllm.engine.scorer import Batch, TreeScorer
-from clover_vllm.tree.step import Ending, RequestTree, StepTrees
+from clover_vllm.engine.endings import repetition
+from clover_vllm.engine.scorer import TreeScorer
+from clover_vllm.tree import Tree
+from clover_vllm.tree.step import CurrentStep, Ending, Step
 
 VOCAB = 7
 
@@ -58,20 +69,16 @@ def language(history: tuple[int, ...]) -> torch.Tensor:
     return 1.5 * torch.randn(VOCAB, generator=generator)
 
 
-def random_tree(rng: random.Random, nodes: int) -> RequestTree:
+def random_tree(rng: random.Random, nodes: int) -> Tree:
     keys: list[tuple[int, int]] = []
     while len(keys) < nodes:
         key = (rng.randrange(-1, len(keys)), rng.randrange(VOCAB))
         if key not in keys:
             keys.append(key)
-    parents = [parent for parent, _ in keys]
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(1 if parent < 0 else depths[parent] + 1)
-    return RequestTree.make([token for _, token in keys], parents, depths)
+    return Tree([token for _, token in keys], [parent for parent, _ in keys])
 
 
-def rows_of(tree: RequestTree, history: tuple[int, ...] = ()) -> torch.Tensor:
+def rows_of(tree: Tree, history: tuple[int, ...] = ()) -> torch.Tensor:
     """The language's logits at the root and at every node."""
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
@@ -81,17 +88,28 @@ def rows_of(tree: RequestTree, history: tuple[int, ...] = ()) -> torch.Tensor:
 
 def score(
     scorer: TreeScorer,
-    trees: list[RequestTree],
+    trees: list[Tree],
     logits: torch.Tensor,
     sampling: SamplingMetadata,
     **batch: Any,
 ) -> list[list[int]]:
-    scorer.step = StepTrees(list(trees), [], [], batch.get("endings", {}))
-    outputs = batch.get("output_token_ids", [None] * len(trees))
-    scorer.batch = Batch(outputs, batch.get("discarded", []))
-    spec = SpecDecodeMetadata.make_dummy([tree.tokens for tree in trees], torch.device("cpu"))
-    sampled = scorer(spec, None, logits, sampling).sampled_token_ids.tolist()
+    sampled = run(scorer, Step.of_trees(list(trees), **batch), logits, sampling).sampled_token_ids.tolist()
     return [[token for token in row if token >= 0] for row in sampled]
+
+
+def run(scorer: TreeScorer, step: Step, logits: torch.Tensor, sampling: SamplingMetadata) -> SamplerOutput:
+    spec = SpecDecodeMetadata.make_dummy(
+        [list(tree.tokens) if tree else [] for tree in step.trees], torch.device("cpu")
+    )
+    scorer._current.begin(step)
+    try:
+        return scorer(spec, None, logits, sampling)
+    finally:
+        scorer._current.end()
+
+
+def new_scorer() -> TreeScorer:
+    return TreeScorer(Sampler(), CurrentStep())
 
 
 def first_two_tokens(scorer: TreeScorer, samples: int) -> Counter[tuple[int, int]]:
@@ -130,7 +148,7 @@ def z(count: int, total: int, probability: float) -> float:
 class BiasedScorer(TreeScorer):
     """Adds 2% to one token at every root: what a careless acceptance rule does."""
 
-    def _walk(self, logits: torch.Tensor, step: StepTrees, *rest: Any) -> Any:
+    def _sample(self, logits: torch.Tensor, step: Step, *rest: Any) -> Any:
         logits, row = logits.clone(), 0
         for tree in step.trees:
             assert tree is not None
@@ -138,7 +156,7 @@ class BiasedScorer(TreeScorer):
             probs[3] += 0.02
             logits[row] = probs.log()
             row += len(tree.tokens) + 1
-        return super()._walk(logits, step, *rest)
+        return super()._sample(logits, step, *rest)
 
 
 SAMPLES = 40_000
@@ -147,12 +165,12 @@ LIMIT = 4.5  # 56 cells: one in 3,000 runs of a right sampler goes above
 
 def test_unseeded_sampling_has_the_targets_distribution() -> None:
     torch.manual_seed(0)
-    assert largest_z(first_two_tokens(TreeScorer(Sampler()), SAMPLES)) < LIMIT
+    assert largest_z(first_two_tokens(new_scorer(), SAMPLES)) < LIMIT
 
 
 def test_a_bias_of_two_percent_is_caught() -> None:
     torch.manual_seed(0)
-    assert largest_z(first_two_tokens(BiasedScorer(Sampler()), SAMPLES)) > 2 * LIMIT
+    assert largest_z(first_two_tokens(BiasedScorer(Sampler(), CurrentStep()), SAMPLES)) > 2 * LIMIT
 
 
 def plain_tokens(accepted: int, generator: torch.Generator, **changes: Any) -> list[int]:
@@ -171,7 +189,7 @@ def plain_tokens(accepted: int, generator: torch.Generator, **changes: Any) -> l
 def test_seeded_requests_draw_once_per_output_token() -> None:
     """Whatever the trees, and beside unseeded requests, in every order of depths."""
     rng = random.Random(1)
-    scorer = TreeScorer(Sampler())
+    scorer = new_scorer()
     for _ in range(30):
         trees = [random_tree(rng, rng.randrange(1, 9)) for _ in range(6)]
         seeds = {r: rng.randrange(1000) for r in (0, 2, 5)}
@@ -188,16 +206,18 @@ def test_prompts_that_go_on_draw_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
     tree = random_tree(random.Random(2), 4)
-    empty = RequestTree.chain([])
+    empty = Tree.chain([])
     logits = torch.cat([rows_of(tree), rows_of(empty)])
-    score(TreeScorer(Sampler()), [tree, empty], logits, metadata(2, generators={1: generator}), discarded=[1])
+    score(
+        new_scorer(), [tree, empty], logits, metadata(2, generators={1: generator}), discarded=frozenset({1})
+    )
     assert torch.equal(generator.get_state(), before)
 
 
 def test_penalties_see_the_path_and_histories_are_restored() -> None:
     """A repetition penalty at a node counts the path's tokens; vLLM appends them later itself."""
     rng = random.Random(4)
-    scorer = TreeScorer(Sampler())
+    scorer = new_scorer()
     deep = 0
     for _ in range(40):
         tree = random_tree(rng, 8)
@@ -209,7 +229,7 @@ def test_penalties_see_the_path_and_histories_are_restored() -> None:
             "greedy": True,
         }
         sampling = metadata(1, **penalties, output_token_ids=[history])
-        (got,) = score(scorer, [tree], rows_of(tree), sampling, output_token_ids=[history])
+        (got,) = score(scorer, [tree], rows_of(tree), sampling, histories=[history])
         assert history == []
         plain: list[int] = []
         for _ in got:
@@ -223,12 +243,9 @@ def test_penalties_see_the_path_and_histories_are_restored() -> None:
 def test_logprobs_are_those_of_plain_decoding() -> None:
     rng = random.Random(5)
     trees = [random_tree(rng, 7) for _ in range(5)]
-    scorer = TreeScorer(Sampler())
-    scorer.step = StepTrees(list(trees), [], [])
-    scorer.batch = Batch([None] * 5, [])
     logits = torch.cat([rows_of(tree) for tree in trees])
-    spec = SpecDecodeMetadata.make_dummy([tree.tokens for tree in trees], torch.device("cpu"))
-    sampled = scorer(spec, None, logits, metadata(5, greedy=True, max_num_logprobs=2))
+    step = Step.of_trees(list(trees), with_logprobs=frozenset(range(5)))
+    sampled = run(new_scorer(), step, logits, metadata(5, greedy=True, max_num_logprobs=2))
     assert sampled.logprobs_tensors is not None
     width = sampled.sampled_token_ids.shape[1]
     for r in range(5):
@@ -249,8 +266,14 @@ def test_greedy_rows_are_walked_like_sampled_ones() -> None:
     rng = random.Random(6)
     trees = [random_tree(rng, rng.randrange(0, 9)) for _ in range(40)]
     logits = torch.cat([rows_of(tree) for tree in trees])
-    fast = score(TreeScorer(Sampler()), trees, logits, metadata(40, greedy=True))
-    general = score(TreeScorer(Sampler()), trees, logits, metadata(40, greedy=True, max_num_logprobs=0))
+    fast = score(new_scorer(), trees, logits, metadata(40, greedy=True))
+    general = score(
+        new_scorer(),
+        trees,
+        logits,
+        metadata(40, greedy=True, max_num_logprobs=0),
+        with_logprobs=frozenset(range(40)),
+    )
     assert fast == general
     assert max(map(len, fast)) > 2
 
@@ -262,19 +285,18 @@ def test_a_path_ends_where_the_request_does(greedy: bool) -> None:
     trees = [random_tree(rng, 24) for _ in range(count)]
     logits = torch.cat([rows_of(tree) for tree in trees])
 
-    def run(endings: dict[int, Ending]) -> tuple[list[list[int]], list[list[int]]]:
-        scorer = TreeScorer(Sampler())
+    def end_at(endings: dict[int, Ending]) -> tuple[list[list[int]], list[list[int]]]:
         generators = {} if greedy else {r: torch.Generator().manual_seed(r) for r in range(count)}
-        sampling = metadata(count, greedy=greedy, generators=generators)
-        tokens = score(scorer, trees, logits, sampling, endings=endings)
-        assert scorer.step is not None
-        return tokens, scorer.step.accepted
+        step = Step.of_trees(list(trees), endings=endings)
+        sampled = run(new_scorer(), step, logits, metadata(count, greedy=greedy, generators=generators))
+        rows = sampled.sampled_token_ids.tolist()
+        return [[token for token in row if token >= 0] for row in rows], step.accepted
 
-    whole, nodes = run({})
+    whole, nodes = end_at({})
     stops = {r: Ending(tokens=frozenset({3, 5})) for r in range(count // 4)}
     stops |= {r: Ending(repeats=lambda emitted: emitted[-1] in (3, 5)) for r in range(count // 4, count // 2)}
     short = {r: Ending(remaining=1 + r % 2) for r in range(count // 2, count)}
-    cut, accepted = run({**stops, **short})
+    cut, accepted = end_at({**stops, **short})
     ended = 0
     for r in range(count):
         at = [i for i, token in enumerate(whole[r]) if token in (3, 5)][:1] if r < count // 2 else [r % 2]
@@ -310,51 +332,23 @@ def test_repetitions_end_a_path_where_vllm_ends_the_request() -> None:
     assert repetition(SamplingParams(), []) is None
 
 
-def test_masks_on_the_host_are_those_of_the_tensor_algorithm() -> None:
-    from clover_vllm.tree import DraftTrees, ancestor_bits
-
-    rng = random.Random(7)
-    for nodes in (1, 5, 30, 63):
-        tree = random_tree(rng, nodes) if nodes < 20 else _wide(rng, nodes)
-        tensors = [torch.tensor(x) for x in (tree.tokens, tree.parents, tree.depths)]
-        batch = DraftTrees(*tensors, torch.zeros(nodes), torch.tensor([0, nodes]))
-        assert ancestor_bits(batch).tolist() == [1, *tree.masks]
-        (again,) = RequestTree.from_batch(batch)
-        assert again.probabilities == [1.0] * nodes
-        assert replace(again, probabilities=()) == tree
-
-
-def _wide(rng: random.Random, nodes: int) -> RequestTree:
-    parents = [rng.randrange(-1, i) if i else -1 for i in range(nodes)]
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(1 if parent < 0 else depths[parent] + 1)
-    return RequestTree.make(list(range(nodes)), parents, depths)
-
-
 def test_requests_that_score_chosen_tokens_share_a_batch() -> None:
     """`logprob_token_ids` of different lengths, on paths of different depths."""
     rng = random.Random(8)
     trees = [random_tree(rng, 8) for _ in range(4)]
     logits = torch.cat([rows_of(tree) for tree in trees])
     wanted = {0: [1, 2], 1: [1, 2, 3, 4], 3: [5]}
-    scorer = TreeScorer(Sampler())
-    scorer.step, scorer.batch = StepTrees(list(trees), [], []), Batch([None] * 4, [])
-    spec = SpecDecodeMetadata.make_dummy([tree.tokens for tree in trees], torch.device("cpu"))
-    sampled = scorer(spec, None, logits, metadata(4, greedy=True, logprob_token_ids=wanted))
+    sampling = metadata(4, greedy=True, logprob_token_ids=wanted)
+    sampled = run(new_scorer(), Step.of_trees(list(trees)), logits, sampling)
     assert sampled.logprobs_tensors is not None
     assert sampled.logprobs_tensors.logprobs.shape == (4 * sampled.sampled_token_ids.shape[1], 5)
-    plain = score(TreeScorer(Sampler()), trees, logits, metadata(4, greedy=True))
+    plain = score(new_scorer(), trees, logits, metadata(4, greedy=True))
     got = [[token for token in row if token >= 0] for row in sampled.sampled_token_ids.tolist()]
     assert got == plain
 
 
 def test_processors_and_masks_see_every_depth() -> None:
     """Minimum lengths, allowed tokens and bad words along a path, as in plain decoding."""
-    from vllm import SamplingParams
-    from vllm.config import VllmConfig
-    from vllm.v1.sample.logits_processor import BatchUpdate, MinTokensLogitsProcessor
-
     rng = random.Random(9)
     mask = torch.zeros(1, VOCAB, dtype=torch.bool)
     mask[0, 5] = True
@@ -376,9 +370,7 @@ def test_processors_and_masks_see_every_depth() -> None:
                 output_token_ids=[history],
             )
 
-        (got,) = score(
-            TreeScorer(Sampler()), [tree], rows_of(tree), make(history), output_token_ids=[history]
-        )
+        (got,) = score(new_scorer(), [tree], rows_of(tree), make(history), histories=[history])
         plain: list[int] = []
         for _ in got:
             sampled = Sampler()(language(tuple(plain))[None].clone(), make(list(plain)))
@@ -388,17 +380,167 @@ def test_processors_and_masks_see_every_depth() -> None:
     assert deep > 0
 
 
+class CountingSampler(Sampler):
+    """Remembers how many rows each sampling step had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> SamplerOutput:
+        self.rows.append(len(logits))
+        return super().forward(logits, *args, **kwargs)
+
+
+class Banning(AdapterLogitsProcessor):
+    """A user's per-request processor: bans the token before the last from coming again."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, None)  # type: ignore[arg-type]
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Any:
+        del params
+        return None
+
+    @staticmethod
+    def ban(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output) > 1:
+            logits[output[-2]] = -torch.inf
+        return logits
+
+
+CONFIG = VllmConfig()
+
+
+class Batch:
+    """Seven requests, each with another way of sampling, and an eighth whose prompt goes on."""
+
+    kinds = ("greedy", "seeded", "penalised", "min_tokens", "logit_bias", "min_p", "adapter")
+
+    def __init__(self, seed: int) -> None:
+        self.histories: list[list[int]] = [[] for _ in range(8)]
+        self.generators = {r: torch.Generator().manual_seed(seed + r) for r in (1, 5, 7)}
+
+    def metadata(self, chosen: list[int]) -> SamplingMetadata:
+        """Of some of the requests, as vLLM would have it were they the batch."""
+        config, cpu, count = CONFIG, torch.device("cpu"), len(chosen)
+        minimum = MinTokensLogitsProcessor(config, cpu, False)
+        bias = LogitBiasLogitsProcessor(config, cpu, False)
+        min_p, adapter = MinPLogitsProcessor(config, cpu, False), Banning()
+        added = []
+        for i, r in enumerate(chosen):
+            params = SamplingParams(
+                min_tokens=3 if r == 3 else 0,
+                stop_token_ids=[0, 1, 2],
+                logit_bias={4: 2.0, 5: -3.0} if r == 4 else None,
+                min_p=0.3 if r == 5 else 0.0,
+            )
+            params.update_from_generation_config({}, 0)
+            added.append((i, params, [3], self.histories[r]))
+            if r == 6:
+                adapter.req_info[i] = partial(Banning.ban, self.histories[r])
+        for processor in (minimum, bias, min_p):
+            processor.update_state(BatchUpdate(count, [], added, []))
+        return metadata(
+            count,
+            greedy=False,
+            all_random=False,
+            temperature=torch.tensor([0.9 if r in (1, 5, 7) else 0.0 for r in chosen]),
+            no_penalties=False,
+            prompt_token_ids=torch.full((count, 1), VOCAB),
+            repetition_penalties=torch.tensor([3.0 if r == 2 else 1.0 for r in chosen]),
+            output_token_ids=[self.histories[r] for r in chosen],
+            generators={i: self.generators[r] for i, r in enumerate(chosen) if r in self.generators},
+            logitsprocs=LogitsProcessors([minimum, bias, min_p, adapter]),
+        )
+
+    def plain(self, r: int, count: int) -> list[int]:
+        """What plain decoding gives the request alone."""
+        for _ in range(count):
+            logits = language(tuple(self.histories[r]))[None].clone()
+            sampled = Sampler()(logits, self.metadata([r]))
+            self.histories[r].append(int(sampled.sampled_token_ids[0, 0]))
+        return self.histories[r]
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_every_way_of_sampling_beside_the_others_is_plain_decoding(narrow: bool) -> None:
+    """One batch of all of them. A greedy request is scored in one pass and never sampled; the others are
+    sampled only while their paths go on, unless a processor of an unknown kind has to see everyone."""
+    rng, deep = random.Random(12), Counter[str]()
+    for seed in range(100):
+        trees = [random_tree(rng, rng.randrange(20, 30)) for _ in range(7)]
+        everyone = Batch(seed)
+        sampling = everyone.metadata(list(range(8)))
+        if not narrow:
+            sampling.logitsprocs.argmax_invariant.append(Unknown())
+        sampler = CountingSampler()
+        step = Step.of_trees([*trees, None], histories=everyone.histories, discarded=frozenset({7}))
+        logits = torch.cat([*(rows_of(tree) for tree in trees), language(())[None]])
+        got = run(TreeScorer(sampler, CurrentStep()), step, logits, sampling).sampled_token_ids.tolist()
+        assert everyone.histories == [[] for _ in range(8)]
+        for r, kind in enumerate(Batch.kinds):
+            tokens = [token for token in got[r] if token >= 0]
+            assert tokens == Batch(seed).plain(r, len(tokens)), kind
+            assert len(step.accepted[r]) == len(tokens) - 1
+            deep[kind] += len(tokens) > 2
+        untouched = torch.Generator().manual_seed(seed + 7)
+        assert torch.equal(everyone.generators[7].get_state(), untouched.get_state())
+        longest = max(len(step.accepted[r]) for r in range(1, 7)) + 1
+        if narrow:
+            expected = [sum(len(step.accepted[r]) >= d for r in range(1, 7)) for d in range(longest)]
+        else:
+            expected = [8] * longest
+        assert sampler.rows == expected
+    assert min(deep[kind] for kind in Batch.kinds) > 1
+
+
+class Unknown(LogitsProcessor):
+    """A user's processor of a kind of its own: it wants to see the whole batch, and changes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        assert batch_update is None
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        assert len(logits) == 8
+        return logits
+
+
+def test_logprobs_are_as_wide_as_the_longest_path() -> None:
+    """Not as the nodes; beside a request that wants none and goes further."""
+    trees = [Tree([6] * 20, [-1] * 20), Tree.chain([1, 2, 3, 4])]
+    logits = torch.full((21 + 5, VOCAB), 0.0)
+    logits[:21, 5] = 9.0
+    for row, token in enumerate([1, 2, 6]):
+        logits[21 + row, token] = 9.0
+    step = Step.of_trees(list(trees), with_logprobs=frozenset({0}))
+    sampled = run(new_scorer(), step, logits, metadata(2, greedy=True, max_num_logprobs=1))
+    assert sampled.sampled_token_ids.tolist() == [[5, -1, -1], [1, 2, 6]]
+    assert sampled.logprobs_tensors is not None
+    assert sampled.logprobs_tensors.logprobs.shape == (2 * 3, 2)
+    assert int(sampled.logprobs_tensors.logprob_token_ids[0, 0]) == 5
+
+
 def peak_of_many_rows(greedy: bool) -> int:
     """MiB by which this process grows while it scores 64 requests of 16 nodes, vocabulary 128,256."""
     requests, nodes, vocab = 64, 16, 128_256
     tokens = [1000 * node for node in range(nodes)]
-    tree = RequestTree.make(tokens, [-1] * 4 + [0] * 4 + [4] * 8, [1] * 4 + [2] * 4 + [3] * 8)
+    tree = Tree(tokens, [-1] * 4 + [0] * 4 + [4] * 8)
     logits = torch.zeros(requests * (nodes + 1), vocab, dtype=torch.bfloat16)
     logits.view(requests, nodes + 1, vocab)[:, 0, tokens[0]] = 50  # a path of three nodes is accepted
     logits.view(requests, nodes + 1, vocab)[:, 1, tokens[4]] = 50
     logits.view(requests, nodes + 1, vocab)[:, 5, tokens[8]] = 50
     top = {} if greedy else {"top_k": torch.full((requests,), 50), "top_p": torch.full((requests,), 0.9)}
-    scorer = TreeScorer(Sampler())
+    scorer = new_scorer()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; a child starts with its parent's
     before = peak_memory()
     found = score(scorer, [tree] * requests, logits, metadata(requests, greedy=greedy, **top))

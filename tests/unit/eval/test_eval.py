@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from small import one_sentence, write_answers
@@ -20,7 +22,7 @@ from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.init import config_for_target
 from clover_vllm.heads.eagle1.model import Eagle1DraftModel
 from clover_vllm.target.frozen import FrozenTarget
-from clover_vllm.tree import ROOT, DraftTrees, chain, grow_static
+from clover_vllm.tree import ROOT, Tree, chain, grow_fixed
 
 
 @pytest.fixture
@@ -43,12 +45,10 @@ def answers(frozen: FrozenTarget, tmp_path_factory: pytest.TempPathFactory) -> l
     return greedy_answers([path], frozen, None)
 
 
-def paths(trees: DraftTrees, request: int) -> list[tuple[int, ...]]:
-    first, last = trees.offsets[request : request + 2].tolist()
+def paths(tree: Tree) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
-    for node in range(first, last):
-        parent = int(trees.parents[node])
-        found.append((() if parent == ROOT else found[parent]) + (int(trees.tokens[node]),))
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        found.append((() if parent == ROOT else found[parent]) + (token,))
     return found
 
 
@@ -87,14 +87,13 @@ def test_drafted_trees_equal_recomputation_from_nothing(
     evaluator = Evaluator(frozen, head, chunk_elements=12 * 211 * 3)  # three positions at a time
     with torch.no_grad():
         trees = evaluator.trees(evaluator.prepare(answer), best_first(12, rounds=4, width=3))
-        for position in range(trees.num_requests):
+        for position, tree in enumerate(trees):
             so_far = ids[: len(answer.prompt_ids) + 1 + position]
-            first = int(trees.offsets[position])
-            for node, path in enumerate(paths(trees, position)):
+            for node, path in enumerate(paths(tree)):
                 joint = sum(
                     float(next_log_probs(head, frozen, so_far, path[:d])[path[d]]) for d in range(len(path))
                 )
-                assert abs(joint - float(trees.log_probs[first + node])) < 1e-3
+                assert abs(math.exp(joint) - tree.probabilities[node]) < 1e-3 * math.exp(joint)
 
 
 @pytest.mark.parametrize("kind", ["clover", "eagle"])
@@ -103,7 +102,7 @@ def test_outcome_equals_a_real_draft_and_verify_loop(
 ) -> None:
     """Chains drafted with the head alone and verified by running the target on them."""
     head = request.getfixturevalue(kind)
-    shape = Shape("chain", lambda drafter: grow_static(drafter, chain(3)))
+    shape = Shape("chain", lambda drafter: grow_fixed(drafter, chain(3)))
     for answer in answers[:4]:
         (outcome,) = Evaluator(frozen, head).measure(answer, [shape])
         ids = torch.cat([answer.prompt_ids, answer.answer_ids[:1]])
@@ -152,7 +151,7 @@ def test_a_perfect_drafter_accepts_everything(frozen: FrozenTarget, answers: lis
 
     oracle = Oracle(frozen, Clover2DraftModel(config_for_target(frozen.config)))
     for answer in answers:
-        outcome = oracle.measure(answer, [Shape("c", lambda d: grow_static(d, chain(5)))])[0]
+        outcome = oracle.measure(answer, [Shape("c", lambda d: grow_fixed(d, chain(5)))])[0]
         tokens = len(answer.answer_ids) - 1
         assert outcome.tokens == tokens
         assert outcome.steps == -(-tokens // 6)

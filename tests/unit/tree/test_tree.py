@@ -10,20 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_trees import batches_of_trees
+from random_trees import trees as random_trees
 
 from clover_vllm.tree import (
     PUBLISHED_25,
     ROOT,
     Cutoffs,
-    DraftTrees,
-    StaticTopology,
+    Shape,
+    Tree,
     chain,
     grow_best_first,
-    grow_static,
+    grow_fixed,
     walk,
 )
-from clover_vllm.tree.walk import walk_tree
 
 Path = tuple[int, ...]
 
@@ -61,15 +60,13 @@ class TableDrafter:
         return sum(float(self.log_probs(request, path[:i])[t]) for i, t in enumerate(path))
 
 
-def paths_of(trees: DraftTrees, request: int) -> list[Path]:
+def paths_of(tree: Tree) -> list[Path]:
     """Token path of every node, in order; checks that parents come first and depths are right."""
-    first, last = trees.offsets[request : request + 2].tolist()
     paths: list[Path] = []
-    for node in range(first, last):
-        parent = int(trees.parents[node])
-        assert parent < node - first
-        paths.append((() if parent == ROOT else paths[parent]) + (int(trees.tokens[node]),))
-        assert int(trees.depths[node]) == len(paths[-1])
+    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+        assert parent < node
+        paths.append((() if parent == ROOT else paths[parent]) + (token,))
+        assert tree.depths[node] == len(paths[-1])
     return paths
 
 
@@ -90,10 +87,9 @@ def test_best_first_growth_wide_enough_finds_the_best_tree(
     for r in range(requests):
         every = [p for d in range(1, depth + 1) for p in itertools.product(range(vocab), repeat=d)]
         best = sorted((drafter.joint(r, p) for p in every), reverse=True)[:nodes]
-        first, last = trees.offsets[r : r + 2].tolist()
-        found = trees.log_probs[first:last]
+        found = torch.tensor(trees[r].probabilities).log()
         torch.testing.assert_close(found, torch.tensor(best), atol=1e-4, rtol=0)
-        for path, score in zip(paths_of(trees, r), found.tolist(), strict=True):
+        for path, score in zip(paths_of(trees[r]), found.tolist(), strict=True):
             assert abs(drafter.joint(r, path) - score) < 1e-4
 
 
@@ -111,17 +107,14 @@ def test_every_prefix_of_a_tree_is_a_tree_sorted_by_joint_probability(
     drafter = TableDrafter(3, 7, seed)
     trees = grow_best_first(drafter, nodes, rounds, width, num_candidates=k)
     for r in range(3):
-        paths = paths_of(trees, r)
-        first, last = trees.offsets[r : r + 2].tolist()
-        scores = trees.log_probs[first:last]
+        paths = paths_of(trees[r])
+        scores = torch.tensor(trees[r].probabilities).log()
         assert len(set(paths)) == len(paths) <= nodes
         assert bool((scores[1:] <= scores[:-1]).all())
         for path, score in zip(paths, scores.tolist(), strict=True):
             assert abs(drafter.joint(r, path) - score) < 1e-4
-    sizes = torch.tensor([0, 1, nodes // 2])
-    cut = trees.truncate(sizes)
-    for r in range(3):
-        assert paths_of(cut, r) == paths_of(trees, r)[: int(sizes[r])]
+        for size in (0, 1, nodes // 2):
+            assert paths_of(trees[r].prefix(size)) == paths[:size]
 
 
 @settings(max_examples=100, deadline=None)
@@ -145,13 +138,10 @@ def test_growth_on_the_host_equals_growth_in_tensors(
             drafter = TableDrafter(requests, 7, seed)
             found.append(grow_best_first(drafter, nodes, rounds, width, k, cutoffs))
     in_tensors, on_host = found
-    for name in ("tokens", "parents", "depths", "offsets"):
-        one, two = getattr(in_tensors, name), getattr(on_host, name)
-        assert one.dtype == two.dtype
-        assert torch.equal(one, two), name
-    torch.testing.assert_close(in_tensors.log_probs, on_host.log_probs)
-    for r in range(requests):
-        for path in paths_of(on_host, r):
+    for r, (one, two) in enumerate(zip(in_tensors, on_host, strict=True)):
+        assert (one.tokens, one.parents) == (two.tokens, two.parents)
+        assert one.probabilities == pytest.approx(two.probabilities, rel=1e-5)
+        for path in paths_of(two):
             assert len(path) == 1 or math.exp(drafter.joint(r, path[:-1])) >= min_joint - 1e-4
 
 
@@ -169,7 +159,7 @@ def test_ties_keep_parents_first_and_impossible_tokens_never_grow() -> None:
         with patch("clover_vllm.tree.growth.HOST_REQUESTS", limit):
             trees = grow_best_first(CertainDrafter(2, 5, 0), 8, 4, 2, num_candidates=3)
         for r in range(2):
-            assert paths_of(trees, r) == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+            assert paths_of(trees[r]) == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
 
 
 class NaNDrafter(TableDrafter):
@@ -188,9 +178,9 @@ def test_scores_that_are_no_numbers_leave_their_request_without_a_tree(limit: in
         trees = grow_best_first(NaNDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
         alone = grow_best_first(TableDrafter(4, 6, 1), 9, 4, 3, num_candidates=6)
     for r in (0, 1, 2):
-        assert paths_of(trees, r) == []
-    assert len(paths_of(trees, 3)) == 9
-    assert paths_of(trees, 3) == paths_of(alone, 3)
+        assert paths_of(trees[r]) == []
+    assert len(paths_of(trees[3])) == 9
+    assert paths_of(trees[3]) == paths_of(alone[3])
 
 
 def test_cutoffs_drop_unlikely_children() -> None:
@@ -205,22 +195,21 @@ def test_cutoffs_drop_unlikely_children() -> None:
     assert Cutoffs(top_p=0.0).apply(log_probs).isfinite().tolist() == [True, False, False, False, False]
 
 
-@pytest.mark.parametrize("topology", [chain(1), chain(5), PUBLISHED_25, StaticTopology([(1,), (1, 2)][:1])])
-def test_static_growth_takes_the_ranks_it_names(topology: StaticTopology) -> None:
+@pytest.mark.parametrize("shape", [chain(1), chain(5), PUBLISHED_25, Shape([(1,), (1, 2)][:1])])
+def test_static_growth_takes_the_ranks_it_names(shape: Shape) -> None:
     drafter = TableDrafter(2, 6, 3)
-    trees = grow_static(drafter, topology)
+    trees = grow_fixed(drafter, shape)
     for r in range(2):
         expected = []
-        for ranks in topology.paths:
+        for ranks in shape.paths:
             path: Path = ()
             for rank in ranks:
                 order = drafter.log_probs(r, path).argsort(descending=True).tolist()
                 path = (*path, order[rank])
             expected.append(path)
-        assert paths_of(trees, r) == expected
-        first = int(trees.offsets[r])
-        for node, path in enumerate(expected):
-            assert abs(float(trees.log_probs[first + node]) - drafter.joint(r, path)) < 1e-4
+        assert paths_of(trees[r]) == expected
+        for probability, path in zip(trees[r].probabilities, expected, strict=True):
+            assert abs(math.log(probability) - drafter.joint(r, path)) < 1e-4
 
 
 def test_published_tree_has_25_nodes_in_five_levels() -> None:
@@ -231,44 +220,31 @@ def test_published_tree_has_25_nodes_in_five_levels() -> None:
 @pytest.mark.parametrize("paths", [[(0, 0)], [(0,), (0,)], [()], [(-1,)]])
 def test_impossible_topologies_are_refused(paths: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"\.$"):
-        StaticTopology(paths)
+        Shape(paths)
+
+
+@pytest.mark.parametrize("shape", [chain(3), PUBLISHED_25])
+def test_fixed_shapes_leave_a_request_with_a_nan_without_a_tree(shape: Shape) -> None:
+    trees = grow_fixed(NaNDrafter(4, 6, 1), shape)
+    alone = grow_fixed(TableDrafter(4, 6, 1), shape)
+    assert len(trees[1]) == 0
+    assert paths_of(trees[3]) == paths_of(alone[3])
 
 
 @settings(max_examples=200, deadline=None)
-@given(trees=batches_of_trees(), data=st.data())
-def test_walk_equals_brute_force(trees: DraftTrees, data: st.DataObject) -> None:
-    rows = len(trees.tokens) + trees.num_requests
+@given(tree=random_trees(), data=st.data())
+def test_walk_equals_brute_force(tree: Tree, data: st.DataObject) -> None:
+    rows = len(tree) + 1
     emitted = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
-    accepted = walk(trees, torch.tensor(emitted))
-    for r in range(trees.num_requests):
-        first, last = trees.offsets[r : r + 2].tolist()
-        base, current, path = first + r, ROOT, []
-        while True:
-            wanted = emitted[base + current + 1]
-            children = [
-                n
-                for n in range(last - first)
-                if int(trees.parents[first + n]) == current and int(trees.tokens[first + n]) == wanted
-            ]
-            if not children:
-                break
-            (current,) = children
-            path.append(current)
-        length = int(accepted.lengths[r])
-        assert accepted.nodes[r, :length].tolist() == path
-        assert bool((accepted.nodes[r, length:] == ROOT).all())
-        assert int(accepted.last[r]) == current
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 12))
-def test_walking_on_the_host_equals_walking_tensors(seed: int, requests: int, nodes: int) -> None:
-    trees = grow_best_first(TableDrafter(requests, 5, seed), nodes, 4, 3, num_candidates=min(nodes, 5))
-    generator = torch.Generator().manual_seed(seed)
-    emitted = torch.randint(0, 5, (trees.tokens.shape[0] + requests,), generator=generator)
-    accepted = walk(trees, emitted)
-    for r in range(requests):
-        first, last = trees.offsets[r : r + 2].tolist()
-        own = emitted[first + r : last + r + 1].tolist()
-        nodes_of = walk_tree(trees.tokens[first:last].tolist(), trees.parents[first:last].tolist(), own)
-        assert nodes_of == accepted.nodes[r, : int(accepted.lengths[r])].tolist()
+    current, path = ROOT, []
+    while True:
+        children = [
+            n
+            for n in range(len(tree))
+            if (tree.parents[n], tree.tokens[n]) == (current, emitted[current + 1])
+        ]
+        if not children:
+            break
+        (current,) = children
+        path.append(current)
+    assert walk(tree, emitted) == path

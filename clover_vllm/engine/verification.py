@@ -1,0 +1,78 @@
+"""Tree verification in the target's attention: its layers, their metadata, their cached rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clover_vllm.attention.cpu.cache_rows import CacheRows
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.timing import StepTimer
+from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
+from clover_vllm.tree.step import CurrentStep
+
+if TYPE_CHECKING:
+    from clover_vllm.engine.runner import CloverRunner
+
+
+class TargetLayers:
+    """The target's attention layers of one KV cache initialisation."""
+
+    def __init__(self, runner: CloverRunner, current: CurrentStep, timer: StepTimer) -> None:
+        """Find the layers, and let their metadata know the step.
+
+        Raises:
+            UserError: trees are not supported for this target on this platform.
+        """
+        if len(runner.kv_cache_config.kv_cache_groups) != 1 or runner.uses_mrope:
+            raise UserError(
+                "Clover-2 cannot verify trees for targets with several kinds of attention or with "
+                'M-RoPE yet; set the speculative option "tree" to "chain".'
+            )
+        if runner.vllm_config.kv_transfer_config is not None:
+            raise UserError(
+                "Clover-2 cannot verify trees with a KV connector yet, which may save rows before they are "
+                'moved into place; set the speculative option "tree" to "chain".'
+            )
+        groups = list(runner._attn_group_iterator())
+        for group in groups:
+            builder = group.get_metadata_builder()
+            if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
+                raise UserError(
+                    "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
+                    'option "tree" to "chain".'
+                )
+            builder.prepare_trees()
+            builder.current, builder.timer = current, timer
+        for group in runner.drafter.draft_attn_groups:  # one layout for all; these attend without trees
+            group.get_metadata_builder().prepare_trees()
+        drafts = runner.drafter._draft_attn_layer_names
+        layers = runner.compilation_config.static_forward_context
+        self._rows = CacheRows(
+            [self._cache(layers[n]) for g in groups for n in g.layer_names if n not in drafts]
+        )
+
+    @staticmethod
+    def _cache(layer: Any) -> torch.Tensor:
+        if not isinstance(layer.impl, TreeCPUAttentionImpl):
+            raise UserError(
+                "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
+                'option "tree" to "chain".'
+            )
+        layer.impl.check_trees()
+        cache: torch.Tensor = layer.kv_cache
+        return cache
+
+    def move_accepted(self, current: CurrentStep, slots: torch.Tensor) -> None:
+        """Bring the accepted rows' keys and values right behind their roots.
+
+        Args:
+            current: the step, scored.
+            slots: int64, cache slot of each row of the step.
+        """
+        if not current.running or not current.value.has_branches:
+            return
+        sources, destinations = current.value.moves()
+        if sources:
+            self._rows.move(slots[torch.tensor(sources)].tolist(), slots[torch.tensor(destinations)].tolist())

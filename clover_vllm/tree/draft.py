@@ -1,0 +1,119 @@
+"""Draft trees: one on the host (`Tree`), many in tensors (`TreeBatch`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+ROOT = -1
+"""Parent index of the nodes directly under the root."""
+
+MAX_NODES = 63
+"""Nodes per tree: with the root, one bit each in an int64."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One request's draft tree, from growth to verification. A parent always stands before its children.
+
+    A request's *rows* in a step are its root (row 0) and its nodes in order (row i + 1).
+    """
+
+    tokens: Sequence[int]
+    parents: Sequence[int]  # index or ROOT
+    probabilities: Sequence[float] = ()  # joint, as the head sees them; empty where it does not say
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] = ()) -> Tree:
+        """A single path."""
+        return cls(tokens, range(-1, len(tokens) - 1), probabilities)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """By node, 1 under the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    @cached_property
+    def masks(self) -> list[int]:
+        """By row: bit j is set if the row sees its request's row j; the 64th bit is the sign.
+
+        A row sees itself, its ancestors and the root (and, without a bit, all that is cached before it).
+
+        Raises:
+            ValueError: more than `MAX_NODES` nodes.
+        """
+        if len(self) > MAX_NODES:
+            raise ValueError(f"A tree has {len(self)} nodes; bitmasks hold {MAX_NODES}.")
+        masks = [1]
+        for node, parent in enumerate(self.parents):
+            masks.append(masks[parent + 1] | 1 << (node + 1))
+        return signed(masks)
+
+    @cached_property
+    def children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) -> node; of equal siblings the first."""
+        found: dict[tuple[int, int], int] = {}
+        for node, key in enumerate(zip(self.parents, self.tokens, strict=True)):
+            found.setdefault(key, node)
+        return found
+
+    def prefix(self, count: int) -> Tree:
+        """The first nodes, which again are a tree."""
+        if count >= len(self):
+            return self
+        return Tree(self.tokens[:count], self.parents[:count], self.probabilities[:count])
+
+    def likeliest_chain(self) -> Tree:
+        """The path of first children; a tree's nodes stand in falling order of probability."""
+        path: list[int] = []
+        current = ROOT
+        for node, parent in enumerate(self.parents):
+            if parent == current:
+                path.append(node)
+                current = node
+        probabilities = [self.probabilities[node] for node in path] if self.probabilities else ()
+        return Tree.chain([self.tokens[node] for node in path], probabilities)
+
+
+def signed(masks: Sequence[int]) -> list[int]:
+    """64-bit masks as int64 values."""
+    return [mask - (1 << 64) if mask >> 63 else mask for mask in masks]
+
+
+def causal_masks(rows: int) -> list[int]:
+    """Masks of the rows of a request that decodes or prefills: each sees those up to itself."""
+    return signed([(1 << (row + 1)) - 1 for row in range(rows)])
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Draft trees of many requests, flat tensors: request r owns nodes offsets[r] to offsets[r + 1]."""
+
+    tokens: torch.Tensor  # int64 [N]
+    parents: torch.Tensor  # int64 [N], index within the request's own nodes, or ROOT
+    log_probs: torch.Tensor  # float32 [N], joint log-probability of the path to the node
+    offsets: torch.Tensor  # int64 [R + 1]
+
+    def __post_init__(self) -> None:
+        for name in ("parents", "log_probs"):
+            assert getattr(self, name).shape == self.tokens.shape, f"{name} must have one entry per node"
+
+    def to_host(self) -> list[Tree]:
+        """One tree per request. Waits for the device."""
+        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        joint = self.log_probs.exp().tolist()
+        return [Tree(tokens[a:b], parents[a:b], joint[a:b]) for a, b in pairwise(self.offsets.tolist())]
