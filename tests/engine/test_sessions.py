@@ -41,10 +41,10 @@ def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
         "async_scheduling": False,
     }
     asked = sessions()
-    plain = run_script("run_sessions.py", {"engine": engine, "sessions": asked})
+    plain = run_script("run_sessions", {"engine": engine, "sessions": asked})
     spec = {"model": str(shipped_head()), "draft_min_joint": 0.0}
     trees = run_script(
-        "run_sessions.py", {"engine": {**engine, "speculative_config": spec}, "sessions": asked}
+        "run_sessions", {"engine": {**engine, "speculative_config": spec}, "sessions": asked}
     )
     assert all(len(turns) == 4 for turns in plain)
     assert {turn["finish"] for turns in plain for turn in turns} == {"stop", "length", "repetition"}

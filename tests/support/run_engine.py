@@ -1,7 +1,7 @@
-"""Runs requests through vLLM's engine in a process of its own: `python run_engine.py SPEC OUT`.
+"""Runs requests through vLLM's engine in a process of its own; `engines.run_engine` starts it.
 
-SPEC and OUT are JSON files. The engine core lives in this process, so that a test may look inside;
-which requests share a step then depends on nothing but the requests. Keys of SPEC:
+The engine core lives in this process, so that a test may look inside; which requests share a step then
+depends on nothing but the requests. Keys of what `main` takes:
 
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.check.drive`.
@@ -12,26 +12,20 @@ which requests share a step then depends on nothing but the requests. Keys of SP
         metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
-OUT: what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
+It returns what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 Json = dict[str, Any]
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def main(spec: Json) -> Json:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM
 
@@ -68,7 +62,7 @@ def main() -> None:
     if probe is not None:
         stats["cache_error"] = probe.error(llm)
         stats["cache_rows"] = probe.rows
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    return result
 
 
 def fallbacks(runner: Any) -> dict[str, float]:
@@ -236,7 +230,3 @@ class CacheProbe:
             worst = max(worst, float((rows - again).abs().max() / again.abs().max().clamp(min=1)))
             self.rows += len(tokens)
         return worst
-
-
-if __name__ == "__main__":
-    main()

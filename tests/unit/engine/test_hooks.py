@@ -392,7 +392,7 @@ def test_heads_of_the_hub_are_checked_before_the_engine_starts(
     asked += [arguments(name, download_dir=str(elsewhere)) for name in ("cut", "nan")]
     home = tmp_path / "home"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
-    found = run_script("run_configs.py", asked, env=offline)
+    found = run_script("run_configs", asked, env=offline)
     words = [None, "not finite", "damaged", "no weights", "clover/none", None, "damaged", None]
     for error, word in zip(found, words, strict=True):
         if word is None:
