@@ -7,6 +7,7 @@ one thread). With settings that vLLM reads while it is imported, a script gets a
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import multiprocessing
@@ -27,7 +28,16 @@ from clover_vllm.launch.environment import prepare
 Json = dict[str, Any]
 
 FOLDER = Path(__file__).parent
-IMPORTED = ["vllm.v1.worker.cpu_worker", "vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "run_engine"]
+IMPORTED = [
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.compilation.backends",
+    "vllm.lora.resolver",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.models.llama",
+    "compressed_tensors",
+]
 
 
 def run_engine(
@@ -111,8 +121,10 @@ def _forked(name: str, given: Path, out: Path, log: Path, env: dict[str, str]) -
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    assert IMPORTED[0] in sys.modules
+    missing = [module for module in IMPORTED if module not in sys.modules]
+    assert not missing, f"the server could not import {missing}"
     assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "a fork takes one thread along"
+    gc.freeze()  # vLLM collects garbage several times, but none of this is
     answer(name, given, out)
     atexit._run_exitfuncs()  # a forked process ends without
 
