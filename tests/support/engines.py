@@ -61,7 +61,9 @@ def run_script(name: str, spec: Any, timeout: float = 840, env: dict[str, str] |
         given, out, log = (Path(folder) / file for file in ("spec.json", "out.json", "log.txt"))
         given.write_text(json.dumps(spec))
         with prepared(env or {}):
-            code = _start_anew(name, given, out, log, timeout) if env else _fork(name, given, out, log, timeout)
+            code = (
+                _start_anew(name, given, out, log, timeout) if env else _fork(name, given, out, log, timeout)
+            )
         assert code == 0, f"{name}: exit code {code}\n{log.read_text()[-8000:]}"
         return json.loads(out.read_text())
 
@@ -132,6 +134,8 @@ def _forked(name: str, given: Path, out: Path, log: Path, env: dict[str, str]) -
 def answer(name: str, given: Path, out: Path) -> None:
     """Run a script's `main` on one file, into another."""
     out.write_text(json.dumps(importlib.import_module(name).main(json.loads(given.read_text()))))
+
+
 def tokens_of(run: Json) -> list[list[list[int]]]:
     """Token ids by request, by sequence."""
     return [[sequence["tokens"] for sequence in outputs] for outputs in run["outputs"]]
