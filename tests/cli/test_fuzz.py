@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from length import length
+from configure import configuration
 from safetensors.torch import load_file, save_file
 from small import one_sentence, tiny_llama
 
@@ -123,7 +123,6 @@ def damage_tensors(rng: random.Random, path: Path) -> None:
 
 def load_in_vllm(target: Path, head: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The head as a worker loads it, from the user's options to the last weight."""
-    from test_hooks import configuration
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
@@ -158,8 +157,7 @@ def test_damaged_heads_work_or_are_refused(whole: Path, tmp_path: Path) -> None:
     """By the reference model, and whatever that takes by vLLM's loader too."""
     worked = refused = loaded = 0
     target = tiny_llama(tmp_path / "target", vocab=101, hidden=64)
-    count = length(120, 350)
-    for seed in range(count):
+    for seed in range(350):
         rng = random.Random(seed)
         folder = tmp_path / str(seed)
         shutil.copytree(whole, folder)
@@ -193,9 +191,9 @@ def test_damaged_heads_work_or_are_refused(whole: Path, tmp_path: Path) -> None:
         except UserError as error:  # sound, but another target's
             one_sentence(error)
         shutil.rmtree(folder)
-    assert worked > count // 12
-    assert loaded > count // 18
-    assert refused > 3 * count // 7
+    assert worked > 30
+    assert loaded > 20
+    assert refused > 150
 
 
 def odd_options(rng: random.Random, head: Path) -> dict[str, Any]:
@@ -241,14 +239,11 @@ def odd_options(rng: random.Random, head: Path) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 def test_odd_configurations_work_or_are_refused(tmp_path: Path) -> None:
     """Through vLLM's own EngineArgs, so before an engine starts."""
-    from test_hooks import configuration
-
     from clover_vllm.check.tiny import make_tiny_pair
 
     target, head = make_tiny_pair(tmp_path)
     worked = refused = 0
-    count = length(60, 150)
-    for seed in range(count):
+    for seed in range(150):
         given = odd_options(random.Random(seed), head)
         try:
             made = configuration(target, given)
@@ -260,5 +255,5 @@ def test_odd_configurations_work_or_are_refused(tmp_path: Path) -> None:
         spec = made.speculative_config
         assert 1 <= spec.num_speculative_tokens <= 63
         assert spec.clover.rounds(8) >= 1
-    assert worked > count // 15
-    assert refused > count // 2
+    assert worked > 10
+    assert refused > 80

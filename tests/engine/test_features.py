@@ -172,6 +172,24 @@ def test_feature(runs: tuple[Json, Json], feature: str, kind: str) -> None:
     assert all(plain["outputs"][i][0]["tokens"] for i in chosen)
 
 
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_request_is_drafted_for_as_the_table_says(runs: tuple[Json, Json], feature: str) -> None:
+    """Branching trees, but chains where a grammar allows what comes next."""
+    outputs, by_request = runs[1]["outputs"], runs[1]["stats"]["verified_by_request"]
+    of_feature = [i for case in CASES if case[0] == feature for i in of_case(*case)]
+    lasting = [
+        i for i in of_feature if len(outputs[i][0]["tokens"]) > 8
+    ]  # others may meet chains alone, by chance
+    assert lasting
+    for i in lasting:
+        chains, branching = by_request[str(i)]
+        if "structured_outputs" in FEATURES[feature]:
+            assert chains > 0
+            assert branching == 0
+        else:
+            assert branching > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_did_something(runs: tuple[Json, Json], pair: tuple[Path, Path], kind: str) -> None:
     """The thinking ends at its budget, choices are among the given ones, chains are counted."""

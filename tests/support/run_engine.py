@@ -12,7 +12,8 @@ depends on nothing but the requests. Keys of what `main` takes:
         metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
-It returns what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
+It returns what `drive` returns, with more statistics; "verified" and "accepted" are of drafts;
+"verified_by_request" has [chains, branching trees] by index.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main(spec: Json) -> Json:
     result = drive(llm, spec["requests"], probe.look if probe else None)
     stats: Json = result["stats"]
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
+    stats["verified_by_request"] = verified.by_request
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
@@ -76,20 +78,36 @@ def fallbacks(runner: Any) -> dict[str, float]:
 
 
 class Verified:
-    """Counts the drafts of steps as they are verified, not as they were made."""
+    """Counts the drafts of steps as they are verified, not as they were made.
+
+    Attributes:
+        chains, branching: how many, of all requests.
+        by_request: the same two, by the request's index in what `main` takes.
+    """
 
     def __init__(self, runner: Any) -> None:
         self.chains = self.branching = 0
+        self.by_request: dict[int, list[int]] = {}
+        self._runner = runner
         if hasattr(runner, "_match_drafts"):
             self._original = runner._match_drafts
             runner._match_drafts = self._match_drafts
 
     def _match_drafts(self, *args: Any) -> Any:
         step = self._original(*args)
-        for tree in step.trees:
-            self.chains += tree is not None and tree.is_chain
-            self.branching += tree is not None and not tree.is_chain
+        for name, tree in zip(self._runner.input_batch.req_ids, step.trees, strict=True):
+            if tree is None:
+                continue
+            self.chains += tree.is_chain
+            self.branching += not tree.is_chain
+            counts = self.by_request.setdefault(self._index(name), [0, 0])
+            counts[not tree.is_chain] += 1
         return step
+
+    @staticmethod
+    def _index(name: str) -> int:
+        """Of a request that vLLM calls [sequence_]index-random."""
+        return int(name.rpartition("-")[0].rpartition("_")[2])
 
 
 class HeadProbe:

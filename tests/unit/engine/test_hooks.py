@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import vllm
+from configure import configuration
 from engines import run_script
 from small import one_sentence, tiny_llama
 from vllm.engine.arg_utils import EngineArgs
@@ -189,12 +190,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     init_from_target(head, frozen.layers, frozen.norm)
     save_head(head, folder / "head")
     return target, folder / "head"
-
-
-def configuration(target: Path, speculative: dict[str, Any], **more: Any) -> Any:
-    plugin.register()
-    args = EngineArgs(model=str(target), skip_tokenizer_init=True, speculative_config=speculative, **more)
-    return args.create_engine_config()
 
 
 def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
