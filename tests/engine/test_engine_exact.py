@@ -22,7 +22,7 @@ from clover_vllm.target.frozen import FrozenTarget
 pytestmark = pytest.mark.timeout(3600)
 
 HELD_OUT = shipped_head() / "held-out.jsonl.gz"
-COUNT = length(60, 200)
+COUNT = length(40, 200)
 TOKENS = 128
 SPARE = 10
 TIE = 5e-5
@@ -143,6 +143,7 @@ def gap(frozen: FrozenTarget, prompt: list[int], answer: list[int], other: list[
     return float((logits[answer[at]] - logits[other[at]]).abs())
 
 
+@pytest.mark.xdist_group("half precision")
 @pytest.mark.parametrize(
     ("dtype", "count"),
     [("bfloat16", length(24, 64)), ("float16", length(8, 24))],
@@ -171,6 +172,7 @@ def test_half_precision_differs_at_near_ties_only(
     assert max(differences, default=0.0) < 0.5
 
 
+@pytest.mark.xdist_group("half precision")
 def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
     """The engine loses none of the head's quality: same target, same answers, same tree, float32."""
     options = CloverOptions()

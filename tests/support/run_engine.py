@@ -47,6 +47,7 @@ def main(spec: Json) -> Json:
     stats: Json = result["stats"]
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
     stats["verified_by_request"] = verified.by_request
+    stats["tokens_before_last_draft"] = verified.before
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
@@ -83,11 +84,13 @@ class Verified:
     Attributes:
         chains, branching: how many, of all requests.
         by_request: the same two, by the request's index in what `main` takes.
+        before: output tokens that a request had before its last draft was verified, likewise.
     """
 
     def __init__(self, runner: Any) -> None:
         self.chains = self.branching = 0
         self.by_request: dict[int, list[int]] = {}
+        self.before: dict[int, int] = {}
         self._runner = runner
         if hasattr(runner, "_match_drafts"):
             self._original = runner._match_drafts
@@ -100,8 +103,9 @@ class Verified:
                 continue
             self.chains += tree.is_chain
             self.branching += not tree.is_chain
-            counts = self.by_request.setdefault(self._index(name), [0, 0])
-            counts[not tree.is_chain] += 1
+            index = self._index(name)
+            self.by_request.setdefault(index, [0, 0])[not tree.is_chain] += 1
+            self.before[index] = len(self._runner.requests[name].output_token_ids)
         return step
 
     @staticmethod
