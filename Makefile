@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-fast soak lint clean
 
 setup: $(STAMP)
 
@@ -32,8 +32,21 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# Engines on a core for each of two workers, then the servers, which take all cores.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL) -m 'not server'
+	$(BIN)/pytest -m server
+
+# What needs no engine.
+test-fast: setup
+	$(BIN)/pytest $(PARALLEL) -m 'not server and not engine and not slow'
+
+# The tests of `make test` at full length, for hours.
+soak: lint
+	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL) -m 'not server'
+	CLOVER_TEST_LENGTH=full $(BIN)/pytest -m server
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

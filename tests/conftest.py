@@ -1,12 +1,17 @@
-"""Fixtures: a small random target, answers for it, and a home of their own."""
+"""A core for each worker, marks by folder, and fixtures: a small random target, answers for it, a home."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before torch counts the cores
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -16,6 +21,31 @@ from clover_vllm.heads.clover2 import Clover2Config, Clover2DraftModel
 from clover_vllm.heads.clover2.init import config_for_target, init_from_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.target.make import make_target
+
+FOLDERS = {"engine": "engine", "server": "server", "check": "engine"}
+"""Marks of the tests in a folder."""
+FIRST = ["test_engine_exact.py", "test_torture.py", "test_train.py", "test_data.py", "test_features.py"]
+"""Files that take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks; the tests of a file that starts engines share its fixtures, hence a worker; long ones go first."""
+    for item in items:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        if room in FOLDERS:
+            item.add_marker(FOLDERS[room])
+        if room != "unit" and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test, or what it calls, sets in the environment ends with it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import published_folder
 from safetensors.torch import load_file, save_file
 from small import tiny_llama
 from typer.testing import CliRunner, Result
@@ -233,8 +234,6 @@ def test_convert_refuses_what_is_not_a_published_checkpoint(head_folder: Path, t
 
 
 def test_convert_lists_every_wrong_tensor(tmp_path: Path) -> None:
-    from test_golden import published_folder
-
     source = published_folder(tmp_path / "published", "single")
     tensors = load_file(source / "model.safetensors")
     del tensors["clover_head_mlp.bias"]

@@ -93,6 +93,7 @@ def llm(target: Path, **more: Any) -> Json:
         "max_model_len": 256,
         "max_num_seqs": 8,
         "block_size": 32,
+        "num_gpu_blocks_override": 1024,  # ample; a whole GiB takes seconds to clear
         "max_num_batched_tokens": 4096,
         **more,
     }
@@ -169,6 +170,33 @@ def test_feature(runs: tuple[Json, Json], feature: str, kind: str) -> None:
     chosen = of_case(feature, kind)
     assert_same(plain, trees, chosen)
     assert all(plain["outputs"][i][0]["tokens"] for i in chosen)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_request_is_drafted_for_as_the_table_says(runs: tuple[Json, Json], feature: str) -> None:
+    """Branching trees, but chains where a grammar allows what comes next."""
+    outputs, by_request = runs[1]["outputs"], runs[1]["stats"]["verified_by_request"]
+    of_feature = [i for case in CASES if case[0] == feature for i in of_case(*case)]
+    lasting = [i for i in of_feature if len(outputs[i][0]["tokens"]) > 4]  # the others end as they begin
+    counts = [by_request[str(i)] for i in lasting]
+    assert all(chains + branching > 0 for chains, branching in counts)
+    # By chance, the scripted trees of a short request are all chains.
+    drafted_as_trees = any(branching > 0 for _, branching in counts)
+    assert counts
+    assert drafted_as_trees == ("structured_outputs" not in FEATURES[feature])
+
+
+@pytest.mark.parametrize("feature", ["stop", "include_stop_str_in_output", "min_tokens"])
+def test_stops_lie_inside_accepted_paths(runs: tuple[Json, Json], feature: str) -> None:
+    """The last step of some request emits several tokens, and a stop is the last of those that stay."""
+    outputs, before = runs[1]["outputs"], runs[1]["stats"]["tokens_before_last_draft"]
+    stopped = [
+        i
+        for kind in KINDS
+        for i in of_case(feature, kind)
+        if outputs[i][0]["finish"] == "stop" and str(i) in before
+    ]
+    assert max(len(outputs[i][0]["tokens"]) - before[str(i)] for i in stopped) > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import run_script
+from length import length
 
 from clover_vllm.base.paths import shipped_head
 
@@ -15,7 +16,7 @@ from clover_vllm.base.paths import shipped_head
 def sessions() -> list[dict[str, Any]]:
     """Held-out prompts cut in four; turns end at a token, a length or a repetition, mostly inside a path."""
     with gzip.open(shipped_head() / "held-out.jsonl.gz", "rt") as file:
-        rows = [json.loads(line) for _, line in zip(range(8), file, strict=False)]
+        rows = [json.loads(line) for _, line in zip(range(length(4, 8)), file, strict=False)]
     found = []
     for i, row in enumerate(rows):
         prompt = row["prompt_ids"]
@@ -41,11 +42,9 @@ def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
         "async_scheduling": False,
     }
     asked = sessions()
-    plain = run_script("run_sessions.py", {"engine": engine, "sessions": asked})
+    plain = run_script("run_sessions", {"engine": engine, "sessions": asked})
     spec = {"model": str(shipped_head()), "draft_min_joint": 0.0}
-    trees = run_script(
-        "run_sessions.py", {"engine": {**engine, "speculative_config": spec}, "sessions": asked}
-    )
+    trees = run_script("run_sessions", {"engine": {**engine, "speculative_config": spec}, "sessions": asked})
     assert all(len(turns) == 4 for turns in plain)
     assert {turn["finish"] for turns in plain for turn in turns} == {"stop", "length", "repetition"}
     assert trees == plain

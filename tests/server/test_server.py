@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from length import length
 from openai import APIError, OpenAI
 
 from clover_vllm.base.errors import UserError
@@ -278,12 +279,10 @@ def hang_up(server: Server, body: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_two_hundred_broken_requests_leave_good_ones_alone(
-    server: Server, plain_server: Server, client: OpenAI
-) -> None:
+def test_broken_requests_leave_good_ones_alone(server: Server, plain_server: Server, client: OpenAI) -> None:
     """Each gets the status that plain vLLM gives it; clients that leave free their cache blocks."""
     alone = [ask(client, question).choices[0].message.content for question in QUESTIONS]
-    broken = broken_requests(random.Random(0), 200)
+    broken = broken_requests(random.Random(0), length(60, 200))
     story = {
         "model": "small",
         "messages": [{"role": "user", "content": "Tell a long story."}],
@@ -317,7 +316,7 @@ def test_two_hundred_broken_requests_leave_good_ones_alone(
         if status != wanted
     ]
     assert not unlike
-    assert sum(400 <= status < 500 for status in statuses) > 150
+    assert sum(400 <= status < 500 for status in statuses) > 0.75 * len(broken)
     until = time.monotonic() + 60
     while server.counters()["vllm:num_requests_running"] and time.monotonic() < until:
         time.sleep(0.2)

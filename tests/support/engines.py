@@ -1,13 +1,23 @@
-"""Runs scripts beside this file in processes of their own, with the settings in which vLLM is fastest."""
+"""Runs the scripts beside this file in processes of their own, with the settings in which vLLM is fastest.
+
+A process is forked from a server that has torch and vllm imported (and has computed nothing, so that it has
+one thread). With settings that vLLM reads while it is imported, a script gets a Python of its own instead.
+"""
 
 from __future__ import annotations
 
+import atexit
+import gc
+import importlib
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +27,113 @@ from clover_vllm.launch.environment import prepare
 
 Json = dict[str, Any]
 
+FOLDER = Path(__file__).parent
+IMPORTED = [
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.compilation.backends",
+    "vllm.lora.resolver",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.models.llama",
+    "compressed_tensors",
+]
+
 
 def run_engine(
     llm: Json, requests: list[Json], timeout: float = 840, env: dict[str, str] | None = None, **more: Any
 ) -> Json:
     """Outputs and statistics of requests; see `run_engine.py` for the arguments."""
-    found: Json = run_script("run_engine.py", {"llm": llm, "requests": requests, **more}, timeout, env)
+    found: Json = run_script("run_engine", {"llm": llm, "requests": requests, **more}, timeout, env)
     return found
 
 
-def run_script(name: str, spec: Json, timeout: float = 840, env: dict[str, str] | None = None) -> Any:
-    """What a script beside this file answers to `spec`."""
+def run_script(name: str, spec: Any, timeout: float = 840, env: dict[str, str] | None = None) -> Any:
+    """What a script beside this file answers to `spec`.
+
+    Args:
+        name: of the module, which has `main(spec)`.
+        spec: given to it; JSON.
+        timeout: in seconds.
+        env: environment variables to add. With any, Python starts anew.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, out, log = (Path(folder) / file for file in ("spec.json", "out.json", "log.txt"))
+        given.write_text(json.dumps(spec))
+        with prepared(env or {}):
+            code = (
+                _start_anew(name, given, out, log, timeout) if env else _fork(name, given, out, log, timeout)
+            )
+        assert code == 0, f"{name}: exit code {code}\n{log.read_text()[-8000:]}"
+        return json.loads(out.read_text())
+
+
+@contextmanager
+def prepared(env: dict[str, str]) -> Iterator[None]:
+    """The environment of engines, in this process for a while."""
     before = dict(os.environ)
     try:
         prepare()
-        settings = {**os.environ, **(env or {})}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.update(env)
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-    with tempfile.TemporaryDirectory() as folder:
-        given, out = Path(folder) / "spec.json", Path(folder) / "out.json"
-        given.write_text(json.dumps(spec))
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / name), str(given), str(out)],
-            env=settings,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        return json.loads(out.read_text())
+
+
+def _start_anew(name: str, given: Path, out: Path, log: Path, timeout: float) -> int | None:
+    command = [sys.executable, str(FOLDER / "engines.py"), name, str(given), str(out)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _kill_group(process.pid)
+        process.wait()
+
+
+def _fork(name: str, given: Path, out: Path, log: Path, timeout: float) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engines", *IMPORTED])
+    process = context.Process(target=_forked, args=(name, given, out, log, dict(os.environ)))
+    process.start()
+    assert process.pid is not None
+    try:
+        process.join(timeout)
+        return process.exitcode
+    finally:
+        _kill_group(process.pid)
+        process.kill()  # should it not lead a group yet
+        process.join()
+
+
+def _kill_group(leader: int) -> None:
+    """End what a script has left behind, and itself if it runs too long."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _forked(name: str, given: Path, out: Path, log: Path, env: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    missing = [module for module in IMPORTED if module not in sys.modules]
+    assert not missing, f"the server could not import {missing}"
+    assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "a fork takes one thread along"
+    gc.freeze()  # vLLM collects garbage several times, but none of this is
+    answer(name, given, out)
+    atexit._run_exitfuncs()  # a forked process ends without
+
+
+def answer(name: str, given: Path, out: Path) -> None:
+    """Run a script's `main` on one file, into another."""
+    out.write_text(json.dumps(importlib.import_module(name).main(json.loads(given.read_text()))))
 
 
 def tokens_of(run: Json) -> list[list[list[int]]]:
@@ -75,3 +162,7 @@ def assert_same(plain: Json, trees: Json, chosen: Iterable[int]) -> None:
                     assert [(t, rank) for t, _, rank in position] == [(t, rank) for t, _, rank in again]
                     expected = pytest.approx([p for _, p, _ in again], abs=1e-4)
                     assert [p for _, p, _ in position] == expected
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

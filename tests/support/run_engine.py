@@ -1,7 +1,7 @@
-"""Runs requests through vLLM's engine in a process of its own: `python run_engine.py SPEC OUT`.
+"""Runs requests through vLLM's engine in a process of its own; `engines.run_engine` starts it.
 
-SPEC and OUT are JSON files. The engine core lives in this process, so that a test may look inside;
-which requests share a step then depends on nothing but the requests. Keys of SPEC:
+The engine core lives in this process, so that a test may look inside; which requests share a step then
+depends on nothing but the requests. Keys of what `main` takes:
 
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.check.drive`.
@@ -12,26 +12,21 @@ which requests share a step then depends on nothing but the requests. Keys of SP
         metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
-OUT: what `drive` returns, with more statistics; "verified" and "accepted" are of drafts.
+It returns what `drive` returns, with more statistics; "verified" and "accepted" are of drafts;
+"verified_by_request" has [chains, branching trees] by index.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 Json = dict[str, Any]
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def main(spec: Json) -> Json:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM
 
@@ -51,6 +46,8 @@ def main() -> None:
     result = drive(llm, spec["requests"], probe.look if probe else None)
     stats: Json = result["stats"]
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
+    stats["verified_by_request"] = verified.by_request
+    stats["tokens_before_last_draft"] = verified.before
     stats["grown"], stats["in_vain"] = verified.grown, verified.in_vain
     stats["lookahead"] = llm.llm_engine.engine_core.engine_core.scheduler.num_lookahead_tokens
     if hasattr(runner, "counters"):
@@ -70,7 +67,7 @@ def main() -> None:
     if probe is not None:
         stats["cache_error"] = probe.error(llm)
         stats["cache_rows"] = probe.rows
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    return result
 
 
 def fallbacks(runner: Any) -> dict[str, float]:
@@ -87,28 +84,43 @@ class Verified:
     """Counts the drafts of steps as they are verified, and as they are grown.
 
     Attributes:
-        chains, branching: drafts verified, by kind.
+        chains, branching: drafts verified, by kind, of all requests.
+        by_request: the same two, by the request's index in what `main` takes.
+        before: output tokens that a request had before its last draft was verified, likewise.
         in_vain: drafts verified for a request with one token to go.
         grown: drafts grown.
     """
 
     def __init__(self, runner: Any) -> None:
         self.chains = self.branching = self.in_vain = self.grown = 0
+        self.by_request: dict[int, list[int]] = {}
+        self.before: dict[int, int] = {}
+        self._runner = runner
         if hasattr(runner, "_step"):
             self._original, self._grow = runner._step, runner.drafter.grow
             runner._step, runner.drafter.grow = self._step, self.grow
 
     def _step(self, *args: Any) -> Any:
         step = self._original(*args)
-        for r, tree in enumerate(step.trees):
-            self.chains += tree is not None and tree.is_chain
-            self.branching += tree is not None and not tree.is_chain
-            self.in_vain += tree is not None and step.endings[r].remaining < 2
+        for r, (name, tree) in enumerate(zip(self._runner.input_batch.req_ids, step.trees, strict=True)):
+            if tree is None:
+                continue
+            self.chains += tree.is_chain
+            self.branching += not tree.is_chain
+            self.in_vain += step.endings[r].remaining < 2
+            index = self._index(name)
+            self.by_request.setdefault(index, [0, 0])[not tree.is_chain] += 1
+            self.before[index] = len(self._runner.requests[name].output_token_ids)
         return step
 
     def grow(self, g: Any, num_nodes: int) -> Any:
         self.grown += len(g)
         return self._grow(g, num_nodes)
+
+    @staticmethod
+    def _index(name: str) -> int:
+        """Of a request that vLLM calls [sequence_]index-random."""
+        return int(name.rpartition("-")[0].rpartition("_")[2])
 
 
 class HeadProbe:
@@ -249,7 +261,3 @@ class CacheProbe:
             worst = max(worst, float((rows - again).abs().max() / again.abs().max().clamp(min=1)))
             self.rows += len(tokens)
         return worst
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,13 @@
-"""Runs streaming sessions (vLLM's `StreamingInput`) in a process of its own: `python run_sessions.py SPEC OUT`.
+"""Runs streaming sessions (vLLM's `StreamingInput`) in a process of its own; `engines.run_script` starts it.
 
-SPEC: {"engine": arguments of AsyncEngineArgs, "sessions": [{"turns": [token ids], "params": {}}]}; OUT: per
-session its turns, each {"tokens", "finish"}. A turn is sent when the one before it has ended.
+`main` takes {"engine": arguments of AsyncEngineArgs, "sessions": [{"turns": [token ids], "params": {}}]} and
+returns per session its turns, each {"tokens", "finish"}. A turn is sent when the one before it has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
@@ -45,19 +42,17 @@ async def session(engine: Any, name: str, asked: Json) -> list[Json]:
     return turns[:-1]
 
 
-async def main() -> None:
+async def sessions(spec: Json) -> list[list[Json]]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    spec = json.loads(Path(sys.argv[1]).read_text())
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
     try:
         asked = enumerate(spec["sessions"])
-        found = await asyncio.wait_for(asyncio.gather(*(session(engine, f"s{i}", s) for i, s in asked)), 300)
+        return await asyncio.wait_for(asyncio.gather(*(session(engine, f"s{i}", s) for i, s in asked)), 300)
     finally:
         engine.shutdown()
-    Path(sys.argv[2]).write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    asyncio.run(main())
+def main(spec: Json) -> list[list[Json]]:
+    return asyncio.run(sessions(spec))

@@ -148,6 +148,7 @@ def test_kernel_runs_and_refuses_impossible_shapes(tmp_path: Path) -> None:
         assert "Traceback" not in done.output
 
 
+@pytest.mark.engine
 def test_bench_runs_on_a_tiny_target(
     tiny_target: Path, fitting_head: Clover2DraftModel, tmp_path: Path
 ) -> None:
@@ -178,7 +179,7 @@ def test_bench_runs_on_a_tiny_target(
     assert str(tmp_path) not in json.dumps(found["methods"])
 
 
-@pytest.mark.engine
+@pytest.mark.server
 def test_bench_runs_through_servers(tmp_path: Path) -> None:
     """`vllm serve`, loaded by vLLM's own `vllm bench serve`."""
     target, head = make_tiny_pair(tmp_path)

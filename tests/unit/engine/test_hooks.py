@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import vllm
+from configure import configuration
 from engines import run_script
 from small import one_sentence, tiny_llama
 from vllm.engine.arg_utils import EngineArgs
@@ -189,12 +190,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     init_from_target(head, frozen.layers, frozen.norm)
     save_head(head, folder / "head")
     return target, folder / "head"
-
-
-def configuration(target: Path, speculative: dict[str, Any], **more: Any) -> Any:
-    plugin.register()
-    args = EngineArgs(model=str(target), skip_tokenizer_init=True, speculative_config=speculative, **more)
-    return args.create_engine_config()
 
 
 def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
@@ -392,7 +387,7 @@ def test_heads_of_the_hub_are_checked_before_the_engine_starts(
     asked += [arguments(name, download_dir=str(elsewhere)) for name in ("cut", "nan")]
     home = tmp_path / "home"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
-    found = run_script("run_configs.py", asked, env=offline)
+    found = run_script("run_configs", asked, env=offline)
     words = [None, "not finite", "damaged", "no weights", "clover/none", None, "damaged", None]
     for error, word in zip(found, words, strict=True):
         if word is None:

@@ -23,6 +23,7 @@ def target(smollm2: Path) -> FrozenTarget:
     return FrozenTarget(smollm2, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_tokens_per_step_are_those_of_the_model_card(target: FrozenTarget) -> None:
     """On the first answers of the card's own; 10% less is a regression, since they are few."""
     folder = shipped_head()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from length import length
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clover_vllm.target.make import make_target
@@ -32,10 +33,11 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_or_a_whole_folder(smollm2: Path, tmp_path: Path) -> None:
     folder = tmp_path / "target"
     rng = random.Random(11)
-    for _ in range(4):
+    for _ in range(length(2, 4)):
         process = _start(folder)
         time.sleep(rng.uniform(2.0, 9.0))
         process.send_signal(signal.SIGKILL)

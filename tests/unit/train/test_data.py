@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from length import length
 from small import one_sentence
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,6 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from clover_vllm.base.errors import UserError
 from clover_vllm.train.generate import DataSettings, generate
 from clover_vllm.train.prompts import Prompt, read_prompts
+
+KILLS = length(4, 10)
+LIMIT = 18 * KILLS
 
 WORDS = [f"w{i}" for i in range(208)]
 
@@ -54,7 +58,7 @@ def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
         "output": str(output),
         "max_tokens": 24,
         "shard_size": 4,
-        "limit": 180,
+        "limit": LIMIT,
         "max_num_seqs": 8,
         "max_model_len": 64,
         "dtype": "bfloat16",
@@ -100,7 +104,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
-def test_ten_kills_at_random_moments_leave_the_same_answers(
+def test_kills_at_random_moments_leave_the_same_answers(
     spoken_target: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
     worker = tmp_path / "worker.py"
@@ -114,11 +118,11 @@ def test_ten_kills_at_random_moments_leave_the_same_answers(
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     count = len(shards(tmp_path / "whole"))
-    assert count >= 40  # ten kills, a few shards each, never come near the end
+    assert count >= 4 * KILLS  # kills, a few shards each, never come near the end
 
     broken = arguments(spoken_target, prompt_file, tmp_path / "broken")
     rng = random.Random(3)
-    for kill in range(10):
+    for kill in range(KILLS):
         process = _start(worker, broken)
         done = len(shards(tmp_path / "broken"))
         # Odd ones while it starts (or at its first shard, should this start be a quick one), even ones while it
@@ -140,7 +144,7 @@ def test_ten_kills_at_random_moments_leave_the_same_answers(
         assert one.read_bytes() == two.read_bytes()
 
     found = rows(tmp_path / "broken")
-    assert len(found) == len([p for p in read_prompts([prompt_file]) if not p.held_out][:180])
+    assert len(found) == len([p for p in read_prompts([prompt_file]) if not p.held_out][:LIMIT])
     temperatures = [r["temperature"] for r in found]
     assert 0.3 < sum(t == 0 for t in temperatures) / len(found) < 0.7
     assert all(t == 0 or 0.7 <= t <= 1.0 for t in temperatures)
