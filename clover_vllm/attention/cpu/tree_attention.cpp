@@ -51,11 +51,11 @@ inline void store(fp16* p, vec v) {
 }
 inline vec splat(float x) { return x - vec{}; }
 
-// 2^x for x <= 0, to about 2 units in the last place; below 2^-126 it is 0.
+// 2^x for x <= 0, to about 2 units in the last place; below 2^-126 it is 0, and NaN stays NaN.
 inline vec exp2_vec(vec x) {
   vec low = splat(-126.0f);
-  ivec keep = x >= low;
-  x = keep ? x : low;
+  ivec vanishes = x < low;
+  x = vanishes ? low : x;
   ivec whole = __builtin_convertvector(x - 0.5f, ivec);  // towards zero: floor or ceil of x, |rest| <= 1
   vec f = x - __builtin_convertvector(whole, vec);
   vec y = splat(1.5403530e-4f);
@@ -66,7 +66,7 @@ inline vec exp2_vec(vec x) {
   y = y * f + 6.9314718e-1f;
   y = y * f + 1.0f;
   vec scaled = (vec)((ivec)y + (whole << 23));
-  return keep ? scaled : vec{};
+  return vanishes ? vec{} : scaled;
 }
 
 inline float hmax(vec v) {
@@ -139,6 +139,7 @@ struct Piece {
 
 // Softmax state of `rows` query vectors over one tile of scores [rows][width]. Where values may be infinite or
 // NaN (`finite` is false) those of weight 0 are skipped: 0 times them would reach rows that do not see them.
+// A NaN score may be missing from the maximum, but makes the row's weight, sum and output NaN, as in plain softmax.
 void absorb(float* scores, int rows, int width, int columns, int stride, const float* values, int dim,
             bool finite, float* out, float* maxima, float* sums) {
   for (int m = 0; m < rows; m++) {
@@ -150,8 +151,14 @@ void absorb(float* scores, int rows, int width, int columns, int stride, const f
       top = top > v ? top : v;
     }
     float high = std::max(maxima[m], hmax(top));
-    if (high == -INFINITY) {  // nothing visible so far
-      for (int j = 0; j < width; j += LANES) store(s + j, vec{});
+    if (high == -INFINITY) {  // nothing visible so far, unless it is NaN
+      vec lost = {};
+      for (int j = 0; j < width; j += LANES) {
+        const vec v = load(s + j), p = v != v ? v : vec{};
+        store(s + j, p);
+        lost += p;
+      }
+      sums[m] += hsum(lost);
       continue;
     }
     float shrink = maxima[m] == -INFINITY ? 0.0f : std::exp2(maxima[m] - high);

@@ -177,6 +177,69 @@ def test_infinite_values_stay_with_the_rows_that_see_them(
     torch.testing.assert_close(attend()[~sees], before[~sees], atol=1e-3, rtol=0)
 
 
+def both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and the reference give."""
+    query, key, value, key_cache, value_cache, inputs = case
+    output = torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+    return output, tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("prefix", [0, 1, 40, 125, 300])
+@pytest.mark.parametrize("node", range(9))
+def test_a_nan_key_of_the_step_gives_nan_in_the_rows_that_see_it_alone(
+    dtype: torch.dtype, prefix: int, node: int
+) -> None:
+    case = make(dtype, [9, 4], [prefix, 50])
+    before, _ = both(case)
+    case[1][node] = torch.nan
+    sees = torch.tensor([bool(int(m) >> node & 1) for m in case[5].masks[:9]] + [False] * 4)
+    for after in both(case):
+        assert after[sees].isnan().all()
+        torch.testing.assert_close(after[~sees], before[~sees], atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("broken", [(0, 1), (15, 16), (77, 78), (299, 300), (0, 128), (128, 300), (0, 300)])
+def test_nan_keys_of_the_prefix_give_nan_in_all_rows_of_their_request(
+    dtype: torch.dtype, broken: tuple[int, int]
+) -> None:
+    """Also where a whole block or the whole prefix is NaN, in one of several requests and one of three heads."""
+    case = make(dtype, [9, 4], [300, 300])
+    before, _ = both(case)
+    key_cache, inputs = case[3], case[5]
+    blocks, kv_heads, block, dim = key_cache.shape
+    packed = key_cache.view(blocks, kv_heads, -1)
+    for token in range(*broken):
+        page = packed[inputs.block_table[1, token // block], 2].view(dim, block)
+        page[:, token % block] = torch.nan
+    for after in both(case):
+        assert after[9:, 6:].isnan().all()
+        torch.testing.assert_close(after[:9], before[:9], atol=1e-2, rtol=0)
+        torch.testing.assert_close(after[9:, :6], before[9:, :6], atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_row_whose_only_visible_keys_are_nan_is_nan(count: int) -> None:
+    """Its scores have no maximum."""
+    case = make(torch.float32, [count], [0])
+    case[1][:] = torch.nan
+    for after in both(case):
+        assert after.isnan().all()
+
+
+@pytest.mark.parametrize("prefix", [0, 40, 300])
+def test_a_nan_query_gives_nan_in_its_own_row_alone(prefix: int) -> None:
+    case = make(torch.float32, [9], [prefix])
+    before, _ = both(case)
+    case[0][3] = torch.nan
+    others = [row for row in range(9) if row != 3]
+    for after in both(case):
+        assert after[3].isnan().all()
+        torch.testing.assert_close(after[others], before[others], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_rows_move_within_and_between_blocks(dtype: torch.dtype) -> None:
     """Native and PyTorch moves agree, and everything else stays."""
