@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from clover_vllm.base.errors import UserError
+
 MAX_ROWS = 64
 """Rows per request and step; a row's visible rows are a 64-bit mask."""
+
+LEVEL_VARIABLE = "CLOVER_KERNEL_LEVEL"
+"""Names the instruction set that the kernel uses; without it, the highest that this CPU has."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -101,7 +106,7 @@ def tree_attention(
 
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """The compiled library, or None, with a warning, where it was not built or does not fit the CPU."""
+    """The compiled library, or None, with a warning, where it was not built."""
     found = importlib.util.find_spec("clover_vllm.attention.cpu._tree_attention")
     if found is None or found.origin is None:
         warnings.warn(
@@ -110,35 +115,35 @@ def native_library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    library = ctypes.CDLL(found.origin)
-    library.clover_instruction_sets.restype = ctypes.c_char_p
-    missing = set(library.clover_instruction_sets().decode().split()) - _instruction_sets()
-    if missing:
-        warnings.warn(
-            f"The tree attention kernel was built for a CPU with {', '.join(sorted(missing))}; PyTorch takes over, "
-            "several times slower, until clover-vllm is installed again on this machine.",
-            stacklevel=2,
-        )
-        return None
-    return library
+    return ctypes.CDLL(found.origin)
 
 
-def _instruction_sets() -> set[str]:
-    """Those of this CPU, as Linux names them on x86; elsewhere the kernel asks for none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+def kernel_levels() -> list[str]:
+    """Instruction sets for which the kernel was compiled and that this CPU has, lowest first.
+
+    On x86-64 of `v2`, `v3` (AVX2) and `v4` (AVX-512); elsewhere `baseline`. Empty where the kernel was not built.
+    """
+    library = native_library()
+    if library is None:
+        return []
+    library.clover_levels.restype = ctypes.c_char_p
+    return library.clover_levels().decode().split()
 
 
 @cache
 def native_kernel() -> ctypes._NamedFuncPointer | None:
-    """Tree attention in the compiled library, or None where there is none."""
-    library = native_library()
-    if library is None:
+    """Tree attention in the compiled library, or None where there is none for this CPU.
+
+    Raises:
+        UserError: the environment asks for a level that is not one of `kernel_levels`.
+    """
+    levels = kernel_levels()
+    asked = os.environ.get(LEVEL_VARIABLE)
+    if not levels:
         return None
-    kernel = library.clover_tree_attention
+    if asked is not None and asked not in levels:
+        raise UserError(f"{LEVEL_VARIABLE}={asked} is not a level of this CPU; it has {', '.join(levels)}.")
+    kernel = getattr(native_library(), f"clover_tree_attention_{asked or levels[-1]}")
     kernel.argtypes = [
         *[ctypes.c_int] * 6,
         *[ctypes.c_int64] * 7,

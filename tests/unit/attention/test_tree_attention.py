@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from clover_vllm.attention import (
     tree_attention_reference,
 )
 from clover_vllm.attention.cpu.cache_rows import CacheRows
-from clover_vllm.attention.cpu.tree_attention import native_library
+from clover_vllm.attention.cpu.tree_attention import LEVEL_VARIABLE, kernel_levels, native_library
+from clover_vllm.base.errors import UserError
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeAttentionInputs]
@@ -83,11 +85,44 @@ def make(
     return query, key, value, key_cache, value_cache, inputs
 
 
+@pytest.fixture(params=kernel_levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set of this CPU in turn."""
+    monkeypatch.setenv(LEVEL_VARIABLE, request.param)
+    native_kernel.cache_clear()
+    yield request.param
+    native_kernel.cache_clear()
+
+
 def test_kernel_was_built() -> None:
     """The environment that tests run in has a compiler; elsewhere PyTorch takes over."""
     assert native_kernel() is not None
 
 
+def test_the_highest_level_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
+    native_kernel.cache_clear()
+    kernel = native_kernel()
+    assert kernel is not None
+    assert kernel.__name__ == f"clover_tree_attention_{kernel_levels()[-1]}"
+
+
+def test_a_level_can_be_asked_for(level: str) -> None:
+    kernel = native_kernel()
+    assert kernel is not None
+    assert kernel.__name__ == f"clover_tree_attention_{level}"
+
+
+def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LEVEL_VARIABLE, "v9")
+    native_kernel.cache_clear()
+    with pytest.raises(
+        UserError, match=f"v9 is not a level of this CPU; it has {', '.join(kernel_levels())}"
+    ):
+        native_kernel()
+
+
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("sizes", "prefixes"),
@@ -109,6 +144,7 @@ def test_kernel_equals_float64(dtype: torch.dtype, sizes: list[int], prefixes: l
     assert (output.double() - exact).abs().max() < TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block"), [(32, 8, 128, 32), (4, 4, 96, 64), (6, 1, 32, 128)]
 )
@@ -151,6 +187,7 @@ def test_nodes_do_not_see_their_siblings() -> None:
     assert changed.tolist() == [bool(int(m) >> 4 & 1) for m in inputs.masks]
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("broken", [torch.inf, torch.nan])
 @pytest.mark.parametrize("prefix", [0, 40, 125])
 @pytest.mark.parametrize("reference", [False, True])
@@ -185,9 +222,10 @@ def both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return output, tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("prefix", [0, 1, 40, 125, 300])
-@pytest.mark.parametrize("node", range(9))
+@pytest.mark.parametrize("node", [0, 4, 8])
 def test_a_nan_key_of_the_step_gives_nan_in_the_rows_that_see_it_alone(
     dtype: torch.dtype, prefix: int, node: int
 ) -> None:
@@ -200,6 +238,7 @@ def test_a_nan_key_of_the_step_gives_nan_in_the_rows_that_see_it_alone(
         torch.testing.assert_close(after[~sees], before[~sees], atol=1e-2, rtol=0)
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("broken", [(0, 1), (15, 16), (77, 78), (299, 300), (0, 128), (128, 300), (0, 300)])
 def test_nan_keys_of_the_prefix_give_nan_in_all_rows_of_their_request(
@@ -220,6 +259,7 @@ def test_nan_keys_of_the_prefix_give_nan_in_all_rows_of_their_request(
         torch.testing.assert_close(after[9:, :6], before[9:, :6], atol=1e-2, rtol=0)
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("count", [1, 40])
 def test_a_row_whose_only_visible_keys_are_nan_is_nan(count: int) -> None:
     """Its scores have no maximum."""
@@ -229,6 +269,7 @@ def test_a_row_whose_only_visible_keys_are_nan_is_nan(count: int) -> None:
         assert after.isnan().all()
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("prefix", [0, 40, 300])
 def test_a_nan_query_gives_nan_in_its_own_row_alone(prefix: int) -> None:
     case = make(torch.float32, [9], [prefix])
