@@ -32,7 +32,7 @@ LEVEL_VARIABLE = "CLOVER_KERNEL_LEVEL"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@dataclass
+@dataclass(frozen=True)
 class TreeAttentionInputs:
     """What is the same for all layers of a step (built once per step)."""
 
@@ -41,7 +41,6 @@ class TreeAttentionInputs:
     stops: torch.Tensor  # int32 [R], behind its last row
     prefixes: torch.Tensor  # int32 [R], tokens of each request in the cache before this step
     masks: torch.Tensor  # int64 [N], bit j: the request's j-th row of this step is visible
-    scale: float  # of the scores
 
     def __post_init__(self) -> None:
         for name in ("block_table", "starts", "stops", "prefixes"):
@@ -57,6 +56,7 @@ def tree_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     inputs: TreeAttentionInputs,
+    scale: float,
     output: torch.Tensor,
 ) -> None:
     """Attend with the native kernel where it was built, else in PyTorch.
@@ -68,11 +68,12 @@ def tree_attention(
         key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
         value_cache: likewise.
         inputs: of this step.
+        scale: of the scores; the layer's.
         output: [N, heads, D], written where a request has rows.
     """
     kernel = native_kernel()
     if kernel is None:
-        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, scale)
         for first, last in zip(inputs.starts.tolist(), inputs.stops.tolist(), strict=True):
             output[first:last] = attended[first:last]
         return
@@ -90,7 +91,7 @@ def tree_attention(
         value.stride(0),
         output.stride(0),
         inputs.block_table.stride(0),
-        inputs.scale,
+        scale,
         inputs.block_table.data_ptr(),
         inputs.starts.data_ptr(),
         inputs.stops.data_ptr(),
@@ -169,6 +170,7 @@ def tree_attention_reference(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     inputs: TreeAttentionInputs,
+    scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The same in plain PyTorch, computed in `dtype`; arguments as for `tree_attention`.
@@ -191,7 +193,7 @@ def tree_attention_reference(
         bits = torch.arange(last - first)
         own = (inputs.masks[first:last, None] >> bits) & 1
         visible = torch.cat([own.new_ones(last - first, prefix), own], dim=1).bool()
-        scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * inputs.scale
+        scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * scale
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         if bool(values.isfinite().all()):
             out[first:last] = torch.einsum("hnt,thd->nhd", weights, values)

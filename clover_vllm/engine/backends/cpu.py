@@ -128,7 +128,6 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             stops=stops,
             prefixes=plain.seq_lens[index] - (stops - starts),
             masks=masks,
-            scale=0.0,  # the layer's; see the implementation
         )
 
     def _rest(
@@ -199,7 +198,6 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             )
         blocks, kv_heads, block_size, _ = kv_cache.shape
         pages = kv_cache.view(blocks, kv_heads, block_size * 2, -1)
-        attn_metadata.tree.scale = self.scale
         tree_attention(
             query,
             key,
@@ -207,6 +205,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             pages[:, :, :block_size],
             pages[:, :, block_size:],
             attn_metadata.tree,
+            self.scale,
             output,
         )
         if attn_metadata.rest is not None and attn_metadata.rest_rows is not None:

@@ -20,6 +20,7 @@ from clover_vllm.attention.cpu.tree_attention import LEVEL_VARIABLE, kernel_leve
 from clover_vllm.base.errors import UserError
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SCALE = 64**-0.5
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeAttentionInputs]
 
 
@@ -81,7 +82,6 @@ def make(
         stops=stops,
         prefixes=torch.tensor(prefixes, dtype=torch.int32),
         masks=tree_masks(sizes, 0),
-        scale=dim**-0.5,
     )
     return query, key, value, key_cache, value_cache, inputs
 
@@ -140,8 +140,8 @@ def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_kernel_equals_float64(dtype: torch.dtype, sizes: list[int], prefixes: list[int]) -> None:
     query, key, value, key_cache, value_cache, inputs = make(dtype, sizes, prefixes)
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
-    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, torch.float64)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
+    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64)
     assert (output.double() - exact).abs().max() < TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
 
 
@@ -154,8 +154,8 @@ def test_kernel_takes_other_shapes(heads: int, kv_heads: int, dim: int, block: i
         torch.float32, [9, 17], [65, 300], heads, kv_heads, dim, block
     )
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
-    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, torch.float64)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
+    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64)
     torch.testing.assert_close(output.double(), exact, atol=1e-5, rtol=0)
 
 
@@ -176,13 +176,13 @@ def test_pytorch_takes_over_where_the_kernel_was_not_built_and_the_log_says_so_o
 ) -> None:
     query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
     with_kernel, without = torch.empty_like(query), torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, with_kernel)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, with_kernel)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     native_library.cache_clear()
     native_kernel.cache_clear()
     try:
         for _ in range(2):
-            tree_attention(query, key, value, key_cache, value_cache, inputs, without)
+            tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, without)
     finally:
         native_library.cache_clear()
         native_kernel.cache_clear()
@@ -209,9 +209,9 @@ def test_nodes_do_not_see_their_siblings() -> None:
     """Changing a row's key and value changes only the rows that descend from it."""
     query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
     before, after = torch.empty_like(query), torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, before)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, before)
     value[4] += 1.0
-    tree_attention(query, key, value, key_cache, value_cache, inputs, after)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, after)
     changed = (before != after).flatten(1).any(dim=1)
     assert changed.tolist() == [bool(int(m) >> 4 & 1) for m in inputs.masks]
 
@@ -228,9 +228,9 @@ def test_infinite_values_stay_with_the_rows_that_see_them(
 
     def attend() -> torch.Tensor:
         if reference:
-            return tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+            return tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE)
         output = torch.empty_like(query)
-        tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+        tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
         return output
 
     before = attend()
@@ -247,8 +247,8 @@ def both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel and the reference give."""
     query, key, value, key_cache, value_cache, inputs = case
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
-    return output, tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
+    return output, tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE)
 
 
 @pytest.mark.usefixtures("level")
