@@ -110,7 +110,7 @@ def tree_attention(
 @cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled library, or None where it was not built, which is logged once per process."""
-    found = importlib.util.find_spec("clover_vllm.attention.cpu._tree_attention")
+    found = importlib.util.find_spec("clover_vllm.attention.cpu._native")
     if found is None or found.origin is None:
         logger.warning(
             "The tree attention kernel was not built, so trees are verified in PyTorch, several times slower. "
