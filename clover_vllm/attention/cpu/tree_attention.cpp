@@ -16,7 +16,7 @@ namespace {
 
 struct Problem {
   int requests, heads, kv_heads, dim, block;
-  int64_t block_stride, head_stride;  // of the caches, in elements
+  int64_t block_stride, head_stride;                           // of the caches, in elements
   int64_t query_stride, key_stride, value_stride, out_stride;  // between rows, in elements
   int64_t table_stride;
   float scale;
@@ -40,27 +40,27 @@ struct Problem {
 namespace v2 {
 constexpr int LANES = 4, TILE_ROWS = 6;
 #include "tree_attention.h"
-}
+}  // namespace v2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {
 constexpr int LANES = 8, TILE_ROWS = 6;
 #include "tree_attention.h"
-}
+}  // namespace v3
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace v4 {
 constexpr int LANES = 16, TILE_ROWS = 9;
 #include "tree_attention.h"
-}
+}  // namespace v4
 #pragma GCC pop_options
 #else
 namespace baseline {
 constexpr int LANES = 4, TILE_ROWS = 9;
 #include "tree_attention.h"
-}
+}  // namespace baseline
 #endif
 
 extern "C" {
@@ -77,17 +77,17 @@ const char* clover_levels() {
 #endif
 }
 
-#define CLOVER_TREE_ATTENTION(LEVEL)                                                                          \
-  int clover_tree_attention_##LEVEL(                                                                          \
-      int dtype, int requests, int heads, int kv_heads, int dim, int block, int64_t block_stride,             \
-      int64_t head_stride, int64_t query_stride, int64_t key_stride, int64_t value_stride,                    \
-      int64_t out_stride, int64_t table_stride, float scale, const int32_t* table, const int32_t* starts,     \
-      const int32_t* stops, const int32_t* prefixes, const uint64_t* masks, const void* query,                \
-      const void* keys, const void* values, const void* key_cache, const void* value_cache, void* output) {   \
-    const Problem p{requests,     heads,        kv_heads,   dim,          block, block_stride, head_stride,   \
-                    query_stride, key_stride,   value_stride, out_stride, table_stride, scale, table, starts, \
-                    stops,        prefixes,     masks};                                                       \
-    return LEVEL::attend(dtype, p, query, keys, values, key_cache, value_cache, output);                      \
+#define CLOVER_TREE_ATTENTION(LEVEL)                                                                           \
+  int clover_tree_attention_##LEVEL(                                                                           \
+      int dtype, int requests, int heads, int kv_heads, int dim, int block, int64_t block_stride,              \
+      int64_t head_stride, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t out_stride, \
+      int64_t table_stride, float scale, const int32_t* table, const int32_t* starts, const int32_t* stops,    \
+      const int32_t* prefixes, const uint64_t* masks, const void* query, const void* keys, const void* values, \
+      const void* key_cache, const void* value_cache, void* output) {                                          \
+    const Problem p{requests,    heads,        kv_heads,   dim,          block,      block_stride,             \
+                    head_stride, query_stride, key_stride, value_stride, out_stride, table_stride,             \
+                    scale,       table,        starts,     stops,        prefixes,   masks};                   \
+    return LEVEL::attend(dtype, p, query, keys, values, key_cache, value_cache, output);                       \
   }
 
 // Attention at one level; only to be called where clover_levels() names it.

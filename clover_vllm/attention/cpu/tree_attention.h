@@ -21,8 +21,12 @@ typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef _Float16 fvec __attribute__((vector_size(2 * LANES), aligned(2)));
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline vec load(const bf16* p) {
@@ -30,18 +34,14 @@ inline vec load(const bf16* p) {
   uvec wide = __builtin_convertvector(half, uvec) << 16;
   return (vec)wide;
 }
-inline vec load(const fp16* p) {
-  return __builtin_convertvector(*reinterpret_cast<const fvec*>(p), vec);
-}
+inline vec load(const fp16* p) { return __builtin_convertvector(*reinterpret_cast<const fvec*>(p), vec); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 inline void store(bf16* p, vec v) {  // round to nearest, ties to even
   uvec u = (uvec)v;
   uvec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   *reinterpret_cast<hvec*>(p) = __builtin_convertvector(rounded, hvec);
 }
-inline void store(fp16* p, vec v) {
-  *reinterpret_cast<fvec*>(p) = __builtin_convertvector(v, fvec);
-}
+inline void store(fp16* p, vec v) { *reinterpret_cast<fvec*>(p) = __builtin_convertvector(v, fvec); }
 inline vec splat(float x) { return x - vec{}; }
 
 // 2^x for x <= 0, to about 2 units in the last place; below 2^-126 it is 0, and NaN stays NaN.
@@ -93,16 +93,15 @@ inline void gemm_tile(const float* a, int lda, const float* b, int ldb, int dept
 }
 
 // Any number of rows; columns a multiple of 2 * LANES.
-void gemm(const float* a, int lda, const float* b, int ldb, int rows, int depth, int columns, float* out,
-          int ldo, bool accumulate) {
+void gemm(const float* a, int lda, const float* b, int ldb, int rows, int depth, int columns, float* out, int ldo,
+          bool accumulate) {
   for (int c = 0; c < columns; c += 2 * LANES) {
     int m = 0;
     for (; m + TILE_ROWS <= rows; m += TILE_ROWS)
       gemm_tile<TILE_ROWS>(a + m * lda, lda, b + c, ldb, depth, out + m * ldo + c, ldo, accumulate);
     for (; m + 3 <= rows; m += 3)
       gemm_tile<3>(a + m * lda, lda, b + c, ldb, depth, out + m * ldo + c, ldo, accumulate);
-    for (; m < rows; m++)
-      gemm_tile<1>(a + m * lda, lda, b + c, ldb, depth, out + m * ldo + c, ldo, accumulate);
+    for (; m < rows; m++) gemm_tile<1>(a + m * lda, lda, b + c, ldb, depth, out + m * ldo + c, ldo, accumulate);
   }
 }
 
@@ -120,8 +119,8 @@ struct Piece {
 // Softmax state of `rows` query vectors over one tile of scores [rows][width]. Where values may be infinite or
 // NaN (`finite` is false) those of weight 0 are skipped: 0 times them would reach rows that do not see them.
 // A NaN score may be missing from the maximum, but makes the row's weight, sum and output NaN, as in plain softmax.
-void absorb(float* scores, int rows, int width, int columns, int stride, const float* values, int dim,
-            bool finite, float* out, float* maxima, float* sums) {
+void absorb(float* scores, int rows, int width, int columns, int stride, const float* values, int dim, bool finite,
+            float* out, float* maxima, float* sums) {
   for (int m = 0; m < rows; m++) {
     float* s = scores + m * stride;
     for (int j = columns; j < width; j++) s[j] = -INFINITY;
@@ -166,8 +165,8 @@ void absorb(float* scores, int rows, int width, int columns, int stride, const f
 
 // Keys of the step's own rows as columns at .. of a tile, their values as rows at .. . Whether all values are finite.
 template <typename T>
-bool load_own(const Problem& p, const T* keys, const T* values, int head, int first_row, int tree, int at,
-              int width, float* k, float* v) {
+bool load_own(const Problem& p, const T* keys, const T* values, int head, int first_row, int tree, int at, int width,
+              float* k, float* v) {
   vec rest = {};  // x - x: 0, or NaN where x is not finite
   for (int j = 0; j < tree; j++) {
     const T* key = keys + (first_row + j) * p.key_stride + (int64_t)head * p.dim;
@@ -211,8 +210,8 @@ void run_piece(const Problem& p, const Piece& piece, const T* query, const T* ke
   float *out = scratch + piece.scratch, *maxima = out + (size_t)rows * dim, *sums = maxima + rows;
   const float scale = p.scale * 1.44269504f;  // scores in base 2
   for (int m = 0; m < rows; m++) {
-    const T* from = query + (first_row + m / group) * p.query_stride +
-                    (int64_t)(piece.head * group + m % group) * dim;
+    const T* from =
+        query + (first_row + m / group) * p.query_stride + (int64_t)(piece.head * group + m % group) * dim;
     for (int d = 0; d < dim; d += LANES) store(q + m * dim + d, load(from + d) * scale);
   }
   std::memset(out, 0, sizeof(float) * rows * dim);
@@ -230,8 +229,7 @@ void run_piece(const Problem& p, const Piece& piece, const T* query, const T* ke
     for (int64_t i = 0; i < (int64_t)prefix_columns * dim; i += LANES) store(v + i, load(vb + i));
     // The step's own rows ride in the last block's tile where they fit.
     const bool rides = own && b == piece.last - 1 && prefix_columns + tree <= width;
-    const bool finite =
-        !rides || load_own(p, keys, values, piece.head, first_row, tree, prefix_columns, width, k, v);
+    const bool finite = !rides || load_own(p, keys, values, piece.head, first_row, tree, prefix_columns, width, k, v);
     const int columns = prefix_columns + (rides ? tree : 0), padded = padded_to_tile(columns);
     gemm(q, dim, k, width, rows, dim, padded, s, width, false);
     if (rides) hide(p, first_row, tree, group, prefix_columns, width, s), own = false;
@@ -259,8 +257,7 @@ void merge(const Problem& p, const std::vector<Piece>& pieces, size_t first, siz
   const int rows = (p.stops[pieces[first].request] - first_row) * group;
   for (int m = 0; m < rows; m++) {
     float high = -INFINITY;
-    for (size_t i = first; i < last; i++)
-      high = std::max(high, scratch[pieces[i].scratch + (int64_t)rows * dim + m]);
+    for (size_t i = first; i < last; i++) high = std::max(high, scratch[pieces[i].scratch + (int64_t)rows * dim + m]);
     float weights[64], total = 0;
     const size_t count = std::min<size_t>(last - first, 64);
     for (size_t i = 0; i < count; i++) {
@@ -279,8 +276,8 @@ void merge(const Problem& p, const std::vector<Piece>& pieces, size_t first, siz
 }
 
 template <typename T>
-void run(const Problem& p, const T* query, const T* keys, const T* values, const T* key_cache,
-         const T* value_cache, T* output) {
+void run(const Problem& p, const T* query, const T* keys, const T* values, const T* key_cache, const T* value_cache,
+         T* output) {
   static thread_local std::vector<float> scratch;
   static thread_local std::vector<Piece> pieces;
   static thread_local std::vector<size_t> groups;  // first piece of each (request, head)
@@ -337,9 +334,8 @@ void run(const Problem& p, const T* query, const T* keys, const T* values, const
 // dtype: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 for an unknown dtype.
 int attend(int dtype, const Problem& p, const void* query, const void* keys, const void* values,
            const void* key_cache, const void* value_cache, void* output) {
-#define RUN(T)                                                                                   \
-  run<T>(p, (const T*)query, (const T*)keys, (const T*)values, (const T*)key_cache,             \
-         (const T*)value_cache, (T*)output)
+#define RUN(T) \
+  run<T>(p, (const T*)query, (const T*)keys, (const T*)values, (const T*)key_cache, (const T*)value_cache, (T*)output)
   if (dtype == 0) RUN(float);
   else if (dtype == 1) RUN(bf16);
   else if (dtype == 2) RUN(fp16);
