@@ -130,3 +130,17 @@ def test_installs_with_heads_and_kernel(
     file, kernel = run(python, "-I", "-c", code, cwd=tmp_path).split()
     assert Path(file).is_relative_to(tmp_path)
     assert kernel == f"clover_tree_attention_{report['levels'][-1]}"
+
+
+@pytest.mark.parametrize(("compiler", "fails"), [("true", True), ("no-such-compiler", False)])
+def test_make_setup_fails_where_a_compiler_did_not_build_the_kernel(
+    compiler: str, fails: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"  # one that finds no kernel
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    command = ["make", "check-kernel", f"VENV={tmp_path}", f"CXX={compiler}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stderr
+    assert ("kernel was not built although there is a C++ compiler" in done.stdout) == fails
