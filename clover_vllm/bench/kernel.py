@@ -100,8 +100,8 @@ def measure(shape: KernelShape, requests: int, context: int) -> Timing:
         starts[1:].contiguous(),
         prefixes,
         torch.tensor(tree.masks * requests),
-        shape.dim**-0.5,
     )
+    scale = shape.dim**-0.5
     lengths = prefixes + shape.rows
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=requests,
@@ -121,7 +121,7 @@ def measure(shape: KernelShape, requests: int, context: int) -> Timing:
     output = torch.empty_like(query)
 
     def ours() -> None:
-        tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+        tree_attention(query, key, value, key_cache, value_cache, inputs, scale, output)
 
     def theirs() -> None:
         ops.cpu_attention_with_kv_cache(
@@ -131,7 +131,7 @@ def measure(shape: KernelShape, requests: int, context: int) -> Timing:
             output=output,
             query_start_loc=starts,
             seq_lens=lengths,
-            scale=inputs.scale,
+            scale=scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,

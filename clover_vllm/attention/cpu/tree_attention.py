@@ -12,20 +12,27 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import warnings
+import logging
+import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
+
+from clover_vllm.base.errors import UserError
+
+logger = logging.getLogger("vllm.clover")  # below vLLM's logger, so that it stands in the engine's log
 
 MAX_ROWS = 64
 """Rows per request and step; a row's visible rows are a 64-bit mask."""
 
+LEVEL_VARIABLE = "CLOVER_KERNEL_LEVEL"
+"""Names the instruction set that the kernel uses; without it, the highest that this CPU has."""
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@dataclass
+@dataclass(frozen=True)
 class TreeAttentionInputs:
     """What is the same for all layers of a step (built once per step)."""
 
@@ -34,7 +41,6 @@ class TreeAttentionInputs:
     stops: torch.Tensor  # int32 [R], behind its last row
     prefixes: torch.Tensor  # int32 [R], tokens of each request in the cache before this step
     masks: torch.Tensor  # int64 [N], bit j: the request's j-th row of this step is visible
-    scale: float  # of the scores
 
     def __post_init__(self) -> None:
         for name in ("block_table", "starts", "stops", "prefixes"):
@@ -50,6 +56,7 @@ def tree_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     inputs: TreeAttentionInputs,
+    scale: float,
     output: torch.Tensor,
 ) -> None:
     """Attend with the native kernel where it was built, else in PyTorch.
@@ -61,11 +68,12 @@ def tree_attention(
         key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
         value_cache: likewise.
         inputs: of this step.
+        scale: of the scores; the layer's.
         output: [N, heads, D], written where a request has rows.
     """
     kernel = native_kernel()
     if kernel is None:
-        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, scale)
         for first, last in zip(inputs.starts.tolist(), inputs.stops.tolist(), strict=True):
             output[first:last] = attended[first:last]
         return
@@ -83,7 +91,7 @@ def tree_attention(
         value.stride(0),
         output.stride(0),
         inputs.block_table.stride(0),
-        inputs.scale,
+        scale,
         inputs.block_table.data_ptr(),
         inputs.starts.data_ptr(),
         inputs.stops.data_ptr(),
@@ -101,44 +109,50 @@ def tree_attention(
 
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """The compiled library, or None, with a warning, where it was not built or does not fit the CPU."""
-    found = importlib.util.find_spec("clover_vllm.attention.cpu._tree_attention")
+    """The compiled library, or None where it was not built, which is logged once per process."""
+    found = importlib.util.find_spec("clover_vllm.attention.cpu._native")
     if found is None or found.origin is None:
-        warnings.warn(
-            "The tree attention kernel was not built (is there a C++ compiler?); PyTorch takes over, "
-            "several times slower.",
-            stacklevel=2,
+        logger.warning(
+            "The tree attention kernel was not built, so trees are verified in PyTorch, several times slower. "
+            "Install a C++ compiler (g++ 12 or newer), then install clover-vllm again."
         )
         return None
-    library = ctypes.CDLL(found.origin)
-    library.clover_instruction_sets.restype = ctypes.c_char_p
-    missing = set(library.clover_instruction_sets().decode().split()) - _instruction_sets()
-    if missing:
-        warnings.warn(
-            f"The tree attention kernel was built for a CPU with {', '.join(sorted(missing))}; PyTorch takes over, "
-            "several times slower, until clover-vllm is installed again on this machine.",
-            stacklevel=2,
-        )
-        return None
-    return library
+    return ctypes.CDLL(found.origin)
 
 
-def _instruction_sets() -> set[str]:
-    """Those of this CPU, as Linux names them on x86; elsewhere the kernel asks for none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+def kernel_levels() -> list[str]:
+    """Instruction sets for which the kernel was compiled and that this CPU has, lowest first.
+
+    On x86-64 of `v2`, `v3` (AVX2) and `v4` (AVX-512); elsewhere `baseline`. Empty where the kernel was not built.
+    """
+    library = native_library()
+    if library is None:
+        return []
+    library.clover_levels.restype = ctypes.c_char_p
+    return library.clover_levels().decode().split()
 
 
 @cache
 def native_kernel() -> ctypes._NamedFuncPointer | None:
-    """Tree attention in the compiled library, or None where there is none."""
+    """Tree attention in the compiled library, or None where there is none for this CPU.
+
+    Raises:
+        UserError: the environment asks for a level that is not one of `kernel_levels`.
+    """
     library = native_library()
     if library is None:
         return None
-    kernel = library.clover_tree_attention
+    levels = kernel_levels()
+    if not levels:
+        logger.warning(
+            "The tree attention kernel needs a CPU with SSE4.2, so trees are verified in PyTorch, several times "
+            "slower. Use a newer CPU."
+        )
+        return None
+    asked = os.environ.get(LEVEL_VARIABLE)
+    if asked is not None and asked not in levels:
+        raise UserError(f"{LEVEL_VARIABLE}={asked} is not a level of this CPU; it has {', '.join(levels)}.")
+    kernel = getattr(library, f"clover_tree_attention_{asked or levels[-1]}")
     kernel.argtypes = [
         *[ctypes.c_int] * 6,
         *[ctypes.c_int64] * 7,
@@ -156,6 +170,7 @@ def tree_attention_reference(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     inputs: TreeAttentionInputs,
+    scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The same in plain PyTorch, computed in `dtype`; arguments as for `tree_attention`.
@@ -178,7 +193,7 @@ def tree_attention_reference(
         bits = torch.arange(last - first)
         own = (inputs.masks[first:last, None] >> bits) & 1
         visible = torch.cat([own.new_ones(last - first, prefix), own], dim=1).bool()
-        scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * inputs.scale
+        scores = torch.einsum("nhd,thd->hnt", query[first:last].to(dtype), keys) * scale
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         if bool(values.isfinite().all()):
             out[first:last] = torch.einsum("hnt,thd->nhd", weights, values)

@@ -21,7 +21,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from clover_vllm.attention.cpu.tree_attention import MAX_ROWS, TreeAttentionInputs, tree_attention
+from clover_vllm.attention.cpu.tree_attention import (
+    MAX_ROWS,
+    TreeAttentionInputs,
+    native_kernel,
+    tree_attention,
+)
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.config import is_tree_cache_dtype
@@ -74,6 +79,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" to '
                 '"chain".'
             )
+        native_kernel()  # where it was not built, the log says so now and not in the first step
 
     def build(
         self,
@@ -122,7 +128,6 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             stops=stops,
             prefixes=plain.seq_lens[index] - (stops - starts),
             masks=masks,
-            scale=0.0,  # the layer's; see the implementation
         )
 
     def _rest(
@@ -193,7 +198,6 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             )
         blocks, kv_heads, block_size, _ = kv_cache.shape
         pages = kv_cache.view(blocks, kv_heads, block_size * 2, -1)
-        attn_metadata.tree.scale = self.scale
         tree_attention(
             query,
             key,
@@ -201,6 +205,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             pages[:, :, :block_size],
             pages[:, :, block_size:],
             attn_metadata.tree,
+            self.scale,
             output,
         )
         if attn_metadata.rest is not None and attn_metadata.rest_rows is not None:

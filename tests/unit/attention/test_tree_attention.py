@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from clover_vllm.attention import (
     tree_attention_reference,
 )
 from clover_vllm.attention.cpu.cache_rows import CacheRows
-from clover_vllm.attention.cpu.tree_attention import native_library
+from clover_vllm.attention.cpu.tree_attention import LEVEL_VARIABLE, kernel_levels, native_library
+from clover_vllm.base.errors import UserError
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SCALE = 64**-0.5
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeAttentionInputs]
 
 
@@ -78,9 +82,17 @@ def make(
         stops=stops,
         prefixes=torch.tensor(prefixes, dtype=torch.int32),
         masks=tree_masks(sizes, 0),
-        scale=dim**-0.5,
     )
     return query, key, value, key_cache, value_cache, inputs
+
+
+@pytest.fixture(params=kernel_levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set of this CPU in turn."""
+    monkeypatch.setenv(LEVEL_VARIABLE, request.param)
+    native_kernel.cache_clear()
+    yield request.param
+    native_kernel.cache_clear()
 
 
 def test_kernel_was_built() -> None:
@@ -88,6 +100,30 @@ def test_kernel_was_built() -> None:
     assert native_kernel() is not None
 
 
+def test_the_highest_level_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
+    native_kernel.cache_clear()
+    kernel = native_kernel()
+    assert kernel is not None
+    assert kernel.__name__ == f"clover_tree_attention_{kernel_levels()[-1]}"
+
+
+def test_a_level_can_be_asked_for(level: str) -> None:
+    kernel = native_kernel()
+    assert kernel is not None
+    assert kernel.__name__ == f"clover_tree_attention_{level}"
+
+
+def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LEVEL_VARIABLE, "v9")
+    native_kernel.cache_clear()
+    with pytest.raises(
+        UserError, match=f"v9 is not a level of this CPU; it has {', '.join(kernel_levels())}"
+    ):
+        native_kernel()
+
+
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("sizes", "prefixes"),
@@ -104,11 +140,12 @@ def test_kernel_was_built() -> None:
 def test_kernel_equals_float64(dtype: torch.dtype, sizes: list[int], prefixes: list[int]) -> None:
     query, key, value, key_cache, value_cache, inputs = make(dtype, sizes, prefixes)
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
-    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, torch.float64)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
+    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64)
     assert (output.double() - exact).abs().max() < TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block"), [(32, 8, 128, 32), (4, 4, 96, 64), (6, 1, 32, 128)]
 )
@@ -117,40 +154,69 @@ def test_kernel_takes_other_shapes(heads: int, kv_heads: int, dim: int, block: i
         torch.float32, [9, 17], [65, 300], heads, kv_heads, dim, block
     )
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, output)
-    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, torch.float64)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
+    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64)
     torch.testing.assert_close(output.double(), exact, atol=1e-5, rtol=0)
 
 
-def test_pytorch_takes_over_with_a_warning_where_the_kernel_was_not_built(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """What reaches vLLM's logger, which may keep its records from the root logger."""
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_pytorch_takes_over_where_the_kernel_was_not_built_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
     with_kernel, without = torch.empty_like(query), torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, with_kernel)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, with_kernel)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     native_library.cache_clear()
     native_kernel.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="not built"):
-            tree_attention(query, key, value, key_cache, value_cache, inputs, without)
+        for _ in range(2):
+            tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, without)
     finally:
         native_library.cache_clear()
         native_kernel.cache_clear()
     torch.testing.assert_close(without, with_kernel, atol=1e-5, rtol=0)
+    (record,) = [r for r in log.records if "kernel was not built" in r.message]
+    assert record.levelno == logging.WARNING
+    assert "several times slower" in record.message
+    assert "Install a C++ compiler" in record.message
+
+
+def test_a_cpu_below_all_levels_falls_back_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("clover_vllm.attention.cpu.tree_attention.kernel_levels", lambda: [])
+    native_kernel.cache_clear()
+    try:
+        assert native_kernel() is None
+    finally:
+        native_kernel.cache_clear()
+    assert "needs a CPU with SSE4.2" in log.text
 
 
 def test_nodes_do_not_see_their_siblings() -> None:
     """Changing a row's key and value changes only the rows that descend from it."""
     query, key, value, key_cache, value_cache, inputs = make(torch.float32, [9], [40])
     before, after = torch.empty_like(query), torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, before)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, before)
     value[4] += 1.0
-    tree_attention(query, key, value, key_cache, value_cache, inputs, after)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, after)
     changed = (before != after).flatten(1).any(dim=1)
     assert changed.tolist() == [bool(int(m) >> 4 & 1) for m in inputs.masks]
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("broken", [torch.inf, torch.nan])
 @pytest.mark.parametrize("prefix", [0, 40, 125])
 @pytest.mark.parametrize("reference", [False, True])
@@ -162,9 +228,9 @@ def test_infinite_values_stay_with_the_rows_that_see_them(
 
     def attend() -> torch.Tensor:
         if reference:
-            return tree_attention_reference(query, key, value, key_cache, value_cache, inputs)
+            return tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE)
         output = torch.empty_like(query)
-        tree_attention(query, key, value, key_cache, value_cache, inputs, output)
+        tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
         return output
 
     before = attend()
@@ -175,6 +241,73 @@ def test_infinite_values_stay_with_the_rows_that_see_them(
     assert not after[sees].isfinite().any()
     key[4] = broken
     torch.testing.assert_close(attend()[~sees], before[~sees], atol=1e-3, rtol=0)
+
+
+def both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and the reference give."""
+    query, key, value, key_cache, value_cache, inputs = case
+    output = torch.empty_like(query)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
+    return output, tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("prefix", [0, 1, 40, 125, 300])
+@pytest.mark.parametrize("node", [0, 4, 8])
+def test_a_nan_key_of_the_step_gives_nan_in_the_rows_that_see_it_alone(
+    dtype: torch.dtype, prefix: int, node: int
+) -> None:
+    case = make(dtype, [9, 4], [prefix, 50])
+    before, _ = both(case)
+    case[1][node] = torch.nan
+    sees = torch.tensor([bool(int(m) >> node & 1) for m in case[5].masks[:9]] + [False] * 4)
+    for after in both(case):
+        assert after[sees].isnan().all()
+        torch.testing.assert_close(after[~sees], before[~sees], atol=1e-2, rtol=0)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("broken", [(0, 1), (15, 16), (77, 78), (299, 300), (0, 128), (128, 300), (0, 300)])
+def test_nan_keys_of_the_prefix_give_nan_in_all_rows_of_their_request(
+    dtype: torch.dtype, broken: tuple[int, int]
+) -> None:
+    """Also where a whole block or the whole prefix is NaN, in one of several requests and one of three heads."""
+    case = make(dtype, [9, 4], [300, 300])
+    before, _ = both(case)
+    key_cache, inputs = case[3], case[5]
+    blocks, kv_heads, block, dim = key_cache.shape
+    packed = key_cache.view(blocks, kv_heads, -1)
+    for token in range(*broken):
+        page = packed[inputs.block_table[1, token // block], 2].view(dim, block)
+        page[:, token % block] = torch.nan
+    for after in both(case):
+        assert after[9:, 6:].isnan().all()
+        torch.testing.assert_close(after[:9], before[:9], atol=1e-2, rtol=0)
+        torch.testing.assert_close(after[9:, :6], before[9:, :6], atol=1e-2, rtol=0)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_row_whose_only_visible_keys_are_nan_is_nan(count: int) -> None:
+    """Its scores have no maximum."""
+    case = make(torch.float32, [count], [0])
+    case[1][:] = torch.nan
+    for after in both(case):
+        assert after.isnan().all()
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("prefix", [0, 40, 300])
+def test_a_nan_query_gives_nan_in_its_own_row_alone(prefix: int) -> None:
+    case = make(torch.float32, [9], [prefix])
+    before, _ = both(case)
+    case[0][3] = torch.nan
+    others = [row for row in range(9) if row != 3]
+    for after in both(case):
+        assert after[3].isnan().all()
+        torch.testing.assert_close(after[others], before[others], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
