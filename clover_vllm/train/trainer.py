@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -158,6 +160,7 @@ class _Checkpoints(TrainerCallback):
             nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.settings.clip_value)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # every rank writes a part of the checkpoint
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / _COMPLETE).touch()
@@ -183,6 +186,23 @@ def whole_checkpoint(folder: Path) -> Path | None:
     for path in found.values():
         shutil.rmtree(path)
     return newest
+
+
+def agreed_checkpoint(folder: Path) -> Path | None:
+    """`whole_checkpoint` as rank 0 finds it, on all ranks: those of other hosts may see another state.
+
+    Raises:
+        UserError: rank 0's checkpoint is not there on this host.
+    """
+    state = PartialState()
+    found = [whole_checkpoint(folder) if state.is_main_process else None]
+    (checkpoint,) = broadcast_object_list(found)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(
+            f"{checkpoint} is on the first host but not on this one; give all hosts the same --output on a "
+            "shared disk."
+        )
+    return checkpoint
 
 
 def choose_draft_vocab(counts: torch.Tensor, size: int) -> torch.Tensor:
@@ -256,8 +276,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         hidden_states=hidden_states,
         teacher=_teacher(head, target, draft_vocab),
     )
-    checkpoint = whole_checkpoint(settings.output)
-    if checkpoint is not None:
+    checkpoint = agreed_checkpoint(settings.output)
+    if checkpoint is not None and trainer.is_world_process_zero():
         print(f"Resuming from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.is_world_process_zero():
