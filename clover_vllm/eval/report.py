@@ -13,7 +13,8 @@ from rich.table import Table
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.eval.evaluate import Outcome
-from clover_vllm.heads.checkpoint import read_config
+from clover_vllm.heads.registry import kind_of_config
+from clover_vllm.heads.weights import read_config
 
 
 @dataclass
@@ -98,7 +99,7 @@ def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
     """
     for head, shapes in measured.items():
         config = read_config(Path(head))
-        if config.get("model_type") != "clover2":
+        if not kind_of_config(config, head).records_acceptance:
             continue
         chain = ShapeResult(head, "chain", next(iter(shapes.values())))
         share = next(iter(chain.acceptance_by_depth()), 0.0)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import DATA
 
-from clover_vllm.heads.checkpoint import load_head
+from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.clover2.convert import convert
 from clover_vllm.heads.clover2.model import Clover2DraftModel
 

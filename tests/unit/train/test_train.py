@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from small import one_sentence, tiny_llama
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.checkpoint import load_head
-from clover_vllm.heads.eagle1.model import load_eagle1
+from clover_vllm.heads.clover2.checkpoint import load_head
+from clover_vllm.heads.eagle1.checkpoint import load_eagle1
 from clover_vllm.train.objective import LossWeights
 from clover_vllm.train.trainer import TrainSettings, train, whole_checkpoint
 
@@ -257,7 +257,6 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from accelerate import PartialState
-from clover_vllm.train import trainer
 from clover_vllm.train.trainer import TrainSettings, _Checkpoints, agreed_checkpoint
 
 PartialState(cpu=True)
@@ -269,8 +268,7 @@ if rank == 1:  # the slow one
     assert not (made / "complete").exists()
 made.mkdir(exist_ok=True)
 (made / f"rng_state_{rank}.pth").touch()
-trainer._write_head = lambda *_: None
-callbacks = _Checkpoints(TrainSettings("", [], folder), SimpleNamespace())
+callbacks = _Checkpoints(TrainSettings("", [], folder), SimpleNamespace(save=lambda *_: None))
 state = SimpleNamespace(global_step=12, is_world_process_zero=rank == 0, log_history=[])
 callbacks.on_save(SimpleNamespace(output_dir=folder), state, None)
 """
@@ -325,6 +323,18 @@ def test_a_run_is_not_continued_with_other_settings(
     with pytest.raises(UserError, match="learning_rate") as caught:
         train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2, learning_rate=1e-4))
     one_sentence(caught.value)
+
+
+def test_a_head_is_continued_by_its_own_method_only(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
+    changes = {"init_from": tmp_path / "run" / "head", "epochs": 0.2}
+    train(settings(tiny_target, tiny_answers, tmp_path / "more", **changes))
+    for method, named in (("eagle1", "no EAGLE-1 head"), ("medusa2", "known are clover2, eagle1")):
+        with pytest.raises(UserError, match=named) as caught:
+            train(settings(tiny_target, tiny_answers, tmp_path / "two", method=method, **changes))
+        one_sentence(caught.value)
 
 
 def test_continuing_a_head_of_another_target_is_refused(
