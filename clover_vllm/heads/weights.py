@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import whole_folder
 
 if TYPE_CHECKING:
     from clover_vllm.heads.base import HeadConfig
@@ -256,8 +256,7 @@ def write_checkpoint(
 ) -> None:
     """config.json and safetensors into `folder`, which is never seen half written.
 
-    The new folder takes the old one's place by two renames; in the instant between them there is
-    none. Files that are neither weights nor config (a model card) are carried over.
+    Files that are neither weights nor config (a model card) are carried over.
 
     Raises:
         UserError: a tensor is not finite, or the folder cannot be written.
@@ -266,23 +265,12 @@ def write_checkpoint(
     if broken:
         raise UserError(f"{folder} is not written: {broken[0]} is not finite, so training has diverged.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
-        fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
-        fresh.mkdir()
-        save_torch_state_dict(tensors, fresh, max_shard_size=max_shard_size)
-        (fresh / "config.json").write_text(config_json)
-        for path in fresh.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
-        if folder.is_dir():
-            for path in folder.iterdir():
+        with whole_folder(folder) as fresh:
+            save_torch_state_dict(tensors, fresh, max_shard_size=max_shard_size)
+            (fresh / "config.json").write_text(config_json)
+            for path in folder.iterdir() if folder.is_dir() else ():
                 if not _OWN_FILES.fullmatch(path.name) and path.is_file():
                     shutil.copy2(path, fresh / path.name)
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"Head folder {folder} cannot be written ({error.strerror or error}).") from error
 

@@ -20,8 +20,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.prompts import Prompt, read_prompts
 from clover_vllm.train.generate import DataSettings, generate
-from clover_vllm.train.prompts import Prompt, read_prompts
 
 WORDS = [f"w{i}" for i in range(208)]
 
