@@ -161,11 +161,11 @@ def train(
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")] = "cosine",
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.04,
     regression_weight: Annotated[
-        float | None, typer.Option(help=f"Weight of SmoothL1 [as published: {published('regression')}].")
+        float | None, typer.Option(help=f"Weight of SmoothL1, as published: {published('regression')}.")
     ] = None,
     vocabulary_weight: Annotated[
         float | None,
-        typer.Option(help=f"Weight of the cross entropy [as published: {published('vocabulary')}]."),
+        typer.Option(help=f"Weight of the cross entropy, as published: {published('vocabulary')}."),
     ] = None,
     depth_decay: Annotated[float, typer.Option(help="A head's loss weighs this much less per depth.")] = 0.7,
     clip_value: Annotated[float, typer.Option(help="Clip gradients at this value; 0 does not.")] = 0.5,
