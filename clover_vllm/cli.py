@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from clover_vllm import __version__
 from clover_vllm.base.errors import UserError
+from clover_vllm.heads.registry import HEADS, head_kind
 
 app = typer.Typer(
     name="clover-vllm",
@@ -138,11 +138,9 @@ def locals_without(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
 
-class Method(str, Enum):
-    """Heads that `train` makes."""
-
-    clover2 = "clover2"
-    eagle1 = "eagle1"
+def published(weight: str) -> str:
+    """A loss weight of every method, for the help."""
+    return ", ".join(f"{getattr(kind, weight):g} for {kind.method}" for kind in HEADS.values())
 
 
 @app.command()
@@ -151,9 +149,9 @@ def train(
     target: Annotated[str, typer.Option(help="Target model folder or hub name; it is frozen.")],
     data: Annotated[list[Path], typer.Option(help="Answer files, or folders of them.")],
     output: Annotated[Path, typer.Option(help="Folder for head, checkpoints and log; resumes.")],
-    method: Annotated[Method, typer.Option(help="Kind of head.")] = Method.clover2,
+    method: Annotated[str, typer.Option(help=f"Kind of head: {', '.join(HEADS)}.")] = "clover2",
     init_from: Annotated[
-        Path | None, typer.Option(help="Continue from this Clover-2 head, in its shape.")
+        Path | None, typer.Option(help="Continue from this head of the same method, in its shape.")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the answers; may be a fraction.")] = 4.0,
     batch_tokens: Annotated[int, typer.Option(help="Answer tokens per micro-batch, about.")] = 2048,
@@ -163,10 +161,11 @@ def train(
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")] = "cosine",
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.04,
     regression_weight: Annotated[
-        float | None, typer.Option(help="Weight of SmoothL1 [10 for clover2, 1 for eagle1].")
+        float | None, typer.Option(help=f"Weight of SmoothL1, as published: {published('regression')}.")
     ] = None,
     vocabulary_weight: Annotated[
-        float | None, typer.Option(help="Weight of the cross entropy [1 for clover2, 0.1 for eagle1].")
+        float | None,
+        typer.Option(help=f"Weight of the cross entropy, as published: {published('vocabulary')}."),
     ] = None,
     depth_decay: Annotated[float, typer.Option(help="A head's loss weighs this much less per depth.")] = 0.7,
     clip_value: Annotated[float, typer.Option(help="Clip gradients at this value; 0 does not.")] = 0.5,
@@ -187,7 +186,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of first weights and order.")] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 (autocast) or float32.")] = "bfloat16",
 ) -> None:
-    """Train a Clover-2 head, or the EAGLE-1 baseline, for a frozen target.
+    """Train a draft head for a frozen target.
 
     Several GPUs: `torchrun --nproc-per-node 8 -m clover_vllm.cli train ...`. A killed run
     continues from its last checkpoint when the same command is given again.
@@ -196,10 +195,10 @@ def train(
     from clover_vllm.train.trainer import TrainSettings
     from clover_vllm.train.trainer import train as run
 
-    clover = method is Method.clover2
+    kind = head_kind(method)
     weights = LossWeights(
-        regression=(10.0 if clover else 1.0) if regression_weight is None else regression_weight,
-        vocabulary=(1.0 if clover else 0.1) if vocabulary_weight is None else vocabulary_weight,
+        regression=kind.regression if regression_weight is None else regression_weight,
+        vocabulary=kind.vocabulary if vocabulary_weight is None else vocabulary_weight,
         decay=depth_decay,
     )
     summary = run(
@@ -207,7 +206,7 @@ def train(
             target=target,
             data=data,
             output=output,
-            method=method.value,  # type: ignore[arg-type]
+            method=method,
             init_from=init_from,
             epochs=epochs,
             batch_tokens=batch_tokens,
@@ -264,7 +263,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use so many answers.")] = None,
     draft_vocab_of: Annotated[
-        Path | None, typer.Option(help="EAGLE-1 heads draft from this Clover-2 head's vocabulary.")
+        Path | None, typer.Option(help="EAGLE-1 heads draft from this head's vocabulary.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the target: bfloat16 or float32.")] = "bfloat16",
     record: Annotated[

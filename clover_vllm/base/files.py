@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,51 @@ def files_key(paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a rename, so that a kill never leaves half a file."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to in place of `path`, which it replaces when the block ends without an exception.
+
+    A kill or a failure never leaves half a file under the name.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(value, indent=1))
-    fresh.rename(path)
+    try:
+        yield fresh
+        with open(fresh, "rb") as file:
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of `path` when the block ends without an exception.
+
+    It does so by two renames; in the instant between them there is none. What killed processes left
+    beside it is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    fresh.mkdir()
+    try:
+        yield fresh
+        for file in fresh.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner may read
+        if path.is_dir():
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with whole_file(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=1))
 
 
 def make_folder(path: Path) -> None:

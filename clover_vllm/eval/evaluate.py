@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.checkpoint import check_target, load_head, read_config
-from clover_vllm.heads.clover2.model import Clover2DraftModel, DecoderLayer
-from clover_vllm.heads.eagle1.model import Eagle1DraftModel, load_eagle1
+from clover_vllm.heads.base import DraftTables, Head, Prefix
+from clover_vllm.heads.registry import kind_of
+from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.answers import read_answers
 from clover_vllm.tree import (
@@ -97,161 +97,6 @@ class Outcome:
         return self.tokens / self.steps
 
 
-class Clover2Drafter:
-    """Drafts from many positions at once with the reference Clover-2 head."""
-
-    def __init__(
-        self, head: Clover2DraftModel, g: torch.Tensor, embed: torch.Tensor, draft_head: torch.Tensor
-    ) -> None:
-        """
-        Args:
-            head: the reference model.
-            g: [R, D], augmenting outputs of the positions to draft from.
-            embed: [V, D], the target's lm_head, as embeddings.
-            draft_head: [draft V, D], its rows that are scored.
-        """
-        self._head = head
-        self._embed = embed
-        self._draft_head = draft_head
-        self._states = g[:, None]
-        self._g = g
-
-    def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._score(self._head.first(self._g), num_candidates)
-
-    def expand(
-        self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        index = parent_slots[..., None].expand(*parent_slots.shape, self._states.shape[-1])
-        embeds = F.embedding(tokens, self._embed).to(self._states.dtype)
-        r, s = self._head.advance(self._states.gather(1, index), embeds)
-        self._states = torch.cat([self._states, r], dim=1)
-        return self._score(s, num_candidates)
-
-    def _score(self, s: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return score_candidates(s, self._draft_head, self._head.draft_vocab, num_candidates)
-
-
-def score_candidates(
-    states: torch.Tensor,
-    draft_head: torch.Tensor,
-    draft_vocab: torch.Tensor | None,
-    num_candidates: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best tokens by lm_head.
-
-    Args:
-        states: [..., D], normed states.
-        draft_head: [draft V, D].
-        draft_vocab: int64 [draft V], token ids of its rows, or None for all.
-        num_candidates: K, or all where there are fewer.
-
-    Returns:
-        float32 [..., K] log-probabilities, falling, and int64 [..., K] token ids.
-    """
-    logits = (states.to(draft_head.dtype) @ draft_head.T).float()
-    best, index = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
-    log_probs = best - logits.logsumexp(dim=-1, keepdim=True)
-    return log_probs, index if draft_vocab is None else draft_vocab[index]
-
-
-@dataclass
-class Eagle1Prefix:
-    """An EAGLE-1 head's work on a known sequence, shared by all drafters on it (filled by `of`)."""
-
-    keys: torch.Tensor  # [kv heads, T, K]
-    values: torch.Tensor  # [kv heads, T, K]
-    features: torch.Tensor  # [T, D], predicted
-
-    @classmethod
-    def of(cls, head: Eagle1DraftModel, features: torch.Tensor, embeds: torch.Tensor) -> Eagle1Prefix:
-        """features: [T, D], post-norm states; embeds: [T, D], of the tokens one further on."""
-        cache = head.new_cache()
-        out = head(features[None], embeds[None], cache)[0]
-        keys, values = cache[0].keys, cache[0].values
-        assert keys is not None
-        assert values is not None
-        return cls(keys[0], values[0], out)
-
-
-class Eagle1Drafter:
-    """Drafts from many positions of one sequence at once with an EAGLE-1 head.
-
-    A node's key and value join those of the positions up to its root, and of its own path.
-    """
-
-    def __init__(
-        self,
-        head: Eagle1DraftModel,
-        prefix: Eagle1Prefix,
-        rows: torch.Tensor,
-        embed: torch.Tensor,
-        draft_head: torch.Tensor,
-        draft_vocab: torch.Tensor | None,
-    ) -> None:
-        """
-        Args:
-            head: the reference model.
-            prefix: its work on the sequence.
-            rows: int64 [R], positions to draft from.
-            embed: [V, D], the target's token embeddings.
-            draft_head: [draft V, D], lm_head rows that are scored.
-            draft_vocab: int64 [draft V], or None for all.
-        """
-        self._head = head
-        self._embed = embed
-        self._draft_head = draft_head
-        self._draft_vocab = draft_vocab
-        self._keys, self._values = prefix.keys, prefix.values
-        self._rows = rows
-        self._features = prefix.features[rows, None]  # [R, slots, D]
-        requests = len(rows)
-        # Slots' own keys and values, and which slots lie on a slot's path (the root adds nothing:
-        # its key is among the prefix's).
-        self._slot_keys = self._keys.new_zeros(requests, self._keys.shape[0], 1, self._keys.shape[2])
-        self._slot_values = torch.zeros_like(self._slot_keys)
-        self._paths = torch.zeros(requests, 1, 1, dtype=torch.bool, device=rows.device)
-        self._depths = torch.zeros(requests, 1, dtype=torch.int64, device=rows.device)
-
-    def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._score(self._features[:, 0], num_candidates)
-
-    def expand(
-        self, parent_slots: torch.Tensor, tokens: torch.Tensor, num_candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        requests, w = parent_slots.shape
-        old = self._features.shape[1]
-        index = parent_slots[..., None].expand(requests, w, self._features.shape[-1])
-        embeds = F.embedding(tokens, self._embed).to(self._features.dtype)
-        x = self._head.fc(torch.cat([embeds, self._features.gather(1, index)], dim=-1))
-        depths = self._depths.gather(1, parent_slots) + 1
-        layer = self._head.layers[0]
-        assert isinstance(layer, DecoderLayer)
-        attention = layer.self_attn
-        cos, sin = self._head.rotary(self._rows[:, None] + depths)
-        q, k, v = attention.project(x, cos, sin)
-        slots = torch.arange(old, old + w, device=tokens.device)
-        own = F.one_hot(slots, old + w).bool().expand(requests, w, old + w)
-        parent_paths = F.pad(self._paths.gather(1, parent_slots[..., None].expand(requests, w, old)), (0, w))
-        paths = parent_paths | own
-        self._slot_keys = torch.cat([self._slot_keys, k], dim=2)
-        self._slot_values = torch.cat([self._slot_values, v], dim=2)
-        self._paths = torch.cat([F.pad(self._paths, (0, w)), paths], dim=1)
-        self._depths = torch.cat([self._depths, depths], dim=1)
-        positions = torch.arange(self._keys.shape[1], device=tokens.device)
-        prefix = (positions <= self._rows[:, None])[:, None]
-        mask = torch.cat([prefix.expand(-1, w, -1), paths], dim=2)[:, None]
-        keys = torch.cat([self._keys.expand(requests, *self._keys.shape), self._slot_keys], dim=2)
-        values = torch.cat([self._values.expand(requests, *self._values.shape), self._slot_values], dim=2)
-        x = x + attention.attend(q, keys, values, mask)
-        out = x + layer.mlp(layer.post_attention_layernorm(x))
-        self._features = torch.cat([self._features, out], dim=1)
-        return self._score(out, num_candidates)
-
-    def _score(self, s: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return score_candidates(s, self._draft_head, self._draft_vocab, num_candidates)
-
-
 @dataclass
 class Prepared:
     """An answer with all that drafting over it needs (filled by `Evaluator.prepare`)."""
@@ -269,7 +114,7 @@ class Evaluator:
     def __init__(
         self,
         target: FrozenTarget,
-        head: Clover2DraftModel | Eagle1DraftModel,
+        head: Head,
         draft_vocab: torch.Tensor | None = None,
         chunk_elements: int | None = None,
     ) -> None:
@@ -277,7 +122,7 @@ class Evaluator:
         Args:
             target: that said the answers.
             head: on any device; moved to the target's.
-            draft_vocab: int64, for EAGLE-1, whose checkpoint has none; a Clover-2 head brings its own.
+            draft_vocab: int64, for a head whose checkpoint has no place for it, as EAGLE-1's.
             chunk_elements: about the most logits held at once; by default what a CPU's cache holds,
                 or 64 Mi on a GPU.
 
@@ -286,15 +131,14 @@ class Evaluator:
         """
         self.target = target
         self.head = head.eval().to(target.device)
-        if isinstance(head, Clover2DraftModel):
+        if head.saves_draft_vocab:
             draft_vocab = head.draft_vocab
         if draft_vocab is not None and len(draft_vocab) < 8:
             raise UserError("A draft vocabulary of fewer than 8 tokens is too small to evaluate.")
-        self.draft_vocab = None if draft_vocab is None else draft_vocab.to(target.device)
-        rows = target.lm_head if self.draft_vocab is None else target.lm_head[self.draft_vocab]
-        self.draft_head = rows  # in the target's dtype, as an engine scores
-        clover = isinstance(head, Clover2DraftModel)
-        self.embed = target.lm_head if clover else target.embed_tokens
+        draft_vocab = None if draft_vocab is None else draft_vocab.to(target.device)
+        rows = target.lm_head if draft_vocab is None else target.lm_head[draft_vocab]
+        # In the target's dtype, as an engine scores.
+        self.tables = DraftTables(head.embeddings_of(target), rows, draft_vocab)
         # A round expands a dozen nodes per position.
         if chunk_elements is None:
             chunk_elements = 1 << (22 if target.device.type == "cpu" else 26)
@@ -316,27 +160,16 @@ class Evaluator:
         self.target.check_finite(hidden)
         post_norm = self.target.norm(hidden)[0, :-1]
         said = (post_norm[first:] @ self.target.lm_head.T).argmax(dim=-1)
-        embeds = F.embedding(ids[1:], self.embed).float()
+        embeds = F.embedding(ids[1:], self.tables.embed).float()
+        rows = torch.arange(first, len(ids) - 1, device=ids.device)
+        make = self.head.drafters(Prefix(hidden[0, :-1].float(), post_norm.float(), embeds), self.tables)
         return Prepared(
             category=answer.category,
             continuation=ids[first + 2 :],
             positions=len(ids) - 1 - first,
-            new_drafter=self._drafter_factory(hidden[0, :-1].float(), post_norm.float(), embeds, first),
+            new_drafter=lambda part: make(rows[part]),
             agreement=(said == ids[first + 1 :]).float().mean().item(),
         )
-
-    def _drafter_factory(
-        self, hidden: torch.Tensor, post_norm: torch.Tensor, embeds: torch.Tensor, first: int
-    ) -> Callable[[slice], Drafter]:
-        if isinstance(self.head, Eagle1DraftModel):
-            eagle, prefix = self.head, Eagle1Prefix.of(self.head, post_norm, embeds)
-            rows = torch.arange(first, len(hidden), device=hidden.device)
-            return lambda part: Eagle1Drafter(
-                eagle, prefix, rows[part], self.embed, self.draft_head, self.draft_vocab
-            )
-        clover = self.head
-        g = clover.augment(hidden[None], embeds[None])[0, first:]
-        return lambda part: Clover2Drafter(clover, g[part], self.embed, self.draft_head)
 
     @torch.no_grad()
     def trees(self, prepared: Prepared, shape: Shape) -> list[Tree]:
@@ -411,7 +244,7 @@ class EvalSettings:
     answers: list[Path]
     nodes: list[int] | None = None  # best-first trees of these sizes, instead of the default shapes
     limit: int | None = None
-    draft_vocab_of: Path | None = None  # EAGLE-1 heads draft from this Clover-2 head's vocabulary
+    draft_vocab_of: Path | None = None  # heads that save no vocabulary draft from this head's
     dtype: str = "bfloat16"
 
 
@@ -431,7 +264,7 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     if settings.dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
     heads = {str(folder): load_any_head(folder) for folder in settings.heads}
-    vocab = load_head(settings.draft_vocab_of).draft_vocab if settings.draft_vocab_of else None
+    vocab = _draft_vocab(settings.draft_vocab_of) if settings.draft_vocab_of else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = FrozenTarget(settings.target, getattr(torch, settings.dtype), device)
     for head in heads.values():
@@ -449,15 +282,20 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     return results
 
 
-def load_any_head(folder: Path) -> Clover2DraftModel | Eagle1DraftModel:
-    """A Clover-2 head, or an EAGLE-1 head in vLLM's form.
+def load_any_head(folder: Path) -> Head:
+    """A head of any method that `heads.registry` knows.
 
     Raises:
-        UserError: neither, or damaged.
+        UserError: it is none, or damaged.
     """
-    if read_config(folder).get("model_type") == "llama":
-        return load_eagle1(folder)
-    return load_head(folder)
+    return kind_of(folder).head_class().load(folder)
+
+
+def _draft_vocab(folder: Path) -> torch.Tensor | None:
+    head = load_any_head(folder)
+    if not head.saves_draft_vocab:
+        raise UserError(f"--draft-vocab-of {folder} holds no draft vocabulary; give a Clover-2 head.")
+    return head.draft_vocab
 
 
 def greedy_answers(paths: Sequence[Path], target: FrozenTarget, limit: int | None) -> list[Answer]:

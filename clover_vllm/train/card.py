@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import clover_vllm
+from clover_vllm.heads.registry import head_kind
 
 
 def provenance() -> dict[str, str]:
@@ -45,7 +46,7 @@ def _commit() -> str:
 
 def write_card(folder: Path, summary: dict[str, Any]) -> None:
     """Write `README.md` into a head folder from a training summary."""
-    kind = "Clover-2" if summary["method"] == "clover2" else "EAGLE-1"
+    kind = head_kind(summary["method"]).title
     made = summary["provenance"]
     sources = sorted(summary["sources"].items(), key=lambda item: -item[1])
     settings = summary["settings"]

@@ -34,10 +34,11 @@ from clover_vllm.base.files import (
     make_folder,
     open_text,
     peak_memory_gib,
+    whole_file,
     write_json,
 )
+from clover_vllm.base.prompts import Prompt, read_prompts, token_ids
 from clover_vllm.target.frozen import check_loadable
-from clover_vllm.train.prompts import Prompt, read_prompts
 
 
 @dataclass
@@ -156,7 +157,7 @@ def _requests(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> 
     longest = settings.max_model_len - settings.max_tokens
     requests: list[_Request] = []
     for prompt in prompts:
-        ids = _token_ids(tokenizer, prompt)
+        ids = token_ids(prompt, tokenizer)
         if len(ids) <= longest:
             requests.append(_request(settings, prompt, ids))
     if not requests:
@@ -223,24 +224,6 @@ def start_engine(target: str, **options: Any) -> Any:
         raise UserError(f"vLLM does not start with target {target} ({reason}).") from error
 
 
-def _token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    try:
-        if getattr(tokenizer, "chat_template", None):
-            encoded = tokenizer.apply_chat_template(
-                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        else:
-            encoded = tokenizer(prompt.text)
-    except Exception as error:  # a template may raise anything, for roles it does not know say
-        raise UserError(
-            f"{prompt.where}: the target's chat template refuses this prompt ({error})."
-        ) from error
-    ids = list(encoded["input_ids"])
-    if not ids:
-        raise UserError(f"{prompt.where}: the prompt has no tokens.")
-    return ids
-
-
 def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request:
     digest = hashlib.sha256(f"{settings.seed} {prompt.text}".encode()).digest()
     greedy, share, seed = (int.from_bytes(digest[i : i + 4], "little") / 2**32 for i in (0, 4, 8))
@@ -285,17 +268,15 @@ def _line(request: _Request, completion: Any) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, lines: list[dict[str, Any]]) -> None:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(fresh, "wb") as raw:
-            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-                for line in lines:
-                    file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
-            raw.flush()
-            os.fsync(raw.fileno())
-        fresh.rename(path)
+        with (
+            whole_file(path) as fresh,
+            open(fresh, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file,
+        ):
+            for line in lines:
+                file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}).") from error
 
 

@@ -1,9 +1,13 @@
 """Hidden states of the training sequences: computed on the fly, kept on disk within a budget.
 
 On two cores the target's forward is half of a training step, so from the second epoch on a cached
-state halves the cost. A sequence's states are written when it is first seen. Which sequences may
-be kept is fixed by the budget before the run, and a batch is read from disk only when all of it is
-there, so a resumed run sees what an unbroken one does.
+state halves the cost. Which sequences may be kept is fixed by the budget before the run; their
+states are written when they are first seen and read from then on, whatever stands beside them in a
+batch.
+
+bfloat16 results depend on how a batch is padded, and a resumed run must see what an unbroken one
+saw. So the sequences that may be kept and the others are computed apart, and the kept ones of a
+batch are marked as written by one system call.
 """
 
 from __future__ import annotations
@@ -59,57 +63,81 @@ class HiddenStates:
         make_folder(folder)
         meta = {"key": key, "tokens": tokens, "size": self.size, "dtype": str(self.dtype)}
         stamp = folder / "meta.json"
-        data, done = folder / "states.bin", folder / "done.bin"
+        data, written = folder / "states.bin", folder / "written.bin"
         if not _has_stamp(stamp, meta):
-            for path in (stamp, data, done):
+            for path in (stamp, data, written):
                 path.unlink(missing_ok=True)
             with open(data, "wb") as file:
                 file.truncate(tokens * self.size * np.dtype(self._code).itemsize)
-            with open(done, "wb") as file:
-                file.truncate(self.kept)
             write_json(stamp, meta)
         # Plain reads and writes: a memory map would count the whole file as resident.
         self._data = os.open(data, os.O_RDWR)
-        self._done = np.memmap(done, dtype=np.uint8, mode="r+", shape=(self.kept,))
+        self._journal = os.open(written, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        os.ftruncate(self._journal, os.fstat(self._journal).st_size // 8 * 8)  # a full disk cuts a write
+        self._journal_read = 0
+        self._written = np.zeros(self.kept, dtype=bool)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Hidden states of a batch, [B, T, D] in the target's dtype on the target's device.
 
-        A batch is read from disk only when all of it is there: bf16 results depend on how a batch
-        is padded, and a resumed run must see what the unbroken one saw.
+        Raises:
+            UserError: the cache cannot be written.
         """
-        if all(i < self.kept and self._done[i] for i in batch.indices):
-            return self._read(batch)
-        hidden = self.target.hidden_states(batch.token_ids)
-        codes = hidden.detach().cpu().contiguous().view(_torch_code(self._code)).numpy()
-        for row, (i, length) in enumerate(zip(batch.indices, batch.lengths.tolist(), strict=True)):
-            if i < self.kept and not self._done[i]:
-                self._write(i, codes[row, :length])
-        return hidden
+        keep = [row for row, i in enumerate(batch.indices) if i < self.kept]
+        if not keep:
+            return self.target.hidden_states(batch.token_ids)
+        self._read_journal()
+        stored = [row for row in keep if self._written[batch.indices[row]]]
+        missing = [row for row in keep if not self._written[batch.indices[row]]]
+        others = [row for row, i in enumerate(batch.indices) if i >= self.kept]
+        out = torch.zeros(*batch.token_ids.shape, self.size, dtype=self.dtype, device=self.target.device)
+        for rows in (missing, others):
+            if rows:
+                width = int(batch.lengths[rows].max())
+                out[rows, :width] = self.target.hidden_states(batch.token_ids[rows, :width])
+        if missing:
+            self._write(batch, missing, out)
+        for row in stored:
+            out[row, : int(batch.lengths[row])] = self._read(batch.indices[row])
+        return out
 
-    def _offset(self, index: int) -> int:
-        return int(self._starts[index]) * self.size * np.dtype(self._code).itemsize
+    def _extent(self, index: int) -> tuple[int, int]:
+        """Where a sequence lies in the data file: first byte, bytes."""
+        first, end = self._starts[index : index + 2] * (self.size * np.dtype(self._code).itemsize)
+        return int(first), int(end - first)
 
-    def _write(self, index: int, codes: np.ndarray) -> None:
+    def _write(self, batch: Batch, rows: list[int], hidden: torch.Tensor) -> None:
+        code = torch.int16 if self._code is np.int16 else torch.int32
         try:
-            data, at = memoryview(codes.tobytes()), self._offset(index)
-            while data:
-                written = os.pwrite(self._data, data, at)
-                data, at = data[written:], at + written
+            for row in rows:
+                states = hidden[row, : int(batch.lengths[row])].detach().cpu().contiguous()
+                data = memoryview(states.view(code).numpy().tobytes())
+                at, _ = self._extent(batch.indices[row])
+                while data:
+                    count = os.pwrite(self._data, data, at)
+                    data, at = data[count:], at + count
+            # One append, so that a kill marks all sequences of a batch or none.
+            os.write(self._journal, np.array([batch.indices[row] for row in rows], np.int64).tobytes())
         except OSError as error:
             raise UserError(
                 f"The cache of hidden states cannot be written ({error.strerror}); "
                 "make room or give a smaller --cache-gib."
             ) from error
-        self._done[index] = 1
 
-    def _read(self, batch: Batch) -> torch.Tensor:
-        out = np.zeros((*batch.token_ids.shape, self.size), dtype=self._code)
-        for row, (i, length) in enumerate(zip(batch.indices, batch.lengths.tolist(), strict=True)):
-            count = length * self.size * out.itemsize
-            raw = os.pread(self._data, count, self._offset(i))
-            out[row, :length] = np.frombuffer(raw, self._code).reshape(length, self.size)
-        return torch.from_numpy(out).view(self.dtype).to(self.target.device)
+    def _read_journal(self) -> None:
+        """Learn what was written since the last call, by this process or by others of this machine."""
+        while raw := os.pread(self._journal, 1 << 20, self._journal_read):
+            whole = len(raw) // 8 * 8
+            if not whole:
+                return
+            self._written[np.frombuffer(raw[:whole], np.int64)] = True
+            self._journal_read += whole
+
+    def _read(self, index: int) -> torch.Tensor:
+        """[T, D] of a sequence that was written."""
+        at, count = self._extent(index)
+        raw = np.frombuffer(os.pread(self._data, count, at), self._code).reshape(-1, self.size)
+        return torch.from_numpy(raw.copy()).view(self.dtype).to(self.target.device)
 
 
 def _has_stamp(stamp: Path, meta: dict[str, object]) -> bool:
@@ -117,7 +145,3 @@ def _has_stamp(stamp: Path, meta: dict[str, object]) -> bool:
         return bool(json.loads(stamp.read_text()) == meta)
     except (OSError, ValueError):
         return False
-
-
-def _torch_code(code: type) -> torch.dtype:
-    return torch.int16 if code is np.int16 else torch.int32

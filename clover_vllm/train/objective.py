@@ -1,4 +1,4 @@
-"""The training objective of DESIGN's two heads, as one module that DistributedDataParallel can wrap."""
+"""The training objective of a head, as one module that DistributedDataParallel can wrap."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clover_vllm.heads.clover2.model import Clover2DraftModel
-from clover_vllm.heads.eagle1.model import Eagle1DraftModel
+from clover_vllm.heads.base import Head, TeacherForced
 from clover_vllm.train.batches import Batch, Rows, trained_rows
 from clover_vllm.train.loss import VocabularyTargets, vocabulary_loss
 
@@ -18,7 +17,7 @@ from clover_vllm.train.loss import VocabularyTargets, vocabulary_loss
 class LossWeights:
     """sum over heads i of decay^i * (regression * SmoothL1_i + vocabulary * CE_i).
 
-    The defaults are Clover-2's; EAGLE-1 publishes regression 1 and vocabulary 0.1.
+    The defaults are Clover-2's; what a method publishes stands in `heads.registry`.
     """
 
     regression: float = 10.0
@@ -30,7 +29,7 @@ class LossWeights:
 class Teacher:
     """The parts of the target that the loss needs, all frozen (filled once per run)."""
 
-    embed: torch.Tensor  # [V, D], token embeddings of the head: lm_head for Clover-2
+    embed: torch.Tensor  # [V, D], what `Head.embeddings_of` gave
     draft_head: torch.Tensor  # [draft V, D], lm_head rows that are drafted from
     drafted: torch.Tensor  # bool [V], whether a token id is drafted
 
@@ -42,11 +41,10 @@ class DraftObjective(nn.Module):
     tensors come with the call.
     """
 
-    def __init__(self, head: Clover2DraftModel | Eagle1DraftModel, weights: LossWeights) -> None:
+    def __init__(self, head: Head, weights: LossWeights) -> None:
         super().__init__()
         self.head = head
         self.weights = weights
-        self.num_heads = head.config.num_heads if isinstance(head, Clover2DraftModel) else 1
 
     def forward(
         self, batch: Batch, hidden: torch.Tensor, post_norm: torch.Tensor, teacher: Teacher
@@ -62,11 +60,11 @@ class DraftObjective(nn.Module):
         Returns:
             scalar loss, and a dict of [heads] tensors: accuracy, vocabulary, regression.
         """
-        rows = trained_rows(batch, self.num_heads)
+        rows = trained_rows(batch, self.head.num_heads)
         device = hidden.device
         rows = Rows(rows.source.to(device), rows.valid.to(device))
         ids = batch.token_ids.to(device)
-        states = self._states(rows, ids, hidden, post_norm, teacher)
+        states = self.head.trained_states(TeacherForced(ids, hidden, post_norm, teacher.embed, rows.source))
         goal = post_norm.flatten(0, 1)[rows.source + 1]
         targets = VocabularyTargets(
             states=goal,
@@ -86,34 +84,6 @@ class DraftObjective(nn.Module):
             "regression": regression.detach(),
         }
         return (per_head * decay).sum(), metrics
-
-    def _states(
-        self,
-        rows: Rows,
-        ids: torch.Tensor,
-        hidden: torch.Tensor,
-        post_norm: torch.Tensor,
-        teacher: Teacher,
-    ) -> torch.Tensor:
-        """Normed states of every head at the trained rows, [heads, N, D]."""
-        embeds = F.embedding(ids[:, 1:], teacher.embed)
-        if isinstance(self.head, Eagle1DraftModel):
-            features = self.head(post_norm[:, :-1], embeds)
-            return _padded_rows(features, rows.source, ids.shape[1])[None]
-        g = _padded_rows(self.head.augment(hidden[:, :-1], embeds), rows.source, ids.shape[1])
-        flat = ids.flatten()
-        last = len(flat) - 1
-        nexts = [
-            F.embedding(flat[(rows.source + 1 + i).clamp(max=last)], teacher.embed)
-            for i in range(1, self.num_heads)
-        ]
-        return torch.stack([s.float() for s in self.head.draft_states(g, nexts)])
-
-
-def _padded_rows(x: torch.Tensor, source: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of x [B, width - 1, D] by indices into flattened [B, width]."""
-    b, t = source // width, source % width
-    return x[b, t]
 
 
 def _regression_loss(states: torch.Tensor, goal: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -26,11 +28,9 @@ from clover_vllm.base.files import (
     write_json,
 )
 from clover_vllm.base.paths import home
-from clover_vllm.heads.checkpoint import check_target, clover2_config, load_head, probe_lm_head, save_head
-from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.heads.clover2.init import config_for_target, init_from_target, measure_scales
-from clover_vllm.heads.clover2.model import Clover2DraftModel
-from clover_vllm.heads.eagle1.model import Eagle1DraftModel, init_eagle1, save_eagle1
+from clover_vllm.heads.base import Head, NewHead
+from clover_vllm.heads.registry import head_kind, kind_of
+from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.answers import AnswerSet, read_answers
 from clover_vllm.train.batches import Batch, collate, plan_batches
@@ -54,7 +54,7 @@ class TrainSettings:
     target: str
     data: list[Path]
     output: Path
-    method: Literal["clover2", "eagle1"] = "clover2"
+    method: str = "clover2"  # of `heads.registry`
     init_from: Path | None = None
     epochs: float = 4.0
     batch_tokens: int = 2048
@@ -149,7 +149,7 @@ class HeadTrainer(Trainer):
 class _Checkpoints(TrainerCallback):
     """Clips gradients by value (as published), marks whole checkpoints, writes log and head so far."""
 
-    def __init__(self, settings: TrainSettings, head: Clover2DraftModel | Eagle1DraftModel) -> None:
+    def __init__(self, settings: TrainSettings, head: Head) -> None:
         self.settings = settings
         self.head = head
 
@@ -158,11 +158,12 @@ class _Checkpoints(TrainerCallback):
             nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.settings.clip_value)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # every rank writes a part of the checkpoint
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / _COMPLETE).touch()
             write_json(self.settings.output / "log.json", state.log_history)
-            _write_head(self.settings, self.head)
+            self.head.save(self.settings.output / "head", self.settings.target)
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
@@ -183,6 +184,23 @@ def whole_checkpoint(folder: Path) -> Path | None:
     for path in found.values():
         shutil.rmtree(path)
     return newest
+
+
+def agreed_checkpoint(folder: Path) -> Path | None:
+    """`whole_checkpoint` as rank 0 finds it, on all ranks: those of other hosts may see another state.
+
+    Raises:
+        UserError: rank 0's checkpoint is not there on this host.
+    """
+    state = PartialState()
+    found = [whole_checkpoint(folder) if state.is_main_process else None]
+    (checkpoint,) = broadcast_object_list(found)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(
+            f"{checkpoint} is on the first host but not on this one; give all hosts the same --output on a "
+            "shared disk."
+        )
+    return checkpoint
 
 
 def choose_draft_vocab(counts: torch.Tensor, size: int) -> torch.Tensor:
@@ -208,8 +226,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are torchrun's; DataParallel splits batches
     if device == "cuda":
         device = str(arguments.device)
-    if settings.init_from is not None:
-        clover2_config(settings.init_from)  # refuse what cannot be read before the target is loaded
+    before = None
+    if settings.init_from is not None:  # what cannot be read is refused before the target is loaded
+        before = kind_of(settings.init_from).head_class().load(settings.init_from)
     target = FrozenTarget(settings.target, dtype, device)
     vocab_size = int(target.config.vocab_size)
     context = int(getattr(target.config, "max_position_embeddings", settings.max_length))
@@ -228,9 +247,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
                 f"--draft-vocab {settings.draft_vocab} is more than the target's {vocab_size} tokens."
             )
         draft_vocab = choose_draft_vocab(answers.token_counts(vocab_size), settings.draft_vocab)
-    head = _new_head(settings, target, answers, draft_vocab)
-    if isinstance(head, Clover2DraftModel):
-        draft_vocab = head.draft_vocab
+    if before is None:
+        head = _new_head(settings, target, answers, draft_vocab)
+    else:
+        check_target(before.config, target.config, target.lm_head)
+        head = before
+    head.to(target.device)
     per_step = settings.accumulate * arguments.world_size
     arguments.max_steps = max(1, len(plan) // per_step)
     arguments.warmup_steps = round(settings.warmup * arguments.max_steps)
@@ -254,10 +276,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         data_collator=_Collate(answers),
         callbacks=[_Checkpoints(settings, head)],
         hidden_states=hidden_states,
-        teacher=_teacher(head, target, draft_vocab),
+        teacher=_teacher(head, target),
     )
-    checkpoint = whole_checkpoint(settings.output)
-    if checkpoint is not None:
+    checkpoint = agreed_checkpoint(settings.output)
+    if checkpoint is not None and trainer.is_world_process_zero():
         print(f"Resuming from {checkpoint}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.is_world_process_zero():
@@ -281,8 +303,13 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(f"--optimizer {settings.optimizer} is not known; use adamw or muon.")
     if settings.draft_vocab is not None and settings.draft_vocab < 1:
         raise UserError(f"--draft-vocab {settings.draft_vocab} must be 1 or more.")
-    if settings.init_from is not None and settings.method != "clover2":
-        raise UserError("--init-from continues Clover-2 heads only.")
+    kind = head_kind(settings.method)
+    if settings.init_from is not None and kind_of(settings.init_from) != kind:
+        raise UserError(f"--init-from {settings.init_from} is no {kind.title} head, which --method asks for.")
+    if settings.init_from is not None and not kind.head_class().saves_draft_vocab:
+        raise UserError(
+            f"--init-from cannot continue {kind.title} heads: their draft vocabulary is not saved."
+        )
     if settings.init_from is not None and settings.draft_vocab is not None:
         raise UserError("--init-from brings its own draft vocabulary; leave --draft-vocab out.")
     if not math.isfinite(settings.cache_gib) or settings.cache_gib < 0:
@@ -330,48 +357,31 @@ def _new_head(
     target: FrozenTarget,
     answers: AnswerSet,
     draft_vocab: torch.Tensor | None,
-) -> Clover2DraftModel | Eagle1DraftModel:
-    if settings.init_from is not None:
-        head = load_head(settings.init_from)
-        check_target(head.config, target.config, target.lm_head)
-        return head.to(target.device)
+) -> Head:
     sample = collate(
         list(range(min(16, len(answers)))), [answers.sequence(i) for i in range(min(16, len(answers)))]
     )
     real = torch.arange(sample.token_ids.shape[1])[None] < sample.lengths[:, None]
     hidden = target.hidden_states(sample.token_ids).cpu()[real]
     target.check_finite(hidden)
-    hidden_scale, embed_scale = measure_scales(hidden, target.lm_head.cpu(), sample.token_ids[real])
-    config = config_for_target(
-        target.config,
+    wanted = NewHead(
         num_heads=settings.num_heads,
-        draft_vocab_size=settings.draft_vocab,
-        hidden_scale=hidden_scale if settings.scale_inputs else 1.0,
-        embed_scale=embed_scale if settings.scale_inputs else 1.0,
-        target=Path(settings.target).name,
-        target_probe=probe_lm_head(target.lm_head),
+        draft_vocab=draft_vocab,
+        hidden=hidden,
+        token_ids=sample.token_ids[real],
+        scale_inputs=settings.scale_inputs,
+        seed=settings.seed,
     )
-    if settings.method == "eagle1":
-        eagle = Eagle1DraftModel(config)
-        init_eagle1(eagle, settings.seed)
-        return eagle.to(target.device)
-    head = Clover2DraftModel(config)
-    init_from_target(head, target.layers, target.norm, settings.seed)
-    head.draft_vocab = draft_vocab
-    return head.to(target.device)
+    return head_kind(settings.method).head_class().new(target, wanted)
 
 
-def _teacher(
-    head: Clover2DraftModel | Eagle1DraftModel, target: FrozenTarget, draft_vocab: torch.Tensor | None
-) -> Teacher:
+def _teacher(head: Head, target: FrozenTarget) -> Teacher:
     drafted = torch.ones(target.lm_head.shape[0], dtype=torch.bool, device=target.device)
     rows = target.lm_head
-    if draft_vocab is not None:
-        draft_vocab = draft_vocab.to(target.device)
-        drafted.zero_()[draft_vocab] = True
-        rows = target.lm_head[draft_vocab].contiguous()
-    embed = target.lm_head if isinstance(head, Clover2DraftModel) else target.embed_tokens
-    return Teacher(embed, rows, drafted)
+    if head.draft_vocab is not None:
+        drafted.zero_()[head.draft_vocab] = True
+        rows = target.lm_head[head.draft_vocab].contiguous()
+    return Teacher(head.embeddings_of(target), rows, drafted)
 
 
 def _same_run(settings: TrainSettings, target: FrozenTarget, batches: int, processes: int) -> None:
@@ -391,13 +401,6 @@ def _same_run(settings: TrainSettings, target: FrozenTarget, batches: int, proce
     check_same_settings(stamp, fields)
 
 
-def _write_head(settings: TrainSettings, head: Clover2DraftModel | Eagle1DraftModel) -> None:
-    if isinstance(head, Clover2DraftModel):
-        save_head(head, settings.output / "head")
-    else:
-        save_eagle1(head, settings.output / "head", settings.target)
-
-
 def _peak_gpu_memory_gib() -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
@@ -405,7 +408,7 @@ def _peak_gpu_memory_gib() -> float:
 def _finish(
     settings: TrainSettings,
     trainer: HeadTrainer,
-    head: Clover2DraftModel | Eagle1DraftModel,
+    head: Head,
     answers: AnswerSet,
     plan: list[list[int]],
     made: dict[str, str],
@@ -413,7 +416,7 @@ def _finish(
 ) -> dict[str, Any]:
     from clover_vllm.train.plots import plot_training
 
-    _write_head(settings, head)
+    head.save(settings.output / "head", settings.target)
     history = trainer.state.log_history
     write_json(settings.output / "log.json", history)
     plot_training(history, settings.output / "head" / "training.png")
@@ -436,6 +439,3 @@ def _finish(
     write_json(settings.output / "summary.json", summary)
     write_card(settings.output / "head", summary)
     return summary
-
-
-__all__ = ["Clover2Config", "TrainSettings", "train"]

@@ -45,9 +45,9 @@ from vllm.platforms import current_platform
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.options import CloverOptions
-from clover_vllm.heads.checkpoint import PROBED_ROWS, check_probe, is_finite, probe_lm_head
 from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.heads.clover2.model import RMSNorm as ReferenceRMSNorm
+from clover_vllm.heads.layers import RMSNorm as ReferenceRMSNorm
+from clover_vllm.heads.weights import PROBED_ROWS, check_probe, is_finite, probe_lm_head
 
 # Checkpoint name of a weight -> the fused parameter that holds it, and its share of that.
 _FUSED: dict[str, tuple[str, str | int]] = {

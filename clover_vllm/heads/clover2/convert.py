@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.checkpoint import (
+from clover_vllm.heads.clover2.checkpoint import save_head
+from clover_vllm.heads.clover2.config import Clover2Config
+from clover_vllm.heads.clover2.model import Clover2DraftModel
+from clover_vllm.heads.weights import (
     check_target,
     check_tensors,
     probe_lm_head,
     read_config,
     read_tensors,
-    save_head,
 )
-from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.heads.clover2.model import Clover2DraftModel
 
 PUBLISHED_ROPE_THETA = 10000.0
 """The published code ignores the config's rope_theta and always rotates with this base."""

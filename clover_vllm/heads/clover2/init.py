@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.heads.clover2.model import Clover2DraftModel, DecoderLayer, ResAttentionBlock
+from clover_vllm.heads.clover2.model import Clover2DraftModel, ResAttentionBlock
+from clover_vllm.heads.layers import DecoderLayer
+from clover_vllm.heads.weights import probe_lm_head
+
+if TYPE_CHECKING:
+    from clover_vllm.heads.base import NewHead
+    from clover_vllm.target.frozen import FrozenTarget
 
 
 def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
@@ -53,6 +60,24 @@ def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
         fields["rope_theta"] = target_config.rope_theta
     fields["target"] = getattr(target_config, "_name_or_path", None) or None
     return Clover2Config(**(fields | overrides))
+
+
+def config_for_new(target: FrozenTarget, wanted: NewHead) -> Clover2Config:
+    """`config_for_target` with the scales of the target's states and with what is wanted.
+
+    Raises:
+        UserError: as `config_for_target` does.
+    """
+    hidden_scale, embed_scale = measure_scales(wanted.hidden, target.lm_head.cpu(), wanted.token_ids)
+    return config_for_target(
+        target.config,
+        num_heads=wanted.num_heads,
+        draft_vocab_size=None if wanted.draft_vocab is None else len(wanted.draft_vocab),
+        hidden_scale=hidden_scale if wanted.scale_inputs else 1.0,
+        embed_scale=embed_scale if wanted.scale_inputs else 1.0,
+        target=Path(target.path).name,
+        target_probe=probe_lm_head(target.lm_head),
+    )
 
 
 def has_attention_bias(target_config: Any) -> bool:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, LlamaConfig
 
-from clover_vllm.heads.checkpoint import check_tensors, read_config, read_tensors, write_checkpoint
+from clover_vllm.heads.base import DraftTables, Head, NewHead, Prefix, TeacherForced
 from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.heads.clover2.init import config_for_target
-from clover_vllm.heads.clover2.model import DecoderLayer, KVCache, Rotary
+from clover_vllm.heads.clover2.init import config_for_new
+from clover_vllm.heads.eagle1.drafter import Eagle1Drafter, Eagle1Prefix
+from clover_vllm.heads.eagle1.init import init_eagle1
+from clover_vllm.heads.layers import DecoderLayer, KVCache, Rotary
+
+if TYPE_CHECKING:
+    from clover_vllm.target.frozen import FrozenTarget
 
 
-class Eagle1DraftModel(nn.Module):
+class Eagle1DraftModel(Head):
     """[embedding; feature] -> fc -> one decoder layer -> the next feature.
 
     A feature is the target's hidden state *after* its final norm, and lm_head reads the head's
     output directly, as vLLM's `EagleLlamaForCausalLM` does. The layer has no input norm.
     """
+
+    config: Clover2Config
+    saves_draft_vocab = False  # vLLM's model has no place for it
 
     def __init__(self, config: Clover2Config) -> None:
         """`config` lends its sizes; its Clover-2 constants are not used.
@@ -35,6 +44,7 @@ class Eagle1DraftModel(nn.Module):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([DecoderLayer(config, input_norm=False)])
         self.rotary = Rotary(config)
+        self.register_buffer("draft_vocab", None, persistent=False)
 
     def new_cache(self) -> list[KVCache]:
         """An empty key/value cache for the one layer."""
@@ -61,66 +71,36 @@ class Eagle1DraftModel(nn.Module):
             x = layer(x, cos, sin, cache[index] if cache else None)
         return x
 
+    @property
+    def num_heads(self) -> int:
+        return 1
 
-@torch.no_grad()
-def init_eagle1(head: Eagle1DraftModel, seed: int = 0) -> None:
-    """Random first weights, as published: nothing is copied from the target."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            noise = torch.rand(module.weight.shape, generator=generator)
-            module.weight.copy_((2 * noise - 1) * bound)
-            if module.bias is not None:
-                module.bias.zero_()
+    @staticmethod
+    def embeddings_of(target: FrozenTarget) -> torch.Tensor:
+        return target.embed_tokens
 
+    def trained_states(self, batch: TeacherForced) -> torch.Tensor:
+        embeds = F.embedding(batch.token_ids[:, 1:], batch.embed)
+        return batch.rows(self(batch.post_norm[:, :-1], embeds))[None]
 
-def save_eagle1(head: Eagle1DraftModel, folder: str | Path, target: str | Path) -> None:
-    """Write the folder that vLLM's `eagle` method loads.
+    def drafters(self, prefix: Prefix, tables: DraftTables) -> Callable[[torch.Tensor], Eagle1Drafter]:
+        known = Eagle1Prefix.of(self, prefix.post_norm, prefix.embeds)
+        return lambda rows: Eagle1Drafter(self, known, rows, tables)
 
-    Its config is a Llama's of one layer in the target's sizes, whatever the target; its weights are
-    `fc.weight` and `layers.0.*` (vLLM's `EagleLlamaForCausalLM` takes embeddings and lm_head from
-    the target).
-    """
-    config, text = head.config, AutoConfig.from_pretrained(target).get_text_config()
-    llama = LlamaConfig(
-        **{name: getattr(config, name) for name in _SHARED_SIZES},
-        num_hidden_layers=1,
-        architectures=["LlamaForCausalLM"],
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-        tie_word_embeddings=text.tie_word_embeddings,
-        dtype=torch.bfloat16,
-    )
-    tensors = {n: t.detach().to("cpu", torch.bfloat16).contiguous() for n, t in head.state_dict().items()}
-    write_checkpoint(tensors, llama.to_json_string(use_diff=False), Path(folder))
+    @classmethod
+    def new(cls, target: FrozenTarget, wanted: NewHead) -> Eagle1DraftModel:
+        head = cls(config_for_new(target, wanted))
+        init_eagle1(head, wanted.seed)
+        head.draft_vocab = wanted.draft_vocab
+        return head
 
+    @classmethod
+    def load(cls, folder: Path) -> Eagle1DraftModel:
+        from clover_vllm.heads.eagle1.checkpoint import load_eagle1
 
-_SHARED_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "rms_norm_eps",
-    "rope_parameters",
-    "max_position_embeddings",
-    "attention_bias",
-)
+        return load_eagle1(folder)
 
+    def save(self, folder: Path, target: str) -> None:
+        from clover_vllm.heads.eagle1.checkpoint import save_eagle1
 
-def load_eagle1(folder: str | Path, dtype: torch.dtype = torch.float32) -> Eagle1DraftModel:
-    """Read a folder that `save_eagle1` wrote.
-
-    Raises:
-        UserError: anything missing, damaged, misshapen or not finite.
-    """
-    folder = Path(folder)
-    fields = read_config(folder)
-    tensors = read_tensors(folder)
-    head = Eagle1DraftModel(config_for_target(LlamaConfig.from_dict(fields)))
-    check_tensors(tensors, head.state_dict(), str(folder))
-    head.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, assign=True)
-    return head
+        save_eagle1(self, folder, target)

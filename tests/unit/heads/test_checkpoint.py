@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from small import one_sentence, tiny_llama
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.checkpoint import check_target, load_head, probe_lm_head, save_head
 from clover_vllm.heads.clover2 import Clover2Config, Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import load_head, save_head
+from clover_vllm.heads.weights import check_target, probe_lm_head
 from clover_vllm.target.frozen import FrozenTarget
 
 

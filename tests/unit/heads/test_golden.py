@@ -10,7 +10,7 @@ import torch
 from published import golden, published_folder
 from safetensors.torch import load_file
 
-from clover_vllm.heads.checkpoint import load_head
+from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.clover2.convert import convert
 from clover_vllm.heads.clover2.model import Clover2DraftModel
 

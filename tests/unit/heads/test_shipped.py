@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.eval.evaluate import Evaluator, best_first, greedy_answers
 from clover_vllm.eval.report import ShapeResult
-from clover_vllm.heads.checkpoint import check_target, load_head
+from clover_vllm.heads.clover2.checkpoint import load_head
+from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
 
 ANSWERS = 16

@@ -21,8 +21,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.prompts import Prompt, read_prompts
 from clover_vllm.train.generate import DataSettings, generate
-from clover_vllm.train.prompts import Prompt, read_prompts
 
 KILLS = length(4, 10)
 LIMIT = 18 * KILLS

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from length import length
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from small import one_sentence, tiny_llama
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.checkpoint import load_head
-from clover_vllm.heads.eagle1.model import load_eagle1
+from clover_vllm.heads.clover2.checkpoint import load_head
+from clover_vllm.heads.eagle1.checkpoint import load_eagle1
 from clover_vllm.train.objective import LossWeights
 from clover_vllm.train.trainer import TrainSettings, train, whole_checkpoint
 
@@ -182,18 +183,25 @@ def test_kills_at_random_moments_leave_the_same_curve_and_head(
         assert torch.equal(tensor, two[name]), name
 
 
+def _two_ranks(script: Path, *arguments: object) -> list[str]:
+    """Command that runs a script on two ranks of this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launch, "--local-addr", "127.0.0.1", str(script), *map(str, arguments)]
+
+
+_RUN_CLI = Path(__file__).parents[2] / "support" / "run_cli.py"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_train_as_one_with_accumulation(
-    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+    optimizer: str, tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
-    options = ["train", "--target", str(tiny_target), "--data", str(tiny_answers), "--batch-tokens", "32"]
-    options += ["--epochs", "1", "--log-every", "1", "--save-every", "5", "--dtype", "float32"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--local-addr", "127.0.0.1"]
-    command += [str(Path(__file__).parents[2] / "support" / "run_cli.py"), str(tmp_path / "threads")]
-    done = subprocess.run(
-        [*command, *options, "--output", str(tmp_path / "two")], capture_output=True, text=True
-    )
+    options = ["train", "--target", tiny_target, "--data", tiny_answers, "--batch-tokens", 32]
+    options += ["--epochs", 1, "--log-every", 1, "--save-every", 5, "--dtype", "float32"]
+    options += ["--optimizer", optimizer, "--output", tmp_path / "two"]
+    command = _two_ranks(_RUN_CLI, tmp_path / "threads", *options)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):  # a thread that outlives Python may abort its process, and torchrun the others
         names = json.loads((tmp_path / f"threads.{rank}").read_text())
@@ -208,12 +216,78 @@ def test_two_processes_train_as_one_with_accumulation(
             epochs=1.0,
             accumulate=2,
             learning_rate=1e-3,
+            optimizer=optimizer,
         )
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    one, two = (load_head(tmp_path / name / "head").state_dict() for name in ("one", "two"))
+    for name, tensor in one.items():  # bfloat16 in the file
+        torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-2)
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
-    load_head(tmp_path / "two" / "head")
+
+
+def test_two_ranks_resume_as_if_never_killed(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
+    options: list[object] = ["train", "--target", tiny_target, "--data", tiny_answers, "--batch-tokens", 16]
+    options += ["--epochs", 2, "--log-every", 1, "--save-every", 4, "--dtype", "float32"]
+    options += ["--optimizer", "muon"]
+    whole = _two_ranks(_RUN_CLI, tmp_path / "a", *options, "--output", tmp_path / "whole")
+    done = subprocess.run(whole, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    broken = _two_ranks(_RUN_CLI, tmp_path / "b", *options, "--output", tmp_path / "broken")
+    process = subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not _steps(tmp_path / "broken"):
+        time.sleep(0.002)
+    assert process.poll() is None, "the run ended before it could be killed"
+    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        one.kill()
+    process.wait()
+    checkpoint = whole_checkpoint(tmp_path / "broken")
+    assert checkpoint is not None
+    assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+    done = subprocess.run(broken, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Resuming from {checkpoint}" in done.stderr
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    never, again = (load_file(tmp_path / name / "head" / "model.safetensors") for name in ("whole", "broken"))
+    for name, tensor in never.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+_TWO_HOSTS = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from accelerate import PartialState
+from clover_vllm.train.trainer import TrainSettings, _Checkpoints, agreed_checkpoint
+
+PartialState(cpu=True)
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+print("AGREED", agreed_checkpoint(folder / f"host{rank}").name, flush=True)
+made = folder / "checkpoint-12"
+if rank == 1:  # the slow one
+    time.sleep(1)
+    assert not (made / "complete").exists()
+made.mkdir(exist_ok=True)
+(made / f"rng_state_{rank}.pth").touch()
+callbacks = _Checkpoints(TrainSettings("", [], folder), SimpleNamespace(save=lambda *_: None))
+state = SimpleNamespace(global_step=12, is_world_process_zero=rank == 0, log_history=[])
+callbacks.on_save(SimpleNamespace(output_dir=folder), state, None)
+"""
+
+
+def test_ranks_agree_on_a_checkpoint_and_mark_it_when_all_have_written(tmp_path: Path) -> None:
+    for rank, step in ((0, 8), (1, 4)):  # what two hosts see
+        (tmp_path / f"host{rank}" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"host{rank}" / f"checkpoint-{step}" / "complete").touch()
+    script = tmp_path / "hosts.py"
+    script.write_text(_TWO_HOSTS)
+    done = subprocess.run(_two_ranks(script, tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split().count("checkpoint-8") == 2
+    assert (tmp_path / "checkpoint-12" / "complete").exists()
 
 
 def test_only_the_newest_whole_checkpoint_is_kept_for_resuming(tmp_path: Path) -> None:
@@ -253,6 +327,18 @@ def test_a_run_is_not_continued_with_other_settings(
     with pytest.raises(UserError, match="learning_rate") as caught:
         train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2, learning_rate=1e-4))
     one_sentence(caught.value)
+
+
+def test_a_head_is_continued_by_its_own_method_only(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
+    changes = {"init_from": tmp_path / "run" / "head", "epochs": 0.2}
+    train(settings(tiny_target, tiny_answers, tmp_path / "more", **changes))
+    for method, named in (("eagle1", "no EAGLE-1 head"), ("medusa2", "known are clover2, eagle1")):
+        with pytest.raises(UserError, match=named) as caught:
+            train(settings(tiny_target, tiny_answers, tmp_path / "two", method=method, **changes))
+        one_sentence(caught.value)
 
 
 def test_continuing_a_head_of_another_target_is_refused(

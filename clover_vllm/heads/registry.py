@@ -1,0 +1,97 @@
+"""The methods of drafting that we know. A new one is a folder of its own and a line here.
+
+Light on purpose: the command line reads this before anything is done, so heads are imported where
+they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clover_vllm.base.errors import UserError
+
+if TYPE_CHECKING:
+    from clover_vllm.heads.base import Head
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """A method of drafting."""
+
+    method: str  # its name on the command line
+    title: str  # its name in text
+    head: str  # its subclass of `heads.base.Head`, as module:class
+    model_type: str  # of its config.json
+    regression: float  # weight of SmoothL1 in its published loss
+    vocabulary: float  # weight of the cross entropy there
+    records_acceptance: bool = True  # whether servers compare themselves with config.json's first_acceptance
+
+    def head_class(self) -> type[Head]:
+        """The class, imported now."""
+        module, name = self.head.split(":")
+        found: type[Head] = getattr(import_module(module), name)
+        return found
+
+
+_KINDS = (
+    HeadKind(
+        method="clover2",
+        title="Clover-2",
+        head="clover_vllm.heads.clover2.model:Clover2DraftModel",
+        model_type="clover2",
+        regression=10.0,
+        vocabulary=1.0,
+    ),
+    HeadKind(
+        method="eagle1",
+        title="EAGLE-1",
+        head="clover_vllm.heads.eagle1.model:Eagle1DraftModel",
+        model_type="llama",  # vLLM's `eagle` loads a Llama of one layer
+        regression=1.0,
+        vocabulary=0.1,
+        records_acceptance=False,
+    ),
+)
+HEADS: dict[str, HeadKind] = {kind.method: kind for kind in _KINDS}
+
+
+def head_kind(method: str) -> HeadKind:
+    """A method by its name.
+
+    Raises:
+        UserError: it is not known (lists those that are).
+    """
+    if method not in HEADS:
+        raise UserError(f"There is no head of method {method!r}; known are {', '.join(HEADS)}.")
+    return HEADS[method]
+
+
+def kind_of_config(fields: dict[str, Any], where: str | Path) -> HeadKind:
+    """The method of a head, by its config.json's fields.
+
+    Raises:
+        UserError: it is none that we know (lists those that are).
+    """
+    model_type = fields.get("model_type")
+    for kind in HEADS.values():
+        if kind.model_type == model_type:
+            return kind
+    known = ", ".join(f"{kind.model_type!r} for {kind.title}" for kind in HEADS.values())
+    raise UserError(
+        f"{where} holds no head that we know: its config.json says model_type {model_type!r}, known are {known}; "
+        "convert a published checkpoint with `clover-vllm convert` first."
+    )
+
+
+def kind_of(folder: Path) -> HeadKind:
+    """The method of a head folder.
+
+    Raises:
+        UserError: it holds no config.json, or none of a head that we know.
+    """
+    from clover_vllm.heads.weights import read_config
+
+    return kind_of_config(read_config(folder), folder)
