@@ -15,6 +15,7 @@ from rich.table import Table
 
 from clover_vllm import __version__
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.show import print_table
 
 app = typer.Typer(
     name="clover-vllm",
@@ -78,7 +79,7 @@ def _summary(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         if not isinstance(value, dict):
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    print_table(table)
 
 
 @app.command()
@@ -302,9 +303,8 @@ def evaluate(
         make_folder(output)
     measured = run(settings)
     results = shape_results(measured)
-    console = Console()
-    console.print(table(results))
-    console.print(category_table(results))
+    print_table(table(results))
+    print_table(category_table(results))
     if output is not None:
         write_report(results, output)
     if record:

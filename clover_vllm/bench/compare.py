@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
+from clover_vllm.base.show import print_table
 from clover_vllm.bench import report, through_llm, through_server
 from clover_vllm.bench.methods import select
 from clover_vllm.target.make import make_target
@@ -127,7 +128,7 @@ def bench(settings: BenchSettings) -> None:
         "temperature": settings.temperature,
     }
     for found in (report.table(comparison), *([] if settings.server else [report.split_table(comparison)])):
-        console.print(found, width=max(console.width, 110), soft_wrap=True)
+        print_table(found)
     if settings.output is not None:
         report.write(comparison, settings.output, header)
         console.print(f"Written: {settings.output / 'bench.json'} and plots.", highlight=False)

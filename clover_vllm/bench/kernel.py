@@ -17,6 +17,7 @@ from rich.table import Table
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_attention
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import check_dtype
 from clover_vllm.launch.environment import prepare
 from clover_vllm.tree.step import RequestTree
@@ -190,7 +191,7 @@ def compare_kernels(
         table.add_row(
             str(t.requests), str(t.context), f"{t.tree:.0f}", f"{t.vllm:.0f}", f"{t.tree / t.vllm:.2f}"
         )
-    Console().print(table)
+    print_table(table)
     if output is not None:
         output.write_text(
             json.dumps(

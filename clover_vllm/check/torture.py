@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.show import print_table
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
 from clover_vllm.launch.environment import prepare
 from clover_vllm.launch.process import JsonProcess
@@ -501,6 +502,6 @@ def _show(outcome: Outcome) -> None:
         ("minutes", f"{outcome.seconds / 60:.1f}"),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    print_table(table)
     for line in outcome.differences[:20]:
         Console(stderr=True).print(f"differs: {line}", markup=False, soft_wrap=True)

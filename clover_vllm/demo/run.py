@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clover_vllm.base.paths import shipped_head
+from clover_vllm.base.show import print_table
 from clover_vllm.bench.through_server import COUNTERS
 from clover_vllm.demo.trees import PROMPTS
 from clover_vllm.launch.server import Server
@@ -77,7 +78,7 @@ def run_demo(num_prompts: int, max_tokens: int, nodes: int) -> None:
             f"{chat.tokens_per_step:.2f}",
             f"{chat.rate / plain.rate:.2f}",
         )
-    console.print(found)
+    print_table(found)
     same = sum(a == b for a, b in zip(plain.texts, fast.texts, strict=True))
     console.print(
         f"{same} of {len(prompts)} texts are the same to the letter. The others part where two tokens nearly tie: "
