@@ -26,6 +26,7 @@ from clover_vllm.base.files import (
     write_json,
 )
 from clover_vllm.base.paths import home
+from clover_vllm.base.provenance import provenance
 from clover_vllm.heads.checkpoint import check_target, clover2_config, load_head, probe_lm_head, save_head
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.clover2.init import config_for_target, init_from_target, measure_scales
@@ -34,7 +35,7 @@ from clover_vllm.heads.eagle1.model import Eagle1DraftModel, init_eagle1, save_e
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.answers import AnswerSet, read_answers
 from clover_vllm.train.batches import Batch, collate, plan_batches
-from clover_vllm.train.card import provenance, write_card
+from clover_vllm.train.card import write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 from clover_vllm.train.optimizers import OptimizerName, make_optimizer
