@@ -337,10 +337,13 @@ def bench(
     methods: Annotated[
         str,
         typer.Option(
-            help="Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover-N (N nodes)."
+            help="Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover, clover-N (N nodes)."
         ),
-    ] = "plain,ngram,eagle,clover-chain,clover-4,clover-8,clover-16",
-    concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,2,4,8,16",
+    ] = "plain,ngram,eagle,clover-chain,clover",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Choose each method's settings on prompts set aside for that.")
+    ] = False,
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,4,16",
     repetitions: Annotated[int, typer.Option(help="Runs per method and concurrency.")] = 3,
     server: Annotated[
         bool, typer.Option("--server", help="Through `vllm serve` and `vllm bench serve` instead of LLM.")
@@ -351,7 +354,9 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt_ids, messages or prompt; by default held out.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts per run; each run has its own.")] = 16,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Prompts per run [three times the concurrency, at least 8].")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; else every request has a seed.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
@@ -362,7 +367,9 @@ def bench(
     """Measure methods side by side: the same prompts, flags and process settings, alternating order.
 
     Starts one engine (or server) per method and runs them in turn; those that wait use no processor
-    time. Prints speed with its spread, tokens per step, latencies, how often greedy output equals
+    time. A run is timed while as many requests run as stated. With --sweep, each method's settings are
+    chosen per concurrency on a development split, and the figures come from other prompts. Prints speed
+    with a 95% bootstrap interval, tokens per step, latencies, how often greedy output equals
     plain decoding, and where a step's time goes.
     """
     from clover_vllm.bench.compare import BenchSettings, names, parse_list
