@@ -15,10 +15,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.progress import each
 from clover_vllm.heads.checkpoint import check_target, load_head, read_config
 from clover_vllm.heads.clover2.model import Clover2DraftModel, DecoderLayer
 from clover_vllm.heads.eagle1.model import Eagle1DraftModel, load_eagle1
@@ -447,7 +446,7 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
         evaluator = Evaluator(target, head, vocab)
         evaluator.check_answers(answers)
         results[name] = {shape.name: [] for shape in shapes}
-        for answer in track(answers, f"drafting with {Path(name).name}", console=Console(stderr=True)):
+        for answer in each(answers, "answers", f"drafting with {Path(name).name}"):
             for shape, outcome in zip(shapes, evaluator.measure(answer, shapes), strict=True):
                 results[name][shape.name].append(outcome)
     return results
