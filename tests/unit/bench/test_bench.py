@@ -324,6 +324,7 @@ def test_bench_runs_on_a_tiny_target(
     for name in ("speedup", "tokens-per-draft", "time-split"):
         assert (output / f"{name}.png").stat().st_size > 1000
     assert str(tmp_path) not in json.dumps(found["methods"])
+    assert "8 of 8 runs" in done.output  # progress, where output is no terminal
 
 
 @pytest.mark.engine
