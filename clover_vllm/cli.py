@@ -139,7 +139,7 @@ def locals_without(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
 
-class Method(str, Enum):
+class HeadKind(str, Enum):
     """Heads that `train` makes."""
 
     clover2 = "clover2"
@@ -152,7 +152,7 @@ def train(
     target: Annotated[str, typer.Option(help="Target model folder or hub name; it is frozen.")],
     data: Annotated[list[Path], typer.Option(help="Answer files, or folders of them.")],
     output: Annotated[Path, typer.Option(help="Folder for head, checkpoints and log; resumes.")],
-    method: Annotated[Method, typer.Option(help="Kind of head.")] = Method.clover2,
+    method: Annotated[HeadKind, typer.Option(help="Kind of head.")] = HeadKind.clover2,
     init_from: Annotated[
         Path | None, typer.Option(help="Continue from this Clover-2 head, in its shape.")
     ] = None,
@@ -197,7 +197,7 @@ def train(
     from clover_vllm.train.trainer import TrainSettings
     from clover_vllm.train.trainer import train as run
 
-    clover = method is Method.clover2
+    clover = method is HeadKind.clover2
     weights = LossWeights(
         regression=(10.0 if clover else 1.0) if regression_weight is None else regression_weight,
         vocabulary=(1.0 if clover else 0.1) if vocabulary_weight is None else vocabulary_weight,
@@ -259,7 +259,9 @@ def evaluate(
     target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
     answers: Annotated[list[Path], typer.Option(help="Greedy answers of the target, from `data`.")],
     head: Annotated[list[Path], typer.Option(help="Head folder; may be given several times.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file, or a folder for eval.json; a plot goes beside it.")
+    ] = None,
     nodes: Annotated[
         list[int] | None, typer.Option(help="Best-first tree of so many nodes, instead of the usual set.")
     ] = None,
@@ -300,7 +302,7 @@ def evaluate(
     if record and nodes:
         raise UserError("--record needs the usual set of trees; leave --nodes out.")
     if output is not None:
-        make_folder(output)
+        make_folder(output.parent if output.suffix == ".json" else output)
     measured = run(settings)
     results = shape_results(measured)
     print_table(table(results))
@@ -362,7 +364,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Without torch.compile.")] = False,
     max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json and plots.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file, or a folder for bench.json; plots go beside it.")
+    ] = None,
 ) -> None:
     """Measure methods side by side: the same prompts, flags and process settings, alternating order.
 
@@ -389,7 +393,7 @@ def torture(
     per_engine: Annotated[int, typer.Option(min=1, help="Requests per engine.")] = 300,
     wave: Annotated[int, typer.Option(min=1, help="Requests submitted together.")] = 60,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the result; a plot goes beside it.")
+        Path | None, typer.Option(help="JSON file, or a folder for torture.json; a plot goes beside it.")
     ] = None,
 ) -> None:
     """Random requests through random engines with Clover-2, each compared with plain vLLM (float32)."""
@@ -397,6 +401,24 @@ def torture(
     from clover_vllm.check.torture import torture as run
 
     run(TortureSettings(**locals_without(locals(), "TortureSettings", "run")))
+
+
+@app.command()
+@_one_line
+def render(
+    root: Annotated[Path, typer.Argument(help="Folder of README.md, docs and results.")] = Path(),
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if something would change.")
+    ] = False,
+) -> None:
+    """Fill the generated blocks of README.md and docs/*.md, and draw results/speedup.png, from results/*.json."""
+    from clover_vllm.eval.render import render as run
+    from clover_vllm.eval.render import stale
+
+    if check and (found := stale(root)):
+        raise UserError(f"{', '.join(map(str, found))} differ from results; run `clover-vllm render`.")
+    for page in [] if check else run(root):
+        print(f"Changed: {page}")
 
 
 @app.command()
