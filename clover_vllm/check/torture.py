@@ -77,7 +77,7 @@ class TortureSettings:
 
 
 @dataclass
-class Outcome:
+class TortureOutcome:
     """What was seen (filled by `torture`)."""
 
     requests: int = 0
@@ -324,14 +324,14 @@ def _undefined(position: Position) -> bool:
     return bool(position) and math.isnan(position[0][1])
 
 
-def torture(settings: TortureSettings) -> Outcome:
+def torture(settings: TortureSettings) -> TortureOutcome:
     """Run, show progress and a table, and write the result.
 
     Raises:
         UserError: something differs, a block is lost, or an engine ends; the sentence reproduces it.
     """
     prepare()
-    outcome = Outcome()
+    outcome = TortureOutcome()
     cores = sorted(os.sched_getaffinity(0))
     until = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
     started = time.monotonic()
@@ -386,7 +386,7 @@ def _one_engine(
     plain: Engine,
     trees: Engine,
     pool: ThreadPoolExecutor,
-    outcome: Outcome,
+    outcome: TortureOutcome,
     started: float,
     until: float | None,
     work: Work,
@@ -475,7 +475,7 @@ def _percent(share: float | None) -> str:
     )
 
 
-def write(outcome: Outcome, output: Path) -> Path:
+def write(outcome: TortureOutcome, output: Path) -> Path:
     """The result and where it comes from as JSON, with a plot of the memory beside it.
 
     Args:
@@ -499,7 +499,7 @@ def write(outcome: Outcome, output: Path) -> Path:
     return file
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: TortureOutcome) -> None:
     table = Table(title="Random requests, compared with plain vLLM", show_header=False)
     for name, value in (
         ("requests", f"{outcome.requests:,}"),

@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
     comparison = Comparison([Result("plain", 4, plain), Result("clover", 4, trees, "tree of 5")])
     header: dict[str, Any] = {"swept": True, "engine": {"model": "m", "dtype": "bfloat16"}}
     write(comparison, results, header | {"temperature": 0, "max_tokens": 96})
-    torture.write(torture.Outcome(requests=1100, compared=1000, tokens=20_000), results)
+    torture.write(torture.TortureOutcome(requests=1100, compared=1000, tokens=20_000), results)
     outcomes = [Outcome("kind", 12, 4, [3, 2]), Outcome("kind", 10, 5, [2, 1])]
     write_report([ShapeResult("head", "tree of 8", outcomes)], results)
     (tmp_path / "docs").mkdir()
