@@ -43,7 +43,7 @@ def root(tmp_path: Path) -> Path:
     write_report([ShapeResult("head", "tree of 8", outcomes)], results)
     (tmp_path / "docs").mkdir()
     for name, page in (("bench", "README.md"), ("torture", "docs/a.md"), ("eval", "docs/b.md")):
-        text = f"before\n\n<!-- generated: {name} -->\nold\n<!-- /generated -->\n\nafter\n"
+        text = f"before\n\n<!-- generated: {name} -->\nformer text\n<!-- /generated -->\n\nafter\n"
         (tmp_path / page).write_text(text)
     return tmp_path
 
@@ -60,7 +60,7 @@ def test_blocks_are_filled_from_what_the_commands_write(root: Path) -> None:
     for text in (bench, torture_page, evaluation):
         assert text.startswith("before\n\n<!-- generated: ")
         assert text.endswith("<!-- /generated -->\n\nafter\n")
-        assert "old" not in text
+        assert "former text" not in text
 
 
 def test_a_changed_result_makes_page_and_picture_stale(root: Path) -> None:
