@@ -192,7 +192,10 @@ def _reference(server: Server, prompts: list[str], max_tokens: int) -> list[list
         content = answer.choices[0].logprobs.content if answer.choices[0].logprobs else None
         found.append(
             [
-                Position(_token(p.token), {_token(c.token): c.logprob for c in (p, *p.top_logprobs)})
+                Position(
+                    _token(p.token),
+                    {_token(p.token): p.logprob} | {_token(c.token): c.logprob for c in p.top_logprobs},
+                )
                 for p in content or []
             ]
         )
