@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup check-kernel demo test test-fast soak lint clean
+.PHONY: setup check-kernel demo test test-fast soak lint docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Tables and the picture from results/*.json.
+docs: setup
+	$(BIN)/clover-vllm render
 
 # Engines on a core for each of two workers, then the servers, which take all cores.
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder

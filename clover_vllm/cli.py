@@ -14,6 +14,7 @@ from rich.table import Table
 
 from clover_vllm import __version__
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.show import print_table
 from clover_vllm.heads.registry import HEADS, head_kind
 
 app = typer.Typer(
@@ -78,7 +79,7 @@ def _summary(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         if not isinstance(value, dict):
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    print_table(table)
 
 
 @app.command()
@@ -257,7 +258,9 @@ def evaluate(
     target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
     answers: Annotated[list[Path], typer.Option(help="Greedy answers of the target, from `data`.")],
     head: Annotated[list[Path], typer.Option(help="Head folder; may be given several times.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file, or a folder for eval.json; a plot goes beside it.")
+    ] = None,
     nodes: Annotated[
         list[int] | None, typer.Option(help="Best-first tree of so many nodes, instead of the usual set.")
     ] = None,
@@ -298,12 +301,11 @@ def evaluate(
     if record and nodes:
         raise UserError("--record needs the usual set of trees; leave --nodes out.")
     if output is not None:
-        make_folder(output)
+        make_folder(output.parent if output.suffix == ".json" else output)
     measured = run(settings)
     results = shape_results(measured)
-    console = Console()
-    console.print(table(results))
-    console.print(category_table(results))
+    print_table(table(results))
+    print_table(category_table(results))
     if output is not None:
         write_report(results, output)
     if record:
@@ -336,10 +338,13 @@ def bench(
     methods: Annotated[
         str,
         typer.Option(
-            help="Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover-N (N nodes)."
+            help="Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover, clover-N (N nodes)."
         ),
-    ] = "plain,ngram,eagle,clover-chain,clover-4,clover-8,clover-16",
-    concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,2,4,8,16",
+    ] = "plain,ngram,eagle,clover-chain,clover",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Choose each method's settings on prompts set aside for that.")
+    ] = False,
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,4,16",
     repetitions: Annotated[int, typer.Option(help="Runs per method and concurrency.")] = 3,
     server: Annotated[
         bool, typer.Option("--server", help="Through `vllm serve` and `vllm bench serve` instead of LLM.")
@@ -350,18 +355,24 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt_ids, messages or prompt; by default held out.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts per run; each run has its own.")] = 16,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Prompts per run [three times the concurrency, at least 8].")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; else every request has a seed.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Without torch.compile.")] = False,
     max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json and plots.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file, or a folder for bench.json; plots go beside it.")
+    ] = None,
 ) -> None:
     """Measure methods side by side: the same prompts, flags and process settings, alternating order.
 
     Starts one engine (or server) per method and runs them in turn; those that wait use no processor
-    time. Prints speed with its spread, tokens per step, latencies, how often greedy output equals
+    time. A run is timed while as many requests run as stated. With --sweep, each method's settings are
+    chosen per concurrency on a development split, and the figures come from other prompts. Prints speed
+    with a 95% bootstrap interval, tokens per step, latencies, how often greedy output equals
     plain decoding, and where a step's time goes.
     """
     from clover_vllm.bench.compare import BenchSettings, names, parse_list
@@ -381,7 +392,7 @@ def torture(
     per_engine: Annotated[int, typer.Option(min=1, help="Requests per engine.")] = 300,
     wave: Annotated[int, typer.Option(min=1, help="Requests submitted together.")] = 60,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the result; a plot goes beside it.")
+        Path | None, typer.Option(help="JSON file, or a folder for torture.json; a plot goes beside it.")
     ] = None,
 ) -> None:
     """Random requests through random engines with Clover-2, each compared with plain vLLM (float32)."""
@@ -389,6 +400,24 @@ def torture(
     from clover_vllm.check.torture import torture as run
 
     run(TortureSettings(**locals_without(locals(), "TortureSettings", "run")))
+
+
+@app.command()
+@_one_line
+def render(
+    root: Annotated[Path, typer.Argument(help="Folder of README.md, docs and results.")] = Path(),
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if something would change.")
+    ] = False,
+) -> None:
+    """Fill the generated blocks of README.md and docs/*.md, and draw results/speedup.png, from results/*.json."""
+    from clover_vllm.eval.render import render as run
+    from clover_vllm.eval.render import stale
+
+    if check and (found := stale(root)):
+        raise UserError(f"{', '.join(map(str, found))} differ from results; run `clover-vllm render`.")
+    for page in [] if check else run(root):
+        print(f"Changed: {page}")
 
 
 @app.command()

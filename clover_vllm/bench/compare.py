@@ -5,24 +5,34 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
-from clover_vllm.bench import report, through_llm, through_server
-from clover_vllm.bench.methods import select
+from clover_vllm.base.progress import Work
+from clover_vllm.base.show import print_table
+from clover_vllm.bench import report
+from clover_vllm.bench.loop import Contender, Load, Request, count_runs, run_loads, sweep
+from clover_vllm.bench.methods import Method, select
+from clover_vllm.bench.through_llm import BenchEngine
+from clover_vllm.bench.through_server import BenchServer
+from clover_vllm.launch.environment import prepare
 from clover_vllm.target.make import make_target
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 4
-"""Requests per engine that are not measured."""
+WARM_UP_TOKENS = 32
+"""Longest answer of a request that is not measured."""
+
+DEVELOPMENT = 8
+"""Every so many-th distinct prompt is for choosing settings, never for figures."""
+
+Prompts = list[list[int]]
+"""Token ids."""
 
 
 @dataclass
@@ -33,8 +43,9 @@ class BenchSettings:
     head: str | None
     eagle_head: str | None
     methods: list[str]
+    sweep: bool
     prompts: Path | None
-    num_prompts: int
+    num_prompts: int | None
     max_tokens: int
     temperature: float
     concurrency: list[int]
@@ -45,37 +56,83 @@ class BenchSettings:
     server: bool
     output: Path | None
 
+    def per_run(self, concurrency: int) -> int:
+        """Prompts of a run: enough to keep `concurrency` requests running for three answers each, and at least 8."""
+        return self.num_prompts or max(8, 3 * concurrency)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a setting is impossible.
+        """
+        for name in ("max_tokens", "repetitions", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise UserError("--concurrency must be 1 or more.")
+        if self.num_prompts is not None and self.num_prompts < max(self.concurrency):
+            raise UserError(
+                f"--num-prompts is {self.num_prompts}; it must be at least the largest --concurrency, "
+                f"{max(self.concurrency)}, better three times that."
+            )
+        if self.temperature < 0:
+            raise UserError("--temperature must be 0 or more.")
+        check_dtype(self.dtype, "auto")
+
 
 def bench(settings: BenchSettings) -> None:
-    """Measure, print a table, write JSON and plots.
+    """Measure, print tables, write JSON and plots.
 
     Raises:
         UserError: anything that the user can mend.
     """
-    for name in ("num_prompts", "max_tokens", "repetitions", "max_model_len"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    if not settings.concurrency or min(settings.concurrency) < 1:
-        raise UserError("--concurrency must be 1 or more.")
-    if settings.temperature < 0:
-        raise UserError("--temperature must be 0 or more.")
-    check_dtype(settings.dtype, "auto")
-    methods = select(settings.methods, settings.head, settings.eagle_head)
+    settings.check()
+    grids = select(settings.methods, settings.head, settings.eagle_head)
     target = settings.target or str(make_target("smollm2-135m"))
     source = settings.prompts or shipped_head() / "held-out.jsonl.gz"
-    room = settings.max_model_len - settings.max_tokens
-    runs = len(settings.concurrency) * settings.repetitions
-    prompts = read_prompts(source, settings.num_prompts * runs + WARM_UP, room, target)
-    portions, warm_up = share_out(prompts, settings.num_prompts, runs)
-    if sum(map(len, portions)) > len(prompts):
-        logger.warning(
-            "%s runs of %s prompts repeat the %s of %s: methods that remember earlier answers (suffix) gain "
-            "from that.",
-            runs,
-            len(portions[0]),
-            len(prompts),
-            source.name,
-        )
+    figures, development = _prompts(settings, source, target)
+    loads = _loads(settings, figures, settings.repetitions)
+    llm = engine_settings(settings, target)
+
+    def start(method: Method) -> AbstractContextManager[Contender]:
+        return BenchServer(method, llm) if settings.server else BenchEngine(method, llm)
+
+    prepare()
+    chosen = {load.concurrency: [grid[0] for grid in grids] for load in loads}
+    if settings.sweep:
+        trials = _loads(settings, development, 1)
+        with Work("runs", sum(count_runs(trials, lambda _, g=g: g) for g in grids if len(g) > 1)) as work:  # type: ignore[misc]
+            chosen = sweep(start, trials, grids, work)
+    with Work("runs", count_runs(loads, chosen.__getitem__)) as work:
+        comparison = report.Comparison(run_loads(start, loads, chosen.__getitem__, work))
+    print_table(report.table(comparison))
+    if not settings.server:
+        print_table(report.split_table(comparison))
+    if settings.output is None:
+        return
+    header = {
+        "through": "vllm serve and vllm bench serve" if settings.server else "LLM",
+        "methods": {
+            f"{m.name}, {m.settings}" if m.settings else m.name: _public(m.speculative)
+            for methods in chosen.values()
+            for m in methods
+        },
+        "swept": settings.sweep,
+        "engine": _public(llm),
+        "prompts": {
+            "file": source.name,
+            "distinct": len(figures),
+            "per_run": {load.concurrency: len(load.runs[0]) for load in loads},
+            "development": len(development) if settings.sweep else 0,
+        },
+        "max_tokens": settings.max_tokens,
+        "temperature": settings.temperature,
+    }
+    print(f"Written: {report.write(comparison, settings.output, header)}, and plots beside it.")
+
+
+def engine_settings(settings: BenchSettings, target: str) -> dict[str, Any]:
+    """Arguments of vllm.LLM, the same for all methods."""
     llm: dict[str, Any] = {
         "model": target,
         "dtype": settings.dtype,
@@ -86,58 +143,59 @@ def bench(settings: BenchSettings) -> None:
     }
     if Path(target).is_dir() and not any(Path(target).glob("tokenizer*")):
         llm["skip_tokenizer_init"] = True  # prompts are token ids
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    header: dict[str, Any]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        if settings.server:
-            comparison = through_server.measure(
-                methods,
-                llm,
-                portions,
-                warm_up,
-                settings.max_tokens,
-                settings.temperature,
-                settings.concurrency,
-                settings.repetitions,
-                progress,
+    return llm
+
+
+def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompts, Prompts]:
+    """Prompts for figures and for development.
+
+    Raises:
+        UserError: too few to keep the concurrency.
+    """
+    widest = max(settings.concurrency)
+    wanted = widest + settings.repetitions * sum(map(settings.per_run, settings.concurrency))
+    room = settings.max_model_len - settings.max_tokens
+    found = read_prompts(source, -(-wanted * DEVELOPMENT // (DEVELOPMENT - 1)), room, target)
+    figures, development = split_prompts(found)
+    for prompts, use in ((figures, "to measure"), *([(development, "to sweep")] if settings.sweep else [])):
+        if len(prompts) < widest:
+            raise UserError(
+                f"{source} holds {len(prompts)} distinct prompts {use} with, fewer than the --concurrency of {widest}."
             )
-        else:
-            plan = through_llm.Plan(
-                methods,
-                llm,
-                [_requests(portion, settings) for portion in portions],
-                _requests(warm_up, settings),
-                settings.concurrency,
-                settings.repetitions,
-            )
-            comparison = report.Comparison(through_llm.measure(plan, progress))
-    header = {
-        **report.environment([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "through": "vllm serve and vllm bench serve" if settings.server else "LLM",
-        "methods": {method.name: _public(method.speculative) for method in methods},
-        "engine": _public(llm),
-        "prompts": {
-            "file": source.name,
-            "distinct": len(prompts),
-            "per_run": len(portions[0]),
-            "tokens": sum(map(len, prompts)),
-        },
-        "max_tokens": settings.max_tokens,
-        "temperature": settings.temperature,
-    }
-    for found in (report.table(comparison), *([] if settings.server else [report.split_table(comparison)])):
-        console.print(found, width=max(console.width, 110), soft_wrap=True)
-    if settings.output is not None:
-        report.write(comparison, settings.output, header)
-        console.print(f"Written: {settings.output / 'bench.json'} and plots.", highlight=False)
+    runs = settings.repetitions * len(settings.concurrency)
+    if wanted - widest > len(figures):
+        logger.warning(
+            "%s runs repeat the %s prompts of %s: methods that remember earlier answers (suffix) gain from that.",
+            runs,
+            len(figures),
+            source.name,
+        )
+    return figures, development
 
 
-Prompts = list[list[int]]
-"""Token ids."""
+def split_prompts(prompts: Prompts) -> tuple[Prompts, Prompts]:
+    """Distinct prompts for figures, and every `DEVELOPMENT`-th of them for choosing settings."""
+    distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
+    figures = [ids for i, ids in enumerate(distinct) if (i + 1) % DEVELOPMENT]
+    return figures, distinct[DEVELOPMENT - 1 :: DEVELOPMENT]
 
 
-def share_out(prompts: Prompts, per_run: int, runs: int) -> tuple[list[Prompts], Prompts]:
+def _loads(settings: BenchSettings, prompts: Prompts, repetitions: int) -> list[Load]:
+    sizes = [settings.per_run(c) for c in settings.concurrency for _ in range(repetitions)]
+    portions, spare = share_out(prompts, sizes)
+    remaining = iter(portions)
+    loads = []
+    for concurrency in settings.concurrency:
+        # Twice the concurrency: a batch of that size both starts and is topped up.
+        warm_up = [spare[i % len(spare)] for i in range(2 * concurrency)]
+        runs = [_requests(next(remaining), settings, settings.max_tokens) for _ in range(repetitions)]
+        loads.append(
+            Load(concurrency, _requests(warm_up, settings, min(WARM_UP_TOKENS, settings.max_tokens)), runs)
+        )
+    return loads
+
+
+def share_out(prompts: Prompts, sizes: Sequence[int]) -> tuple[list[Prompts], Prompts]:
     """Prompts for each run, and those to warm engines up with.
 
     No prompt is asked twice while there are enough: suffix decoding drafts from earlier answers, and would
@@ -145,18 +203,17 @@ def share_out(prompts: Prompts, per_run: int, runs: int) -> tuple[list[Prompts],
 
     Args:
         prompts: one or more.
-        per_run: wanted per run; with fewer prompts than that, each run asks all of them once.
-        runs: how many.
+        sizes: prompts wanted per run; with fewer than that, a run asks all of them once.
     """
-    size = min(per_run, len(prompts))
-    portions = [[prompts[(run * size + i) % len(prompts)] for i in range(size)] for run in range(runs)]
-    spare = prompts[size * runs :] or prompts
-    return portions, spare[:WARM_UP]
+    portions, first = [], 0
+    for size in (min(size, len(prompts)) for size in sizes):
+        portions.append([prompts[i % len(prompts)] for i in range(first, first + size)])
+        first += size
+    return portions, prompts[first:] or prompts
 
 
-def _requests(prompts: Prompts, settings: BenchSettings) -> list[dict[str, Any]]:
-    """Requests of `bench.worker`."""
-    params = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+def _requests(prompts: Prompts, settings: BenchSettings, max_tokens: int) -> list[Request]:
+    params = {"temperature": settings.temperature, "max_tokens": max_tokens}
     seeds = [{"seed": i} if settings.temperature else {} for i in range(len(prompts))]
     return [
         {"prompt": prompt, "params": {**params, **seed}} for prompt, seed in zip(prompts, seeds, strict=True)

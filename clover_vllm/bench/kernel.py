@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_attention
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.progress import each
+from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import check_dtype
 from clover_vllm.launch.environment import prepare
 from clover_vllm.tree import Tree
@@ -56,7 +56,7 @@ class Timing:
     vllm: float
 
 
-def measure(shape: KernelShape, requests: int, context: int) -> Timing:
+def time_kernels(shape: KernelShape, requests: int, context: int) -> Timing:
     """Time both kernels, alternating, on the same cache."""
     from vllm import _custom_ops as ops
 
@@ -182,7 +182,7 @@ def compare_kernels(
         )
     current_platform.import_kernels()
     cases = [(r, c) for r in requests for c in contexts]
-    found = [measure(shape, r, c) for r, c in track(cases, "measuring", console=Console(stderr=True))]
+    found = [time_kernels(shape, r, c) for r, c in each(cases, "shapes")]
     table = Table(title=f"Microseconds per layer, {shape.rows} rows per request, {shape.dtype}")
     for name in ("requests", "context", "trees", "vLLM, causal", "ratio"):
         table.add_column(name, justify="right")
@@ -190,7 +190,7 @@ def compare_kernels(
         table.add_row(
             str(t.requests), str(t.context), f"{t.tree:.0f}", f"{t.vllm:.0f}", f"{t.tree / t.vllm:.2f}"
         )
-    Console().print(table)
+    print_table(table)
     if output is not None:
         output.write_text(
             json.dumps(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,42 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 Rows = list[dict[str, Any]]
 
+SOURCE = "Source"
+"""Name of a PNG text."""
 
-def plot_speedups(rows: Rows, path: Path) -> None:
-    """Speed-up over the first method by concurrency, with the spread of the repetitions."""
+
+def plot_speedups(results: Path, path: Path) -> None:
+    """Speed-up over load, with 95% intervals.
+
+    Args:
+        results: of `bench`; a digest of it is kept in the picture (`source_of`).
+        path: PNG to write.
+    """
+    rows: Rows = json.loads(results.read_text())["results"]
     figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    draw_speedups(axis, rows)
+    _finish(figure, axis, path, {SOURCE: digest(results)})
+
+
+def draw_speedups(axis: Any, rows: Rows) -> None:
+    """One line per method; the first is the baseline."""
     baseline = rows[0]["method"]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
+        means = [row["speedup"] for row in own]
         style = {"color": "black", "linestyle": "--"} if method == baseline else {"marker": "o"}
         axis.errorbar(
             [row["concurrency"] for row in own],
-            [row["speedup"] for row in own],
-            yerr=[row["speedup_sd"] for row in own],
+            means,
+            # A mean may lie a rounding error outside the interval of equal values.
+            yerr=[
+                [max(mean - row["speedup_interval"][0], 0.0) for mean, row in zip(means, own, strict=True)],
+                [max(row["speedup_interval"][1] - mean, 0.0) for mean, row in zip(means, own, strict=True)],
+            ],
             label=method,
             capsize=3,
             **style,
@@ -32,7 +55,17 @@ def plot_speedups(rows: Rows, path: Path) -> None:
     axis.set(xscale="log", xlabel="concurrent requests", ylabel=f"tokens per second over {baseline}")
     axis.set_xticks(concurrencies, [str(c) for c in concurrencies])
     axis.minorticks_off()
-    _finish(figure, axis, path)
+
+
+def digest(file: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def source_of(picture: Path) -> str | None:
+    """The digest of the results that a picture was drawn from."""
+    with Image.open(picture) as image:
+        return image.info.get(SOURCE)
 
 
 def plot_lengths(rows: Rows, path: Path) -> None:
@@ -79,8 +112,8 @@ def plot_memory(
     _finish(figure, axis, path)
 
 
-def _finish(figure: Any, axis: Any, path: Path) -> None:
+def _finish(figure: Any, axis: Any, path: Path, metadata: dict[str, str] | None = None) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)

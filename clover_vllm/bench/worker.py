@@ -11,18 +11,19 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 
 @dataclass
 class Run:
-    """One measurement (filled by `measure`)."""
+    """One measurement (filled by `run_requests`)."""
 
     seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
-    decode_steps: int = 0  # those before which no request arrived
+    decode_steps: int = 0  # those that compute no token of a prompt
     decode_seconds: float = 0.0
     drafts: int = 0  # drafts verified, one per request and step
     draft_tokens: int = 0
@@ -44,74 +45,110 @@ def serve(answers: TextIO) -> None:
     _say(answers, {"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
-        _say(answers, asdict(measure(llm, command["requests"], command["concurrency"])))
+        _say(answers, asdict(run_requests(llm, command["requests"], command["concurrency"])))
 
 
-def measure(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> Run:
-    """Keep `concurrency` requests running until all are done.
+@dataclass
+class _Answer:
+    """What a request got so far, and when."""
+
+    arrived: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    timed: int = 0  # tokens while the clock ran
+
+
+def run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> Run:
+    """Keep `concurrency` requests running; the clock stops when no request is left to fill a free place.
+
+    So all that is timed or counted happens at the stated concurrency, and the batch that drains at the end
+    is no part of it. What still runs then is finished without the clock, so that `outputs` are whole.
 
     Args:
         llm: a vllm.LLM with its engine core in this process.
-        requests: [{"prompt": token ids, "params": SamplingParams arguments}].
-        concurrency: most requests at a time.
+        requests: [{"prompt": token ids, "params": SamplingParams arguments}], `concurrency` or more of them.
+        concurrency: requests at a time.
     """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
+    assert len(requests) >= concurrency, (len(requests), concurrency)
     llm.reset_prefix_cache()
     engine, run = llm.llm_engine, Run()
+    core = engine.engine_core.engine_core
     before, parts = _counters(llm), _parts(llm)
-    arrived: dict[str, float] = {}
-    last: dict[str, float] = {}
-    first: dict[str, float] = {}
-    outputs: dict[str, list[int]] = {}
+    answers: dict[str, _Answer] = {}
     queue = list(enumerate(requests))[::-1]
-    running = 0
+    running, prefilled, timing = 0, False, True
     started = time.perf_counter()
     while queue or running:
-        begun, decodes = time.perf_counter(), not (queue and running < concurrency)
+        begun = time.perf_counter()
         while queue and running < concurrency:
             i, request = queue.pop()
             name = f"{started}-{i}"
-            outputs[name], arrived[name] = [], time.perf_counter()
+            answers[name] = _Answer(time.perf_counter())
             engine.add_request(
                 name,
                 TokensPrompt(prompt_token_ids=request["prompt"]),
                 SamplingParams(**request["params"], output_kind=RequestOutputKind.DELTA),
             )
             running += 1
-        run.steps += 1
+        prefills = is_prefilling(core.scheduler)
         for output in engine.step():
-            now, name = time.perf_counter(), output.request_id
-            tokens = output.outputs[0].token_ids
-            if tokens:
-                if name in last:
-                    run.itl.append(now - last[name])
-                else:
-                    first[name] = now
-                    run.ttft.append(now - arrived[name])
-                last[name] = now
-                outputs[name] += tokens
-            if output.finished:
-                running -= 1
-                count = len(outputs[name])
-                if count > 1:
-                    run.tpot.append((last[name] - first[name]) / (count - 1))
-        run.decode_steps += decodes
-        run.decode_seconds += decodes * (time.perf_counter() - begun)
-    run.seconds = time.perf_counter() - started
-    run.outputs = list(outputs.values())
-    run.tokens = sum(map(len, run.outputs))
-    after = _counters(llm)
-    run.drafts = after["drafts"] - before["drafts"]
-    run.draft_tokens = after["draft_tokens"] - before["draft_tokens"]
-    run.accepted = after["accepted"] - before["accepted"]
+            answer = answers[output.request_id]
+            _take(answer, output.outputs[0].token_ids, time.perf_counter(), run if timing else None)
+            running -= output.finished
+        if not timing:
+            continue
+        run.steps += 1
+        # Under async scheduling a step waits for the forward of the one before.
+        if not prefills and not (prefilled and core.batch_queue is not None):
+            run.decode_steps += 1
+            run.decode_seconds += time.perf_counter() - begun
+        prefilled = prefills
+        if not queue and running < concurrency:
+            timing = False
+            run.seconds = time.perf_counter() - started
+            _count(run, before, _counters(llm))
+            run.parts = {name: value - parts.get(name, 0.0) for name, value in _parts(llm).items()}
+    run.tokens = sum(a.timed for a in answers.values())
+    run.tpot = [(a.last - a.first) / (a.timed - 1) for a in answers.values() if a.timed > 1]
+    run.outputs = [a.tokens for a in answers.values()]
+    return run
+
+
+def is_prefilling(scheduler: Any) -> bool:
+    """Whether a request of vLLM's scheduler has prompt tokens to compute before its next step.
+
+    A prompt may take several steps (chunks), wait for room, or be computed again after a preemption.
+    """
+    return any(r.num_computed_tokens < r.num_prompt_tokens for r in scheduler.requests.values())
+
+
+def _take(answer: _Answer, tokens: Sequence[int], now: float, run: Run | None) -> None:
+    """Add tokens to an answer; their times too, while a run's clock runs."""
+    if not tokens:
+        return
+    if run is not None:
+        if answer.timed:
+            run.itl.append(now - answer.last)
+        else:
+            answer.first = now
+            run.ttft.append(now - answer.arrived)
+        answer.last = now
+        answer.timed += len(tokens)
+    answer.tokens += tokens
+
+
+def _count(run: Run, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """What vLLM counted in between."""
+    for name in ("drafts", "draft_tokens", "accepted"):
+        setattr(run, name, after[name] - before[name])
     run.accepted_by_depth = [
         a - b for a, b in zip(after["by_depth"], before["by_depth"] or [0] * 99, strict=False)
     ]
-    run.parts = {name: value - parts.get(name, 0.0) for name, value in _parts(llm).items()}
-    return run
 
 
 def _counters(llm: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ take minutes; half of the trees hide the right answer, lest everything be reject
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -22,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import make_folder, write_json
+from clover_vllm.base.progress import Work
+from clover_vllm.base.provenance import provenance
+from clover_vllm.base.show import print_table
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
 from clover_vllm.launch.environment import prepare
 from clover_vllm.launch.process import JsonProcess
@@ -75,7 +77,7 @@ class TortureSettings:
 
 
 @dataclass
-class Outcome:
+class TortureOutcome:
     """What was seen (filled by `torture`)."""
 
     requests: int = 0
@@ -322,23 +324,22 @@ def _undefined(position: Position) -> bool:
     return bool(position) and math.isnan(position[0][1])
 
 
-def torture(settings: TortureSettings) -> Outcome:
+def torture(settings: TortureSettings) -> TortureOutcome:
     """Run, show progress and a table, and write the result.
 
     Raises:
         UserError: something differs, a block is lost, or an engine ends; the sentence reproduces it.
     """
     prepare()
-    console = Console(stderr=True)
-    outcome = Outcome()
+    outcome = TortureOutcome()
     cores = sorted(os.sched_getaffinity(0))
     until = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
     started = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Work("requests", settings.requests if until is None else None) as work,
+    ):
         target, head = make_tiny_pair(Path(folder))
-        total = settings.requests if until is None else None
-        task = progress.add_task("requests", total=total)
         same = {"model": str(target), "dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
         ample = {"max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": 8192}
         plain = Engine("plain vLLM", {**same, **ample}, None, cores[-1])
@@ -352,9 +353,7 @@ def torture(settings: TortureSettings) -> Outcome:
                 llm["speculative_config"]["model"] = str(head)
                 trees = Engine("Clover-2", {**same, **llm}, seed, cores[0])
                 try:
-                    _one_engine(
-                        settings, seed, rng, llm, plain, trees, pool, outcome, started, until, progress, task
-                    )
+                    _one_engine(settings, seed, rng, llm, plain, trees, pool, outcome, started, until, work)
                 finally:
                     trees.close()
                 outcome.engines += 1
@@ -367,13 +366,7 @@ def torture(settings: TortureSettings) -> Outcome:
     outcome.seconds = time.monotonic() - started
     _show(outcome)
     if settings.output is not None:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {**asdict(outcome), "memory_growth": outcome.memory_growth}
-        settings.output.write_text(json.dumps(result, indent=2))
-        if outcome.plain_memory:
-            from clover_vllm.bench.plots import plot_memory  # matplotlib comes with the training tools
-
-            plot_memory(outcome.plain_memory, outcome.memory, settings.output.with_suffix(".png"))
+        write(outcome, settings.output)
     if outcome.failure is not None:
         raise UserError(outcome.failure)
     if not outcome.clean:
@@ -393,11 +386,10 @@ def _one_engine(
     plain: Engine,
     trees: Engine,
     pool: ThreadPoolExecutor,
-    outcome: Outcome,
+    outcome: TortureOutcome,
     started: float,
     until: float | None,
-    progress: Progress,
-    task: Any,
+    work: Work,
 ) -> None:
     """Waves through one engine; plain vLLM answers the next wave meanwhile."""
     count = settings.per_engine
@@ -458,7 +450,7 @@ def _one_engine(
 
                 found_in = outcome.ties if is_tie(one, other, ask_again) else outcome.differences
                 found_in.append(f"{wrong} (request {j} of wave {i}; run: {again})")
-            progress.update(task, completed=outcome.requests)
+            work.advance(len(wave))
             if until is not None and time.monotonic() > until:
                 break
         outcome.accepted += stats["accepted"]
@@ -483,7 +475,31 @@ def _percent(share: float | None) -> str:
     )
 
 
-def _show(outcome: Outcome) -> None:
+def write(outcome: TortureOutcome, output: Path) -> Path:
+    """The result and where it comes from as JSON, with a plot of the memory beside it.
+
+    Args:
+        outcome: what was seen.
+        output: the JSON file (`*.json`), or a folder for `torture.json`.
+
+    Returns:
+        the JSON file.
+    """
+    file = output if output.suffix == ".json" else output / "torture.json"
+    make_folder(file.parent)
+    growth = {
+        "memory_growth": outcome.memory_growth,
+        "plain_memory_growth": _growth(outcome.plain_memory, outcome.plain_served),
+    }
+    write_json(file, {"provenance": provenance(), **asdict(outcome), **growth})
+    if outcome.plain_memory:
+        from clover_vllm.bench.plots import plot_memory  # matplotlib comes with the training tools
+
+        plot_memory(outcome.plain_memory, outcome.memory, file.with_suffix(".png"))
+    return file
+
+
+def _show(outcome: TortureOutcome) -> None:
     table = Table(title="Random requests, compared with plain vLLM", show_header=False)
     for name, value in (
         ("requests", f"{outcome.requests:,}"),
@@ -501,6 +517,6 @@ def _show(outcome: Outcome) -> None:
         ("minutes", f"{outcome.seconds / 60:.1f}"),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    print_table(table)
     for line in outcome.differences[:20]:
         Console(stderr=True).print(f"differs: {line}", markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.tree import Tree as Drawing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clover_vllm.base.paths import shipped_head
+from clover_vllm.base.show import print_table
 from clover_vllm.eval.evaluate import Answer, Evaluator, accepted_nodes, best_first, outcome_of
 from clover_vllm.eval.report import ShapeResult, table
 from clover_vllm.heads.checkpoint import load_head
@@ -61,7 +62,7 @@ def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
         )
         _show(console, tokenizer, trees, continuation, answer, steps)
     console.rule("[bold]All prompts")
-    console.print(table([ShapeResult("shipped Clover-2", shape.name, outcomes)]))
+    print_table(table([ShapeResult("shipped Clover-2", shape.name, outcomes)]))
     console.print(
         "Greedy decoding. A step verifies one tree in one forward of the target; plain decoding "
         "emits 1 token per step."

@@ -15,10 +15,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.progress import each
 from clover_vllm.heads.base import DraftTables, Head, Prefix
 from clover_vllm.heads.registry import kind_of
 from clover_vllm.heads.weights import check_target
@@ -276,7 +275,7 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
         evaluator = Evaluator(target, head, vocab)
         evaluator.check_answers(answers)
         results[name] = {shape.name: [] for shape in shapes}
-        for answer in track(answers, f"drafting with {Path(name).name}", console=Console(stderr=True)):
+        for answer in each(answers, "answers", f"drafting with {Path(name).name}"):
             for shape, outcome in zip(shapes, evaluator.measure(answer, shapes), strict=True):
                 results[name][shape.name].append(outcome)
     return results

@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.base.files import whole_file
+from clover_vllm.base.files import make_folder, whole_file, write_json
+from clover_vllm.base.provenance import provenance
 from clover_vllm.eval.evaluate import Outcome
 from clover_vllm.heads.registry import kind_of_config
 from clover_vllm.heads.weights import read_config
@@ -112,11 +113,17 @@ def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
             raise UserError(f"{path} cannot be written ({error.strerror}).") from error
 
 
-def write_report(results: Sequence[ShapeResult], folder: Path) -> None:
-    """eval.json and eval.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps([r.as_json() for r in results], indent=1))
-    plot(results, folder / "eval.png")
+def write_report(results: Sequence[ShapeResult], output: Path) -> None:
+    """Results and where they come from as JSON, with a plot beside it.
+
+    Args:
+        results: what was measured.
+        output: the JSON file (`*.json`), or a folder for `eval.json`.
+    """
+    file = output if output.suffix == ".json" else output / "eval.json"
+    make_folder(file.parent)
+    write_json(file, {"provenance": provenance(), "results": [r.as_json() for r in results]})
+    plot(results, file.with_suffix(".png"))
 
 
 def table(results: Sequence[ShapeResult]) -> Table:

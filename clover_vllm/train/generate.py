@@ -19,13 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import (
@@ -37,6 +30,7 @@ from clover_vllm.base.files import (
     whole_file,
     write_json,
 )
+from clover_vllm.base.progress import Work
 from clover_vllm.base.prompts import Prompt, read_prompts, token_ids
 from clover_vllm.target.frozen import check_loadable
 
@@ -182,15 +176,14 @@ def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[st
         **settings.engine,
     )
     started, tokens = time.monotonic(), 0
-    with _progress() as progress:
-        bar = progress.add_task("answers", total=sum(map(len, missing.values())), rate="")
+    with Work("answers", sum(map(len, missing.values()))) as work:
         for path, requests in missing.items():
             lines: dict[int, dict[str, Any]] = {}
             for index, completion in _complete(engine, requests, settings.max_tokens):
                 lines[index] = _line(requests[index], completion)
                 tokens += len(completion.token_ids)
-                rate = f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
-                progress.update(bar, advance=1, rate=rate)
+                work.doing(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+                work.advance()
             _write_shard(path, [lines[i] for i in range(len(requests))])
     seconds = time.monotonic() - started
     return {
@@ -291,17 +284,6 @@ def _is_whole(path: Path, answers: int) -> bool:
 def _totals(shards: Iterable[Path]) -> dict[str, int]:
     counts = [len(json.loads(line)["answer_ids"]) for path in shards for line in open_text(path)]
     return {"answers": len(counts), "answer_tokens": sum(counts)}
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _peak_memory_with_children() -> float:

@@ -28,13 +28,14 @@ from clover_vllm.base.files import (
     write_json,
 )
 from clover_vllm.base.paths import home
+from clover_vllm.base.provenance import provenance
 from clover_vllm.heads.base import Head, NewHead
 from clover_vllm.heads.registry import head_kind, kind_of
 from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.answers import AnswerSet, read_answers
 from clover_vllm.train.batches import Batch, collate, plan_batches
-from clover_vllm.train.card import provenance, write_card
+from clover_vllm.train.card import write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 from clover_vllm.train.optimizers import OptimizerName, make_optimizer

@@ -12,7 +12,7 @@ from length import length
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.check import torture as module
-from clover_vllm.check.torture import Outcome, TortureSettings, difference, is_tie, torture
+from clover_vllm.check.torture import TortureOutcome, TortureSettings, difference, is_tie, torture
 
 Json = dict[str, Any]
 
@@ -70,13 +70,13 @@ def test_a_difference_is_an_error_that_says_how_to_see_it_again(
 
 def test_growing_memory_is_seen_behind_the_warm_up() -> None:
     served = list(range(500, 25_001, 500))
-    grown = Outcome(memory=[[(0.0, 100.0 + 0.01 * s) for s in served]], served=[served])
+    grown = TortureOutcome(memory=[[(0.0, 100.0 + 0.01 * s) for s in served]], served=[served])
     assert grown.memory_growth == pytest.approx(350 / 200 - 1)
     assert not grown.clean
-    warm = Outcome(memory=[[(0.0, 50.0 + min(s, 10_000) / 40) for s in served]], served=[served])
+    warm = TortureOutcome(memory=[[(0.0, 50.0 + min(s, 10_000) / 40) for s in served]], served=[served])
     assert warm.memory_growth == 0.0
     assert warm.clean
-    assert Outcome(memory=[[(0.0, 1.0), (1.0, 9.0)]], served=[[100, 200]]).memory_growth is None
+    assert TortureOutcome(memory=[[(0.0, 1.0), (1.0, 9.0)]], served=[[100, 200]]).memory_growth is None
 
 
 def test_ties_are_what_plain_vllm_says_with_noise() -> None:

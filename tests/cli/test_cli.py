@@ -178,7 +178,8 @@ def test_eval_prints_a_table_and_writes_json_and_plot(
     assert result.exit_code == 0, result.output
     assert "tokens/step" in result.output
     assert "kind0" in result.output
-    rows = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert "5 of 5 answers" in result.output  # progress, where output is no terminal
+    rows = json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
     assert [r["shape"] for r in rows][:2] == ["chain of 5", "tree of 4"]
     assert all(r["tokens_per_step"] >= 1 and r["answers"] == 5 for r in rows)
     assert (tmp_path / "out" / "eval.png").stat().st_size > 1000

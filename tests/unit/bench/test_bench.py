@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from small import one_sentence
 from typer.testing import CliRunner
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.bench.compare import parse_list, read_prompts, share_out
-from clover_vllm.bench.methods import select
-from clover_vllm.bench.report import Comparison, acceptance_by_depth, acceptance_length, split, table
-from clover_vllm.bench.through_llm import Result, orders
+from clover_vllm.base.progress import Work
+from clover_vllm.base.show import print_table
+from clover_vllm.bench.compare import parse_list, read_prompts, share_out, split_prompts
+from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
+from clover_vllm.bench.methods import Method, select
+from clover_vllm.bench.plots import digest as digest_of
+from clover_vllm.bench.plots import draw_speedups, source_of
+from clover_vllm.bench.report import (
+    Comparison,
+    acceptance_by_depth,
+    acceptance_length,
+    bootstrap_interval,
+    split,
+    table,
+)
+from clover_vllm.bench.through_server import steady_part
 from clover_vllm.bench.worker import Run
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.cli import app
@@ -43,7 +59,7 @@ def comparison() -> Comparison:
         ),
         Run(seconds=1.0, tokens=100, steps=40, drafts=40, accepted=60, outputs=[[1], [3]]),
     ]
-    return Comparison([Result("plain", 1, plain), Result("clover-8", 1, fast)])
+    return Comparison([Result("plain", 1, plain), Result("clover-8", 1, fast, "tree of 8")])
 
 
 def test_speedups_are_paired_by_repetition() -> None:
@@ -52,7 +68,7 @@ def test_speedups_are_paired_by_repetition() -> None:
     assert found.speedups(result) == [2.0, 1.0]
     row = found.rows()[1]
     assert row["speedup"] == 1.5
-    assert row["speedup_sd"] == pytest.approx(0.7071, abs=1e-4)
+    assert row["speedup_interval"] == [1.0, 2.0]
     assert row["equal_to_baseline"] == 0.5
 
 
@@ -74,19 +90,148 @@ def test_orders_alternate() -> None:
     assert list(orders(3, 3)) == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
 
 
-def test_table_names_every_method() -> None:
-    assert table(comparison()).row_count == 2
+def test_interval_holds_the_mean_in_95_of_100_samples() -> None:
+    generator = np.random.default_rng(1)
+    samples = generator.normal(1.5, 0.2, (300, 20))
+    held = [low <= 1.5 <= high for low, high in (bootstrap_interval(list(sample)) for sample in samples)]
+    assert 0.9 <= sum(held) / len(held) <= 0.98
+    assert bootstrap_interval([1.2]) == [1.2, 1.2]
+
+
+def test_table_shows_method_settings_and_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(table(comparison()))
+    printed = capsys.readouterr().out
+    for text in ("plain", "clover-8", "tree of 8", "1.50 [1.00, 2.00]", "100.0 [100.0, 100.0]"):
+        assert text in printed
+
+
+def test_plot_shows_the_speedups_and_their_intervals() -> None:
+    _, axis = plt.subplots()
+    draw_speedups(axis, comparison().rows())
+    lines = {bars.get_label(): bars for bars in axis.containers}
+    assert set(lines) == {"plain", "clover-8"}
+    drawn, caps, _ = lines["clover-8"]
+    assert drawn.get_xydata().tolist() == [[1.0, 1.5]]
+    assert sorted(cap.get_ydata()[0] for cap in caps) == [1.0, 2.0]
+
+
+class Fake:
+    """A contender whose speed is known."""
+
+    def __init__(self, rate: int, log: list[tuple[str, int]], name: str) -> None:
+        self.rate, self.log, self.name = rate, log, name
+
+    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+        self.log.append((f"{self.name} {requests[0]['prompt']}", concurrency))
+        return Run(seconds=1.0, tokens=self.rate)
+
+
+def loads(*concurrencies: int) -> list[Load]:
+    return [
+        Load(c, [{"prompt": "warm"}] * c, [[{"prompt": "one"}], [{"prompt": "two"}]]) for c in concurrencies
+    ]
+
+
+def test_every_batch_size_is_warmed_before_it_is_measured() -> None:
+    log: list[tuple[str, int]] = []
+    methods = [Method("plain", None), Method("ngram", {})]
+    with Work("runs", None) as work:
+        found = run_loads(lambda m: nullcontext(Fake(5, log, m.name)), loads(1, 4), lambda _: methods, work)
+    assert log[:6] == [
+        ("plain warm", 1),
+        ("ngram warm", 1),
+        ("plain one", 1),
+        ("ngram one", 1),
+        ("ngram two", 1),
+        ("plain two", 1),
+    ]
+    assert log[6:8] == [("plain warm", 4), ("ngram warm", 4)]
+    assert len(log) == count_runs(loads(1, 4), lambda _: methods)
+    assert [(r.method, r.concurrency, r.rates) for r in found][1] == ("ngram", 1, [5.0, 5.0])
+
+
+def test_sweep_takes_the_fastest_settings_at_each_concurrency() -> None:
+    small, large = (Method("clover", {"n": n}, f"tree of {n}") for n in (3, 8))
+    plain = Method("plain", None)
+    log: list[tuple[str, int]] = []
+
+    class Depends(Fake):
+        def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+            self.rate = concurrency if self.name == small.settings else 3
+            return super().run(requests, concurrency)
+
+    with Work("runs", None) as work:
+        best = sweep(
+            lambda m: nullcontext(Depends(0, log, m.settings)), loads(1, 4), [[plain], [large, small]], work
+        )
+    assert best == {1: [plain, large], 4: [plain, small]}
+    assert not any(name.startswith(" ") for name, _ in log), "plain has nothing to sweep"
+
+
+def test_engines_that_are_not_needed_any_more_end() -> None:
+    running: set[str] = set()
+
+    @contextmanager
+    def start(method: Method) -> Iterator[Fake]:
+        running.add(method.name)
+        yield Fake(1, [], method.name)
+        running.discard(method.name)
+
+    seen: list[set[str]] = []
+
+    def methods(concurrency: int) -> list[Method]:
+        seen.append(set(running))
+        return [Method("plain", None), Method(f"best at {concurrency}", {})]
+
+    with Work("runs", None) as work:
+        run_loads(start, loads(1, 4, 16), methods, work)
+    assert seen == [set(), {"plain", "best at 1"}, {"plain", "best at 4"}]
+    assert not running
+
+
+def test_development_prompts_are_in_no_figure() -> None:
+    prompts = [[i % 90] for i in range(120)]
+    figures, development = split_prompts(prompts)
+    assert not {*map(tuple, figures)} & {*map(tuple, development)}
+    assert sorted([*figures, *development]) == [[i] for i in range(90)]
+    assert len(development) == 11
+    assert split_prompts([[1]]) == ([[1]], [])
+
+
+def test_server_clock_stops_when_a_place_stays_free() -> None:
+    """Three requests, two at a time: the second ends last, alone."""
+    found = {
+        "start_times": [10.0, 10.0, 12.0],
+        "latencies": [2.0, 6.0, 2.0],
+        "ttfts": [1.0, 1.0, 1.0],
+        "itls": [[1.0], [1.0] * 5, [1.0]],
+        "output_lens": [4, 12, 4],
+    }
+    assert steady_part(found, 2) == (4.0, 4 + 8 + 4)
+    assert steady_part(found, 1) == (6.0, 20)
 
 
 def test_methods_are_selected_by_name() -> None:
     chosen = select(["clover-8", "plain", "clover-12", "clover-8"], None, None)
-    assert [method.name for method in chosen] == ["plain", "clover-8", "clover-12"]
-    assert chosen[2].speculative is not None
-    assert chosen[2].speculative["num_speculative_tokens"] == 12
+    assert [grid[0].name for grid in chosen] == ["plain", "clover-8", "clover-12"]
+    assert chosen[2][0].speculative is not None
+    assert chosen[2][0].speculative["num_speculative_tokens"] == 12
     for name in ("clover-0", "clover-x", "medusa"):
         with pytest.raises(UserError) as caught:
             select([name], None, None)
         one_sentence(caught.value)
+
+
+def test_ngram_looks_up_shorter_matches_too() -> None:
+    for method in select(["ngram"], None, None)[1]:
+        assert method.speculative is not None
+        assert (method.speculative["prompt_lookup_min"], method.speculative["prompt_lookup_max"]) == (2, 4)
+
+
+def test_settings_of_a_grid_differ() -> None:
+    for grid in select(["ngram", "eagle", "clover-chain", "clover"], None, None)[1:]:
+        assert len({method.settings for method in grid}) == len(grid) > 1
+        assert len({method.name for method in grid}) == 1
 
 
 def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:
@@ -102,13 +247,13 @@ def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:
 
 def test_no_prompt_is_asked_twice_while_there_are_enough() -> None:
     prompts = [[i] for i in range(14)]
-    portions, warm_up = share_out(prompts, 5, 2)
+    portions, warm_up = share_out(prompts, [5, 3])
     assert [*portions[0], *portions[1], *warm_up] == prompts
-    portions, warm_up = share_out(prompts, 5, 4)
+    portions, warm_up = share_out(prompts, [5] * 4)
     assert all(len({i for (i,) in portion}) == 5 for portion in portions)
     assert {i for portion in portions for (i,) in portion} == set(range(14))
-    assert warm_up == prompts[:4]
-    assert share_out(prompts[:3], 5, 2) == ([prompts[:3], prompts[:3]], prompts[:3])
+    assert warm_up == prompts
+    assert share_out(prompts[:3], [5, 5]) == ([prompts[:3], prompts[:3]], prompts[:3])
 
 
 def test_lists_of_numbers() -> None:
@@ -126,6 +271,7 @@ def test_lists_of_numbers() -> None:
         (["--methods", "clover-99"], "clover-99"),
         (["--concurrency", "0"], "--concurrency"),
         (["--repetitions", "0"], "--repetitions"),
+        (["--num-prompts", "3", "--concurrency", "4"], "--num-prompts"),
     ],
 )
 def test_impossible_settings_are_refused_before_an_engine_starts(wrong: list[str], named: str) -> None:
@@ -156,10 +302,11 @@ def test_bench_runs_on_a_tiny_target(
     head, output, prompts = tmp_path / "head", tmp_path / "out", tmp_path / "prompts.jsonl"
     save_head(fitting_head, head)
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 200, (12,), generator=generator).tolist() for _ in range(4)]
+    rows = [torch.randint(3, 200, (12,), generator=generator).tolist() for _ in range(20)]
     prompts.write_text("".join(json.dumps({"prompt_ids": row}) + "\n" for row in rows))
     command = ["bench", "--target", str(tiny_target), "--head", str(head), "--prompts", str(prompts)]
     command += ["--methods", "clover-4", "--concurrency", "1,2", "--repetitions", "1", "--max-tokens", "16"]
+    command += ["--num-prompts", "4"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--output", str(output)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
@@ -173,10 +320,12 @@ def test_bench_runs_on_a_tiny_target(
     assert all(r["equal_to_baseline"] == 1.0 for r in found["results"])
     assert all(r["tokens_per_second"] > 0 for r in found["results"])
     assert found["results"][1]["ms_by_part"]["draft"] > 0
-    assert found["packages"]["torch"]
+    assert found["provenance"]["torch"]
+    assert source_of(output / "speedup.png") == digest_of(output / "bench.json")
     for name in ("speedup", "tokens-per-draft", "time-split"):
         assert (output / f"{name}.png").stat().st_size > 1000
     assert str(tmp_path) not in json.dumps(found["methods"])
+    assert "8 of 8 runs" in done.output  # progress, where output is no terminal
 
 
 @pytest.mark.server
@@ -187,7 +336,7 @@ def test_bench_runs_through_servers(tmp_path: Path) -> None:
     rows = [{"prompt_ids": [40 + i, 70, 90 + i, 120]} for i in range(6)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["bench", "--server", "--target", str(target), "--head", str(head), "--prompts", str(prompts)]
-    command += ["--methods", "clover-4", "--concurrency", "2", "--repetitions", "1", "--num-prompts", "3"]
+    command += ["--methods", "clover-4", "--concurrency", "2", "--repetitions", "1", "--num-prompts", "5"]
     command += ["--max-tokens", "12", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
     done = CliRunner().invoke(app, [*command, "--output", str(output)])
     assert done.exit_code == 0, done.output

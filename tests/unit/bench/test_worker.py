@@ -1,0 +1,106 @@
+"""A run of requests on an engine that is played: what is timed, what counts as decoding."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clover_vllm.bench import worker
+from clover_vllm.bench.worker import is_prefilling, run_requests
+
+CHUNK = 4
+"""Prompt tokens that the played scheduler computes per step and request."""
+
+
+class Played:
+    """Stands for vllm.LLM: chunks of prompts, then a token per step; a step takes a second."""
+
+    def __init__(self, clock: list[float], asynchronous: bool = False) -> None:
+        self.clock = clock
+        self.requests: dict[str, Any] = {}
+        self.batches: list[int] = []
+        core = SimpleNamespace(
+            scheduler=SimpleNamespace(requests=self.requests), batch_queue=[] if asynchronous else None
+        )
+        self.llm_engine = self
+        self.engine_core = SimpleNamespace(engine_core=core)
+
+    def reset_prefix_cache(self) -> None:
+        assert not self.requests
+
+    def get_metrics(self) -> list[Any]:
+        return []
+
+    def add_request(self, name: str, prompt: Any, params: Any) -> None:
+        self.requests[name] = SimpleNamespace(
+            num_computed_tokens=0, num_prompt_tokens=len(prompt["prompt_token_ids"]), left=params.max_tokens
+        )
+
+    def step(self) -> list[Any]:
+        self.clock[0] += 1
+        self.batches.append(len(self.requests))
+        outputs = []
+        for name, request in list(self.requests.items()):
+            room = request.num_prompt_tokens - request.num_computed_tokens
+            request.num_computed_tokens += max(min(room, CHUNK), 1)
+            if request.num_computed_tokens < request.num_prompt_tokens:
+                continue
+            request.left -= 1
+            if not request.left:
+                del self.requests[name]
+            outputs.append(
+                SimpleNamespace(
+                    request_id=name, finished=not request.left, outputs=[SimpleNamespace(token_ids=[7])]
+                )
+            )
+        return outputs
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(worker, "_parts", lambda _: {})
+    return now
+
+
+def request(prompt: int, tokens: int) -> dict[str, Any]:
+    return {"prompt": [1] * prompt, "params": {"max_tokens": tokens}}
+
+
+def test_a_step_that_continues_a_prompt_is_no_decode_step(clock: list[float]) -> None:
+    run = run_requests(Played(clock), [request(3 * CHUNK, 6)], 1)
+    assert run.steps == 8  # three chunks, the last of which gives a token, then five tokens
+    assert run.decode_steps == 5
+    assert run.decode_seconds == 5.0
+
+
+def test_under_async_scheduling_the_step_behind_a_prompt_is_none_either(clock: list[float]) -> None:
+    run = run_requests(Played(clock, asynchronous=True), [request(3 * CHUNK, 6)], 1)
+    assert run.decode_steps == 4
+
+
+def test_the_clock_stops_when_a_place_stays_free(clock: list[float]) -> None:
+    """Two at a time: the first request ends at 2 s, then the third runs until 5 s beside the second."""
+    engine = Played(clock)
+    run = run_requests(engine, [request(1, 2), request(1, 10), request(1, 3)], 2)
+    assert run.seconds == 5.0
+    assert run.tokens == 2 + 5 + 3
+    assert set(engine.batches[:5]) == {2}
+    assert [len(tokens) for tokens in run.outputs] == [2, 10, 3]
+    assert sorted(run.tpot) == [1.0, 1.0, 1.0]
+
+
+def test_one_at_a_time_is_timed_to_the_end(clock: list[float]) -> None:
+    run = run_requests(Played(clock), [request(1, 2), request(1, 3)], 1)
+    assert (run.seconds, run.tokens) == (5.0, 5)
+    assert run.ttft == [1.0, 1.0]
+
+
+def test_preempted_requests_are_prefilled_again() -> None:
+    again = SimpleNamespace(num_computed_tokens=0, num_prompt_tokens=3)
+    decoding = SimpleNamespace(num_computed_tokens=9, num_prompt_tokens=3)
+    assert is_prefilling(SimpleNamespace(requests={"a": decoding, "b": again}))
+    assert not is_prefilling(SimpleNamespace(requests={"a": decoding}))

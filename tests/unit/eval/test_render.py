@@ -1,0 +1,96 @@
+"""Tables in README and docs are those of `results/`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import one_sentence
+from typer.testing import CliRunner
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.base.provenance import provenance
+from clover_vllm.bench.loop import Result
+from clover_vllm.bench.report import Comparison, write
+from clover_vllm.bench.worker import Run
+from clover_vllm.check import torture
+from clover_vllm.cli import app
+from clover_vllm.eval.evaluate import Outcome
+from clover_vllm.eval.render import pages, render, rendered, stale
+from clover_vllm.eval.report import ShapeResult, write_report
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def test_readme_and_docs_are_what_the_results_render_to() -> None:
+    assert pages(REPOSITORY)
+    assert stale(REPOSITORY) == []
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with three results and a page for each."""
+    results = tmp_path / "results"
+    plain = [Run(seconds=1.0, tokens=n, outputs=[[1]]) for n in (100, 110)]
+    trees = [Run(seconds=1.0, tokens=n, outputs=[[1]]) for n in (150, 176)]
+    comparison = Comparison([Result("plain", 4, plain), Result("clover", 4, trees, "tree of 5")])
+    header: dict[str, Any] = {"swept": True, "engine": {"model": "m", "dtype": "bfloat16"}}
+    write(comparison, results, header | {"temperature": 0, "max_tokens": 96})
+    torture.write(torture.TortureOutcome(requests=1100, compared=1000, tokens=20_000), results)
+    outcomes = [Outcome("kind", 12, 4, [3, 2]), Outcome("kind", 10, 5, [2, 1])]
+    write_report([ShapeResult("head", "tree of 8", outcomes)], results)
+    (tmp_path / "docs").mkdir()
+    for name, page in (("bench", "README.md"), ("torture", "docs/a.md"), ("eval", "docs/b.md")):
+        text = f"before\n\n<!-- generated: {name} -->\nformer text\n<!-- /generated -->\n\nafter\n"
+        (tmp_path / page).write_text(text)
+    return tmp_path
+
+
+def test_blocks_are_filled_from_what_the_commands_write(root: Path) -> None:
+    assert len(stale(root)) == 3
+    assert len(render(root)) == 3
+    assert stale(root) == render(root) == []
+    bench, torture_page, evaluation = (page.read_text() for page in pages(root))
+    assert "163 [150, 176], **1.55** [1.50, 1.60] (tree of 5)" in bench
+    assert provenance()["torch"] in bench
+    assert "1,000 of 1,100" in torture_page
+    assert "| tree of 8 | 2.44 ± 0.35 |" in evaluation
+    for text in (bench, torture_page, evaluation):
+        assert text.startswith("before\n\n<!-- generated: ")
+        assert text.endswith("<!-- /generated -->\n\nafter\n")
+        assert "former text" not in text
+
+
+def test_a_changed_result_makes_page_and_picture_stale(root: Path) -> None:
+    render(root)
+    file = root / "results" / "bench.json"
+    found = json.loads(file.read_text())
+    found["results"][1]["speedup"] = 9.0
+    file.write_text(json.dumps(found))
+    assert stale(root) == [root / "README.md", root / "results" / "speedup.png"]
+    checked = CliRunner().invoke(app, ["render", str(root), "--check"])
+    assert checked.exit_code == 2
+    assert "README.md" in checked.output
+    assert CliRunner().invoke(app, ["render", str(root)]).exit_code == 0
+    assert "**9.00**" in (root / "README.md").read_text()
+    assert CliRunner().invoke(app, ["render", str(root), "--check"]).exit_code == 0
+
+
+def test_blocks_without_a_result_say_which_command_is_missing(tmp_path: Path) -> None:
+    text = "<!-- generated: bench -->\n<!-- /generated -->\n"
+    assert "clover-vllm bench --output results" in rendered(text, tmp_path)
+    assert rendered("no block", tmp_path) == "no block"
+
+
+def test_damaged_results_and_unknown_blocks_are_refused(root: Path) -> None:
+    (root / "results" / "eval.json").write_text("[]")
+    for text in (
+        "<!-- generated: eval -->\n<!-- /generated -->",
+        "<!-- generated: speed -->\n<!-- /generated -->",
+        "<!-- generated: bench -->\n",
+    ):
+        with pytest.raises(UserError) as caught:
+            rendered(text, root / "results")
+        one_sentence(caught.value)
