@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from clover_vllm.attention.cpu.tree_attention import MAX_ROWS, TreeAttentionInputs, tree_attention
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
-from clover_vllm.engine.config import is_tree_cache_dtype
+from clover_vllm.engine.support import is_tree_cache_dtype
 from clover_vllm.tree.step import StepTrees, causal_masks
 
 TREE_ISA = "vec"
