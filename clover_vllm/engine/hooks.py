@@ -5,8 +5,7 @@ Official ones: the entry point `vllm.general_plugins`, `ModelRegistry.register_m
 
 `HOOKS` lists what is replaced at run time; `RELIED_ON` what our worker, runner and proposer override
 or call in vLLM's classes and what therefore must look as expected. Both are read from vLLM's source
-files, so that the check imports no more of vLLM than the packages that they are in. A configuration
-for clover2 also sets VLLM_USE_V2_MODEL_RUNNER=0 in its process, because Clover runs on the V1 runner only.
+files, so that the check imports no more of vLLM than the packages that they are in.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.options import asks_for_clover
+from clover_vllm.engine.options import METHOD, asks_for_clover
 
 SUPPORTED_VLLM = ("0.32.0",)
 
@@ -60,6 +59,13 @@ HOOKS = (
         ("self", "speculative_config"),
         "vLLM refuses min_p and logit_bias with any speculation. With clover2 each token is an ordinary "
         "sampling step, so the hook lets them pass.",
+    ),
+    Symbol(
+        "vllm.config.vllm",
+        "VllmConfig._get_v2_model_runner_unsupported_features",
+        ("self",),
+        "Where the environment does not choose, vLLM takes its V2 model runner unless a feature is listed here. "
+        "The hook lists clover2, which needs the V1 runner; other configurations keep their choice.",
     ),
     Symbol(
         "vllm.v1.sample.logits_processor",
@@ -306,6 +312,27 @@ def install_sampling(sampling_params: type) -> None:
 
     _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
     sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]
+
+
+def install_runner_choice(vllm_config: type) -> None:
+    """Let vLLM choose its V1 model runner for a clover2 configuration; a second call does nothing.
+
+    Args:
+        vllm_config: `vllm.config.VllmConfig`.
+    """
+    name = "_get_v2_model_runner_unsupported_features"
+    original: Callable[[Any], list[str]] = getattr(vllm_config, name)
+    if hasattr(original, "clover_original"):
+        return
+
+    @functools.wraps(original)
+    def unsupported(self: Any) -> list[str]:
+        spec = self.speculative_config
+        own = [f"speculative method {METHOD!r}"] if getattr(spec, "method", None) == METHOD else []
+        return [*original(self), *own]
+
+    unsupported.clover_original = original  # type: ignore[attr-defined]
+    setattr(vllm_config, name, unsupported)
 
 
 def install_logits_processors() -> None:

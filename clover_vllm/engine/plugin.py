@@ -37,10 +37,12 @@ def _register() -> None:
         return
     from transformers import AutoConfig
     from vllm import ModelRegistry, SamplingParams
+    from vllm.config import VllmConfig
 
     from clover_vllm.heads.clover2.config import Clover2Config
 
     hooks.install_sampling(SamplingParams)
+    hooks.install_runner_choice(VllmConfig)
     AutoConfig.register("clover2", Clover2Config, exist_ok=True)
     if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(
