@@ -50,7 +50,7 @@ class CloverSpeculativeConfig(SpeculativeConfig):
     method: str | None = METHOD  # type: ignore[assignment]
     clover: SkipValidation[CloverOptions] = None  # type: ignore[assignment]
     counters: str = ""
-    """Path of the files in which workers count, less their rank (`engine.metrics`)."""
+    """Folder of the files in which workers count (`engine.metrics`)."""
 
     def __post_init__(self) -> None:
         target = self.target_model_config
@@ -78,6 +78,10 @@ class CloverSpeculativeConfig(SpeculativeConfig):
 
     def samples_every_token(self) -> bool:
         """Whether each token is an ordinary sampling step, with all of its parameters (see `engine.hooks`)."""
+        return True
+
+    def needs_v1_model_runner(self) -> bool:
+        """Whether vLLM must not choose its V2 runner (see `engine.hooks`)."""
         return True
 
     def compute_hash(self) -> str:
@@ -142,7 +146,7 @@ def clover_config(
     if not folder.is_dir() and shared.get("quantization") is None:
         _check_hub_head(made.draft_model_config, target, engine_args)
     parallel.worker_cls = WORKERS[device]
-    made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
+    made.counters = export_counters(made)
     return made
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.options import METHOD, asks_for_clover
+from clover_vllm.engine.options import asks_for_clover
 
 SUPPORTED_VLLM = ("0.32.0",)
 
@@ -257,7 +257,7 @@ def install(engine_args: type, problems: list[str]) -> None:
 
     Args:
         engine_args: `vllm.engine.arg_utils.EngineArgs`.
-        problems: from `complaints`. If there are any, whoever asks for clover2 is told them.
+        problems: from `complaints`. If there are any, asking for clover2 raises them.
     """
     register = getattr(_speculative_module(), "register_speculative_config_factory", None)
     if register is not None:
@@ -317,18 +317,21 @@ def install_sampling(sampling_params: type) -> None:
 def install_runner_choice(vllm_config: type) -> None:
     """Let vLLM choose its V1 model runner for a clover2 configuration; a second call does nothing.
 
+    A vLLM with our patches asks the speculative configuration, and is not hooked.
+
     Args:
         vllm_config: `vllm.config.VllmConfig`.
     """
     name = "_get_v2_model_runner_unsupported_features"
     original: Callable[[Any], list[str]] = getattr(vllm_config, name)
-    if hasattr(original, "clover_original"):
+    asks = hasattr(getattr(_speculative_module(), "SpeculativeConfig", None), "needs_v1_model_runner")
+    if asks or hasattr(original, "clover_original"):
         return
 
     @functools.wraps(original)
     def unsupported(self: Any) -> list[str]:
-        spec = self.speculative_config
-        own = [f"speculative method {METHOD!r}"] if getattr(spec, "method", None) == METHOD else []
+        needs: Callable[[], bool] | None = getattr(self.speculative_config, "needs_v1_model_runner", None)
+        own = [f"speculative method '{self.speculative_config.method}'"] if needs and needs() else []
         return [*original(self), *own]
 
     unsupported.clover_original = original  # type: ignore[attr-defined]
@@ -376,7 +379,7 @@ def making_runner(runner: type) -> Iterator[None]:
 def speculative_config(
     given: dict[str, Any], target: Any, parallel: Any, engine_args: Any, problems: Sequence[str] = ()
 ) -> Any:
-    """Clover's SpeculativeConfig, or None if somebody else's method is meant.
+    """Clover's SpeculativeConfig, or None for another method.
 
     Args:
         given: a speculative configuration as the user wrote it.
@@ -409,7 +412,7 @@ def speculative_config(
 
 
 def forget_cached_backends() -> None:
-    """Let a backend registered just now be selected, though others were before in this process."""
+    """Empty the cache of selected backends, so that a backend registered just now is found."""
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()

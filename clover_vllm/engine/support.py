@@ -223,7 +223,7 @@ def check_supported(setup: Setup, trees: bool) -> None:
 
 
 def refuse(what: str, detail: str = "") -> UserError:
-    """The sentence of a refusal in the table, for whoever finds it later.
+    """The sentence of a refusal in the table, for checks outside this module.
 
     Args:
         what: `Refusal.what`.
