@@ -171,7 +171,7 @@ class MetricsFile:
         Raises:
             OSError: it cannot be made.
         """
-        descriptor, path = tempfile.mkstemp(prefix=f"{kind}_clover-", suffix=".db", dir=folder)
+        descriptor, path = tempfile.mkstemp(prefix=f"{kind}_clover-", dir=folder)
         os.close(descriptor)
         made = MmapedDict(path)
         for key in keys:
@@ -180,6 +180,7 @@ class MetricsFile:
         places = {key: place for key, _, _, place in MmapedDict.read_all_values_from_file(path)}
         self._places = np.array([places[key] for key in keys]) // 8
         self._values: np.ndarray[Any, np.dtype[np.float64]] = np.memmap(path, dtype=np.float64, mode="r+")
+        os.rename(path, f"{path}.db")  # collectors read *.db, and fail on an empty one
 
     def write(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> None:
         """Replace all values; [len(keys)]."""

@@ -137,7 +137,7 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         _other_worker,
     ),
     _trees(
-        "attention that is not vLLM's for CPUs",
+        "attention other than vLLM's CPU backend",
         "only the CPU kernel takes tree masks",
         lambda setup: setup.device != "cpu",
         in_worker=True,

@@ -143,6 +143,22 @@ def test_several_api_servers_read_the_files_by_prometheus_own_mode(
     assert "clover:tree_nodes" not in exported()
 
 
+def test_collectors_see_only_files_that_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prometheus_client cannot read an empty file."""
+    original = metrics.MmapedDict.read_value
+
+    def look(self: Any, key: str) -> Any:
+        assert not list(tmp_path.glob("*.db"))
+        return original(self, key)
+
+    monkeypatch.setattr(metrics.MmapedDict, "read_value", look)
+    metrics.MetricsFile(str(tmp_path), "counter", metrics._counters(2, {"engine": "0"}))
+    (made,) = tmp_path.iterdir()
+    assert made.name.startswith("counter_")
+    assert made.suffix == ".db"
+    assert made.stat().st_mode & 0o077 == 0
+
+
 def test_the_next_start_removes_the_folders_of_killed_front_ends_alone(temporary: Path) -> None:
     alive = Config()
     kept = metrics.export_counters(alive)
