@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import SkipValidation, ValidationError
 from transformers import PretrainedConfig
 from vllm import envs
@@ -16,11 +14,11 @@ from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-from vllm.model_executor.models.interfaces import supports_eagle3
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
+from clover_vllm.engine.support import WORKERS, Setup, check_supported
 from clover_vllm.heads.checkpoint import check_head, check_target_folder
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.tree import MAX_NODES
@@ -40,18 +38,6 @@ SHARED_OPTIONS = (
 """Fields of `vllm.config.SpeculativeConfig` that mean for Clover-2 what they mean for EAGLE."""
 
 
-def is_tree_cache_dtype(cache_dtype: str, dtype: torch.dtype) -> bool:
-    """Whether trees are verified with this `--kv-cache-dtype` and a target of this dtype."""
-    return cache_dtype in ("auto", str(dtype).removeprefix("torch."))
-
-
-WORKERS = {
-    "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
-    "cuda": "clover_vllm.engine.worker.CloverGPUWorker",
-}
-"""Worker class by `vllm.platforms.current_platform.device_type`."""
-
-
 @config
 class CloverSpeculativeConfig(SpeculativeConfig):
     """`vllm.config.SpeculativeConfig` whose method is open and which carries Clover's options.
@@ -64,7 +50,7 @@ class CloverSpeculativeConfig(SpeculativeConfig):
     method: str | None = METHOD  # type: ignore[assignment]
     clover: SkipValidation[CloverOptions] = None  # type: ignore[assignment]
     counters: str = ""
-    """Path of the files in which workers count, less their rank (`engine.metrics`)."""
+    """Folder of the files in which workers count (`engine.metrics`)."""
 
     def __post_init__(self) -> None:
         target = self.target_model_config
@@ -96,6 +82,10 @@ class CloverSpeculativeConfig(SpeculativeConfig):
 
     def writes_accepted_rows_only(self) -> bool:
         """Whether drafting needs no cache slots beyond the step's own (see `engine.hooks`)."""
+        return True
+
+    def needs_v1_model_runner(self) -> bool:
+        """Whether vLLM must not choose its V2 runner (see `engine.hooks`)."""
         return True
 
     def compute_hash(self) -> str:
@@ -147,6 +137,29 @@ def clover_config(
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
     """
+    shared, options = _read_options(given)
+    check_supported(Setup(target, parallel, device, engine_args), trees=options.tree != "chain")
+    folder = Path(shared["model"])
+    if folder.is_dir() and shared.get("quantization") is None:
+        check_head(folder, target.dtype)  # first, because it explains a bad config.json better
+    made = _make_config(shared, options, target, parallel)
+    head = made.draft_model_config.hf_config
+    check_fits(head, target)
+    _check_ranks(options, made.num_speculative_tokens, head)
+    _check_target(head, target)
+    if not folder.is_dir() and shared.get("quantization") is None:
+        _check_hub_head(made.draft_model_config, target, engine_args)
+    parallel.worker_cls = WORKERS[device]
+    made.counters = export_counters(made)
+    return made
+
+
+def _read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], CloverOptions]:
+    """vLLM's options, completed, and Clover's.
+
+    Raises:
+        UserError: an unknown option or a bad value.
+    """
     shared, options = split_options(given, SHARED_OPTIONS)
     if not shared.get("model") or not isinstance(shared["model"], str):
         raise UserError('Clover-2 needs a head: give its folder or name as "model".')
@@ -156,43 +169,20 @@ def clover_config(
             f"num_speculative_tokens is {nodes!r}; with Clover-2 it is the largest number of tree nodes "
             f"per request and step, from 1 to {MAX_NODES}."
         )
-    if parallel.pipeline_parallel_size > 1:
-        raise UserError("Clover-2 does not work with pipeline parallelism yet; use tensor parallelism.")
-    if device not in WORKERS:
-        raise UserError(f"Clover-2 does not run on {device!r} yet; it runs on {', '.join(WORKERS)}.")
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
-    for wanted, found in (
-        ("watermarks", engine_args.watermark_config),
-        ("HiSparse", engine_args.attention_config.hisparse_config),
-    ):
-        if found is not None:  # either makes vLLM take that runner, whatever the environment says
-            raise UserError(
-                f"Clover-2 does not work with {wanted}, which vLLM's V2 model runner alone knows."
-            )
-    if device != "cpu" and options.tree != "chain":
-        raise UserError(
-            'Clover-2 verifies trees only on CPUs yet; set the speculative option "tree" to "chain".'
-        )
-    if parallel.worker_cls not in ("auto", WORKERS[device]):
-        raise UserError(
-            f"Clover-2 brings its own worker class, which --worker-cls {parallel.worker_cls} excludes."
-        )
-    if options.tree != "chain":
-        _check_attention(target, engine_args.kv_cache_dtype, engine_args.kv_transfer_config is not None)
-    if device == "cpu":  # elsewhere a model's module may touch the device, which is the worker's to do
-        model, architecture = target.registry.resolve_model_cls(target.architectures, target)
-        if not supports_eagle3(model):
-            raise UserError(
-                f"Clover-2 reads a hidden state that vLLM's {architecture} does not give out (it lacks "
-                "SupportsEagle3); serve this target without Clover-2."
-            )
     shared["method"] = METHOD
-    folder = Path(shared["model"])
-    if folder.is_dir() and shared.get("quantization") is None:
-        check_head(folder, target.dtype)  # first, because it explains a bad config.json better
+    return shared, options
+
+
+def _make_config(
+    shared: dict[str, Any], options: CloverOptions, target: ModelConfig, parallel: ParallelConfig
+) -> CloverSpeculativeConfig:
+    """The configuration; reads the head's config.json, from the hub if need be.
+
+    Raises:
+        UserError: the head cannot be read, or vLLM's own checks fail.
+    """
     try:
-        made = CloverSpeculativeConfig(
+        return CloverSpeculativeConfig(
             **shared, clover=options, target_model_config=target, target_parallel_config=parallel
         )
     except ValidationError as error:
@@ -201,19 +191,28 @@ def clover_config(
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"The Clover-2 head {shared['model']!r} cannot be read: {reason}.") from error
-    check_fits(made.draft_model_config.hf_config, target)
-    if not folder.is_dir() and shared.get("quantization") is None:
-        fetched = fetch_head(made.draft_model_config, engine_args)
-        if fetched is not None:
-            check_head(fetched, target.dtype, made.draft_model_config.hf_config)
+
+
+def _check_target(head: PretrainedConfig, target: ModelConfig) -> None:
+    """Refuse a head of another target of the same sizes, where the target is a local folder.
+
+    Raises:
+        UserError: the lm_head is another model's.
+    """
     if Path(target.model).is_dir():
         tied = bool(getattr(target.hf_text_config, "tie_word_embeddings", False))
-        check_target_folder(made.draft_model_config.hf_config, Path(target.model), tied)
-    _check_ranks(options, nodes, made.draft_model_config.hf_config)
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # lest vLLM take it by itself
-    parallel.worker_cls = WORKERS[device]
-    made.counters = export_counters(made, str(target.served_model_name), parallel.data_parallel_size)
-    return made
+        check_target_folder(head, Path(target.model), tied)
+
+
+def _check_hub_head(head: ModelConfig, target: ModelConfig, engine_args: EngineArgs) -> None:
+    """Download the head's weights and check them.
+
+    Raises:
+        UserError: anything missing, damaged, misshapen, or not finite.
+    """
+    fetched = fetch_head(head, engine_args)
+    if fetched is not None:
+        check_head(fetched, target.dtype, head.hf_config)
 
 
 def fetch_head(head: ModelConfig, engine_args: EngineArgs) -> Path | None:
@@ -245,34 +244,6 @@ def fetch_head(head: ModelConfig, engine_args: EngineArgs) -> Path | None:
     except Exception as error:  # whatever the hub's client and the network below it raise
         logger.warning("The weights of the head %s are left to the worker: %s", head.model, error)
         return None
-
-
-def _check_attention(target: ModelConfig, cache_dtype: str, kv_connector: bool) -> None:
-    """Refuse what trees are not verified with, as far as it can be seen before anything is loaded.
-
-    The worker looks at every layer again (`CloverRunner._prepare_trees`).
-
-    Raises:
-        UserError: one sentence.
-    """
-    text = target.hf_text_config
-    problems = {
-        f"the KV cache type {cache_dtype}": not is_tree_cache_dtype(cache_dtype, target.dtype),
-        "a KV connector, which may save rows before they are moved into place,": kv_connector,
-        "multi-head latent attention": target.use_mla,
-        "M-RoPE": target.uses_mrope,
-        "soft-capped scores": bool(getattr(text, "attn_logit_softcapping", None)),
-        "ALiBi": bool(getattr(text, "alibi", False)),
-        "sliding-window attention": target.get_sliding_window() is not None
-        and getattr(text, "use_sliding_window", True),
-        "chunked local attention": target.attention_chunk_size is not None,
-        "state-space layers": target.is_hybrid or target.is_attention_free,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise UserError(
-                f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" to "chain".'
-            )
 
 
 def _check_ranks(options: CloverOptions, num_nodes: int, head: PretrainedConfig) -> None:

@@ -5,8 +5,7 @@ Official ones: the entry point `vllm.general_plugins`, `ModelRegistry.register_m
 
 `HOOKS` lists what is replaced at run time; `RELIED_ON` what our worker, runner and proposer override
 or call in vLLM's classes and what therefore must look as expected. Both are read from vLLM's source
-files, so that the check imports no more of vLLM than the packages that they are in. A configuration
-for clover2 also sets VLLM_USE_V2_MODEL_RUNNER=0 in its process, because Clover runs on the V1 runner only.
+files, so that the check imports no more of vLLM than the packages that they are in.
 """
 
 from __future__ import annotations
@@ -60,6 +59,13 @@ HOOKS = (
         ("self", "speculative_config"),
         "vLLM refuses min_p and logit_bias with any speculation. With clover2 each token is an ordinary "
         "sampling step, so the hook lets them pass.",
+    ),
+    Symbol(
+        "vllm.config.vllm",
+        "VllmConfig._get_v2_model_runner_unsupported_features",
+        ("self",),
+        "Where the environment does not choose, vLLM takes its V2 model runner unless a feature is listed here. "
+        "The hook lists clover2, which needs the V1 runner; other configurations keep their choice.",
     ),
     Symbol(
         "vllm.v1.sample.logits_processor",
@@ -258,7 +264,7 @@ def install(engine_args: type, problems: list[str]) -> None:
 
     Args:
         engine_args: `vllm.engine.arg_utils.EngineArgs`.
-        problems: from `complaints`. If there are any, whoever asks for clover2 is told them.
+        problems: from `complaints`. If there are any, asking for clover2 raises them.
     """
     register = getattr(_speculative_module(), "register_speculative_config_factory", None)
     if register is not None:
@@ -337,6 +343,30 @@ def install_lookahead(vllm_config: type) -> None:
     vllm_config.num_lookahead_tokens = property(num_lookahead_tokens)  # type: ignore[attr-defined]
 
 
+def install_runner_choice(vllm_config: type) -> None:
+    """Let vLLM choose its V1 model runner for a clover2 configuration; a second call does nothing.
+
+    A vLLM with our patches asks the speculative configuration, and is not hooked.
+
+    Args:
+        vllm_config: `vllm.config.VllmConfig`.
+    """
+    name = "_get_v2_model_runner_unsupported_features"
+    original: Callable[[Any], list[str]] = getattr(vllm_config, name)
+    asks = hasattr(getattr(_speculative_module(), "SpeculativeConfig", None), "needs_v1_model_runner")
+    if asks or hasattr(original, "clover_original"):
+        return
+
+    @functools.wraps(original)
+    def unsupported(self: Any) -> list[str]:
+        needs: Callable[[], bool] | None = getattr(self.speculative_config, "needs_v1_model_runner", None)
+        own = [f"speculative method '{self.speculative_config.method}'"] if needs and needs() else []
+        return [*original(self), *own]
+
+    unsupported.clover_original = original  # type: ignore[attr-defined]
+    setattr(vllm_config, name, unsupported)
+
+
 def install_logits_processors() -> None:
     """Let runners made from now on build all logits processors with clover2; for our workers."""
     from vllm.v1.worker import gpu_model_runner
@@ -378,7 +408,7 @@ def making_runner(runner: type) -> Iterator[None]:
 def speculative_config(
     given: dict[str, Any], target: Any, parallel: Any, engine_args: Any, problems: Sequence[str] = ()
 ) -> Any:
-    """Clover's SpeculativeConfig, or None if somebody else's method is meant.
+    """Clover's SpeculativeConfig, or None for another method.
 
     Args:
         given: a speculative configuration as the user wrote it.
@@ -411,7 +441,7 @@ def speculative_config(
 
 
 def forget_cached_backends() -> None:
-    """Let a backend registered just now be selected, though others were before in this process."""
+    """Empty the cache of selected backends, so that a backend registered just now is found."""
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()

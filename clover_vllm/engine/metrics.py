@@ -1,23 +1,28 @@
 """Counters of Clover's own, beside vLLM's `vllm:spec_decode_*`.
 
-vLLM's worker has no way to send numbers of a plugin to the process that answers /metrics. So the process
-that makes the configuration, which is the front end, makes a small file and exports what is in it; the
-worker maps the same file into memory and counts there. A worker on another host counts for itself, and
-with several API server processes vLLM exports its own metrics only: ours are not there then.
+vLLM's worker has no way to send numbers of a plugin to the process that answers /metrics. So the worker
+writes files in the form of prometheus_client's multiprocess mode. With several API servers they lie in
+PROMETHEUS_MULTIPROC_DIR, which vLLM sets then and reads by itself; otherwise in a private folder that the
+front end makes and exports. A worker on another host counts for itself.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
@@ -26,7 +31,7 @@ from clover_vllm.tree.step import Step
 logger = init_logger("vllm.clover")
 
 PARTS = ("verify", "sample", "move", "draft", "python")
-"""Parts of a step whose seconds are counted (see `engine.timing`)."""
+"""Parts of a step whose seconds are counted (see `base.timing`)."""
 
 REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft")
 """Why a request got a chain, a shorter tree or no draft in a step."""
@@ -35,48 +40,68 @@ MIN_DRAFTS = 500
 """Greedy drafts after which acceptance is judged."""
 
 POOR_SHARE = 0.4
-"""Acceptance below this share of what the head's config promises is warned of. A single prompt, asked again and again,
-may well stay at half; the head of another target is far below."""
+"""Acceptance below this share of what the head's config promises causes a warning. A single prompt that is repeated can
+stay at half; the head of another target is far below."""
 
-_TOTALS = ("opened", "drafts", "promised", "first", "greedy_drafts", "greedy_first")
+FOLDER_PREFIX = "clover-metrics-"
+
+_TOTALS = ("nodes", "drafts", "promised", "first", "greedy_drafts", "greedy_first")
 
 
 class Counters:
-    """Numbers that only grow, in a file or in memory.
+    """Numbers that only grow, in memory and, once exported, in files too.
 
     Attributes:
-        totals: [6], by `total`: whether a worker counts here; trees verified; accepted nodes that the head
-            expected, the sum of its joint probabilities; trees whose likeliest node was accepted; the
-            trees of greedy requests, and those of them whose likeliest node was.
+        totals: [6], by `total`: nodes verified; trees verified; accepted nodes that the head expected, the
+            sum of its joint probabilities; trees whose most likely node was accepted; the trees of greedy
+            requests, and how many of them had their most likely node accepted.
         sizes: [num_nodes + 1], trees by number of nodes verified.
         drafted, accepted: [num_nodes], trees that reached, and that were accepted to, depth i + 1.
         seconds: [len(PARTS)].
         fallbacks: [len(REASONS)].
     """
 
-    def __init__(self, num_nodes: int, path: str = "") -> None:
+    def __init__(self, num_nodes: int) -> None:
         """
         Args:
             num_nodes: most nodes per tree.
-            path: file to map, made by `export_counters`; one that is not on this host, or none: in memory.
         """
-        sizes = _sizes(num_nodes)
-        values: np.ndarray[Any, np.dtype[np.float64]]
-        if path and os.path.exists(path):
-            values = np.memmap(path, dtype=np.float64, mode="r+", shape=(sum(sizes),))
-        else:
-            values = np.zeros(sum(sizes))
+        sizes = (len(_TOTALS), num_nodes + 1, num_nodes, num_nodes, len(PARTS), len(REASONS))
+        values = np.zeros(sum(sizes))
         self.totals, self.sizes, self.drafted, self.accepted, self.seconds, self.fallbacks = np.split(
             values, np.cumsum(sizes)[:-1]
         )
+        self._files: list[MetricsFile] = []
+
+    def export(self, folder: str, labels: Mapping[str, str]) -> None:
+        """Write what is counted from now on to files as well, after every step.
+
+        Args:
+            folder: from `export_counters`; empty, or not on this host: nothing is written.
+            labels: of all metrics.
+        """
+        if not folder or not os.path.isdir(folder):
+            return
+        try:
+            self._files = [
+                MetricsFile(folder, "histogram", _histogram(len(self.sizes), labels)),
+                MetricsFile(folder, "counter", _counters(len(self.drafted), labels)),
+            ]
+        except OSError as error:
+            logger.warning("Clover-2 cannot export its metrics: %s.", error)
+        self._write()
+
+    def _write(self) -> None:
+        if not self._files:
+            return
+        histogram, counters = self._files
+        histogram.write(np.concatenate((self.sizes, [0.0, self.total("nodes")])))
+        named = [self.total("promised"), self.total("first")]
+        counters.write(np.concatenate((named, self.drafted, self.accepted, self.seconds, self.fallbacks)))
 
     def total(self, name: str) -> float:
         """One of the totals, by name."""
         return float(self.totals[_TOTALS.index(name)])
-
-    def open(self) -> None:
-        """Say that a worker counts here."""
-        self.totals[0] = 1.0
 
     def count_step(self, step: Step, greedy: Sequence[bool], seconds: Mapping[str, float]) -> None:
         """Add a finished step.
@@ -87,16 +112,17 @@ class Counters:
             seconds: by part.
         """
         for tree, nodes, is_greedy in zip(step.trees, step.accepted, greedy, strict=False):
-            if tree is None or tree.tokens[0] < 0:  # the scheduler's padding was no draft of ours
+            if tree is None or tree.tokens[0] < 0:  # padding by the scheduler, not a draft
                 continue
             first = bool(nodes) and nodes[0] == 0
             promised = sum(tree.probabilities)
-            self.totals[1:] += (1, promised, first, is_greedy, is_greedy and first)
+            self.totals += (len(tree.tokens), 1, promised, first, is_greedy, is_greedy and first)
             self.sizes[len(tree.tokens)] += 1
             self.drafted[: max(tree.depths)] += 1
             self.accepted[: len(nodes)] += 1
         for i, part in enumerate(PARTS):
             self.seconds[i] += seconds.get(part, 0.0)
+        self._write()
 
     def count_fallback(self, reason: str) -> None:
         """Add a request that got less speculation for one of `REASONS`."""
@@ -123,8 +149,8 @@ class AcceptanceWatch:
         share = self._counters.total("greedy_first") / drafts
         if share < POOR_SHARE * self._promise:
             logger.warning(
-                "Clover-2: the likeliest draft token was right in %.0f%% of %d greedy drafts, where the head's "
-                "config promises %.0f%%; is it the head of this target, and do requests use its chat template?",
+                "Clover-2: the most likely draft token was right in %.0f%% of %d greedy drafts, where the head's "
+                "config promises %.0f%%; check that the head belongs to this target and that requests use its chat template.",
                 100 * share,
                 drafts,
                 100 * self._promise,
@@ -132,102 +158,144 @@ class AcceptanceWatch:
             self._promise = None
 
 
+class MetricsFile:
+    """A file of prometheus_client's multiprocess mode, all of whose values are written at once."""
+
+    def __init__(self, folder: str, kind: str, keys: Sequence[str]) -> None:
+        """
+        Args:
+            folder: where the file is made, under a name that nobody has.
+            kind: "counter" or "histogram".
+            keys: of `mmap_key`, in the order of `write`.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        descriptor, path = tempfile.mkstemp(prefix=f"{kind}_clover-", dir=folder)
+        os.close(descriptor)
+        made = MmapedDict(path)
+        for key in keys:
+            made.read_value(key)  # adds it
+        made.close()
+        places = {key: place for key, _, _, place in MmapedDict.read_all_values_from_file(path)}
+        self._places = np.array([places[key] for key in keys]) // 8
+        self._values: np.ndarray[Any, np.dtype[np.float64]] = np.memmap(path, dtype=np.float64, mode="r+")
+        os.rename(path, f"{path}.db")  # collectors read *.db, and fail on an empty one
+
+    def write(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        """Replace all values; [len(keys)]."""
+        self._values[self._places] = values
+
+
+def _key(name: str, sample: str, text: str, labels: Mapping[str, str], **more: str) -> str:
+    own = {**labels, **more}
+    return str(mmap_key(name, sample, list(own), list(own.values()), text))
+
+
+def _histogram(sizes: int, labels: Mapping[str, str]) -> list[str]:
+    """Keys of the buckets, of the bucket without a bound, and of the sum."""
+    name, text = "clover:tree_nodes", "Nodes verified per tree."
+    bounds = [*(str(float(size)) for size in range(sizes)), "+Inf"]
+    buckets = [_key(name, f"{name}_bucket", text, labels, le=bound) for bound in bounds]
+    return [*buckets, _key(name, f"{name}_sum", text, labels)]
+
+
+def _counters(depths: int, labels: Mapping[str, str]) -> list[str]:
+    keys = []
+    for name, text in (
+        ("clover:promised_tokens", "Accepted nodes that the head expected (joint probability)."),
+        ("clover:first_node_accepted", "Trees whose most likely node was accepted."),
+    ):
+        keys.append(_key(name, f"{name}_total", text, labels))
+    numbers = [str(depth + 1) for depth in range(depths)]
+    for name, text, label, values in (
+        ("clover:drafted_depth", "Trees that reach a depth.", "depth", numbers),
+        ("clover:accepted_depth", "Trees accepted to a depth.", "depth", numbers),
+        ("clover:step_seconds", "Seconds per part of a step.", "part", PARTS),
+        ("clover:fallbacks", "Requests with less speculation.", "reason", REASONS),
+    ):
+        keys += [_key(name, f"{name}_total", text, labels, **{label: value}) for value in values]
+    return keys
+
+
 class CounterCollector(Collector):
     """The counters of this process's engines as Prometheus metrics."""
 
     def __init__(self) -> None:
-        self._engines: dict[str, tuple[dict[str, str], Counters]] = {}  # by file
+        self.folders: list[str] = []
 
-    def add(self, path: str, labels: Mapping[str, str], counters: Counters) -> None:
-        """Export an engine's counters until `remove`."""
-        self._engines[path] = (dict(labels), counters)
-
-    def remove(self, path: str) -> None:
-        """Export an engine's counters no longer."""
-        self._engines.pop(path, None)
-
-    def describe(self) -> Iterator[Metric]:
-        """The names of all metrics, also while no engine counts."""
-        return iter(_families({"model_name": "", "engine": ""}, []))
-
-    def collect(self) -> Iterator[Metric]:
-        engines = {tuple(labels.values()): (labels, found) for labels, found in self._engines.values()}
-        counting = [(labels, found) for labels, found in engines.values() if found.total("opened")]
-        if counting:
-            yield from _families(counting[0][0], counting)
-
-
-def _families(names: Mapping[str, str], engines: Sequence[tuple[dict[str, str], Counters]]) -> list[Metric]:
-    labels = list(names)
-    nodes = HistogramMetricFamily("clover:tree_nodes", "Nodes verified per tree.", labels=labels)
-    for own, found in engines:
-        cumulative = np.cumsum(found.sizes).tolist()
-        buckets = [(str(float(size)), count) for size, count in enumerate(cumulative)]
-        total = float((np.arange(len(found.sizes)) * found.sizes).sum())
-        nodes.add_metric(list(own.values()), [*buckets, ("+Inf", cumulative[-1])], total)
-    families: list[Metric] = [nodes]
-    for name, text, total_name in (
-        ("clover:promised_tokens", "Accepted nodes that the head expected (joint probability).", "promised"),
-        ("clover:first_node_accepted", "Trees whose likeliest node was accepted.", "first"),
-    ):
-        family = CounterMetricFamily(name, text, labels=labels)
-        for own, found in engines:
-            family.add_metric(list(own.values()), found.total(total_name))
-        families.append(family)
-    for name, text, label, keys, attribute in (
-        ("clover:drafted_depth", "Trees that reach a depth.", "depth", None, "drafted"),
-        ("clover:accepted_depth", "Trees accepted to a depth.", "depth", None, "accepted"),
-        ("clover:step_seconds", "Seconds per part of a step.", "part", PARTS, "seconds"),
-        ("clover:fallbacks", "Requests with less speculation.", "reason", REASONS, "fallbacks"),
-    ):
-        family = CounterMetricFamily(name, text, labels=[*labels, label])
-        for own, found in engines:
-            for i, number in enumerate(getattr(found, attribute).tolist()):
-                family.add_metric([*own.values(), keys[i] if keys else str(i + 1)], number)
-        families.append(family)
-    return families
+    def collect(self) -> Iterable[Metric]:
+        files = [str(file) for folder in self.folders for file in sorted(Path(folder).glob("*.db"))]
+        found: Iterable[Metric] = MultiProcessCollector.merge(files)
+        return found
 
 
 _collector = CounterCollector()
 _registered: list[Collector] = []
 
 
-def export_counters(config: Any, model_name: str, engines: int) -> str:
-    """Make the counters files of a configuration and export them while it lives; for the front end.
+def export_counters(config: Any) -> str:
+    """Find or make the folder for the counters of a configuration; for the front end.
 
     Args:
-        config: the `CloverSpeculativeConfig`.
-        model_name: label of the metrics, as vLLM's own have it.
-        engines: data-parallel ranks.
+        config: the `CloverSpeculativeConfig`; a folder made here is exported until it is deleted.
 
     Returns:
-        path of the files less their rank, for `counters_path`; empty where none can be made.
+        the folder, for `Counters.export`; empty where none can be made.
     """
-    num_nodes: int = config.num_speculative_tokens
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if shared is not None:
+        return shared
+    remove_stale_folders()
     try:
-        descriptor, base = tempfile.mkstemp(prefix="clover-", suffix=".counters")
-        os.close(descriptor)
-        weakref.finalize(config, Path(base).unlink, missing_ok=True)
-        for engine in range(engines):
-            path = Path(counters_path(base, engine))
-            path.write_bytes(bytes(8 * sum(_sizes(num_nodes))))
-            labels = {"model_name": model_name, "engine": str(engine)}
-            _collector.add(str(path), labels, Counters(num_nodes, str(path)))
-            weakref.finalize(config, path.unlink, missing_ok=True)
-            weakref.finalize(config, _collector.remove, str(path))
+        folder, lock = _locked_folder()
     except OSError as error:
-        logger.warning("Clover-2 exports no metrics of its own: %s.", error)
+        logger.warning("Clover-2 cannot export its metrics: %s.", error)
         return ""
+    _collector.folders.append(folder)
+    weakref.finalize(config, _remove_folder, folder, lock, os.getpid())
     if not _registered:
         REGISTRY.register(_collector)
         _registered.append(_collector)
-    return base
+    return folder
 
 
-def counters_path(base: str, engine: int) -> str:
-    """File of an engine's counters; `engine` is its data-parallel rank."""
-    return f"{base}.{engine}" if base else ""
+def _locked_folder() -> tuple[str, int]:
+    """A folder for this user alone, and the lock that shows others that it is in use; it ends with the process.
+
+    Raises:
+        OSError: none can be made.
+    """
+    while True:
+        folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
+        # Until it is locked, another start may take it for a stale one and remove it.
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.stat(folder)
+            except OSError:
+                os.close(lock)
+                raise
+            return folder, lock
 
 
-def _sizes(num_nodes: int) -> tuple[int, ...]:
-    return (len(_TOTALS), num_nodes + 1, num_nodes, num_nodes, len(PARTS), len(REASONS))
+def _remove_folder(folder: str, lock: int, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the front end
+        return
+    _collector.folders.remove(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def remove_stale_folders() -> None:
+    """Remove the folders that killed front ends of this user have left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):  # in use, another user's, or gone
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+            finally:
+                os.close(lock)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,20 +32,21 @@ class CloverOptions:
     Args:
         tree: `best_first` grows every tree by joint probability; `chain` drafts one path, as vLLM's
             own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
-            a list of paths of child ranks, such as [[0], [1], [0, 0]], is a fixed tree of one's own.
+            a list of paths of child ranks, such as [[0], [1], [0, 0]], is a custom fixed tree.
             A fixed tree is cut to its first `num_speculative_tokens` nodes.
-        draft_rounds: most drafting levels of `best_first`, so its greatest depth; by default 4 for up to
-            8 nodes, 5 up to 12, 6 above.
+        draft_rounds: maximum number of drafting levels of `best_first`, and so its maximum depth; by default
+            4 for up to 8 nodes, 5 up to 12, 6 above.
         draft_width: nodes that each level of `best_first` expands; by default a quarter of the nodes,
             at least 2.
-        draft_candidates: children considered per node in `best_first`.
-        draft_top_p: a child is dropped once its likelier siblings hold this share of their parent's
+        draft_candidates: children considered per node in `best_first`; by default the number of nodes, at
+            most 8.
+        draft_top_p: a child is dropped once its more likely siblings hold this share of their parent's
             probability (Clover, arXiv 2405.00263); 1 keeps all.
         draft_min_share: a child is dropped if it is less likely than this share of its best sibling;
             0 keeps all, Clover used 0.25.
         draft_min_joint: a node of `best_first` is expanded if the joint probability of its path is at
-            least this. On a CPU, a level that no request grows into is not computed, which is where the
-            default comes from: it saves more time than its tokens are worth.
+            least this; 0 expands all. A level that no request grows into is not computed on a CPU, which
+            saves more time there than its tokens are worth.
 
     Raises:
         UserError: a value that cannot work.
@@ -126,6 +129,23 @@ class CloverOptions:
         return self.tree if isinstance(self.tree, str) else f"fixed tree of {len(self.tree)} nodes"
 
 
+def options_table() -> str:
+    """Clover's options as a Markdown table, from the docstring of `CloverOptions`."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    meanings = _meanings(CloverOptions.__doc__ or "")
+    for field in fields(CloverOptions):
+        default = "(see meaning)" if field.default is None else f"`{field.default}`"
+        lines.append(f"| `{field.name}` | {default} | {meanings[field.name]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """By name, what the section "Args" of a docstring says."""
+    section = inspect.cleandoc(docstring).partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"^ {4}(\w+): ", section, flags=re.MULTILINE)[1:]
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+
+
 def _is_path(path: object) -> bool:
     return isinstance(path, list) and bool(path) and all(type(rank) is int for rank in path)
 
@@ -134,7 +154,7 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
     """Whether a speculative configuration names Clover-2, or a head whose config.json says so.
 
     Raises:
-        UserError: it names something much like Clover-2.
+        UserError: the method's name is close to Clover-2's, or the head is a folder that does not exist.
     """
     if not given:
         return False
@@ -146,13 +166,35 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
     model = given.get("model")
     if not isinstance(model, str) or not model:
         return False
+    if re.match(r"[/~]|\.\.?/", model) or ("://" not in model and model.count("/") > 1):
+        _check_local(model)
     if not Path(model).is_dir() and os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
         return False  # nothing is asked of another hub; "method" says it there
     try:
         found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
     except Exception:  # no such model, no network, not a model: vLLM's own methods explain that
+        if "/" in model and "://" not in model and Path(model).parent.is_dir():
+            _check_local(model)  # a folder's name and a name on the hub look alike
         return False
     return found.get("model_type") == METHOD
+
+
+def _check_local(model: str) -> None:
+    """Refuse a head's folder that vLLM would explain in many lines.
+
+    Raises:
+        UserError: it does not exist or is not a model's.
+    """
+    path = Path(model)
+    if not path.exists():
+        raise UserError(
+            f'The speculative option "model" is {model!r}, which does not exist; give a full path to a head\'s '
+            "folder, or its name on the hub."
+        )
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json")):
+        raise UserError(
+            f'The speculative option "model" is {model!r}, a folder without config.json; give the folder of a head.'
+        )
 
 
 OPTION_NAMES = tuple(field.name for field in fields(CloverOptions))

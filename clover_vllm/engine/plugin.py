@@ -13,8 +13,8 @@ def register() -> None:
     """Make vLLM know the method clover2; harmless if called again.
 
     vLLM calls this in each of its processes (API server, engine core, workers, model inspection).
-    On a vLLM that is not as expected nothing is registered, and asking for clover2 says why. Nothing is
-    raised, since vLLM without Clover would end of it.
+    On an unsupported vLLM nothing is registered, and asking for clover2 says why. Nothing is
+    raised, since an exception would end vLLM without Clover too.
     """
     try:
         _register()
@@ -43,6 +43,7 @@ def _register() -> None:
 
     hooks.install_sampling(SamplingParams)
     hooks.install_lookahead(VllmConfig)
+    hooks.install_runner_choice(VllmConfig)
     AutoConfig.register("clover2", Clover2Config, exist_ok=True)
     if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(

@@ -24,7 +24,7 @@ from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.drafting.pending import PendingDrafts
 from clover_vllm.engine.drafting.proposer import AcceptedRows, Clover2Proposer, accepted_rows
 from clover_vllm.engine.endings import ending_of
-from clover_vllm.engine.metrics import AcceptanceWatch, Counters, counters_path
+from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.scorer import TreeScorer
 from clover_vllm.engine.verification import TargetLayers
 from clover_vllm.tree import Tree
@@ -250,12 +250,12 @@ class CloverRunner(GPUModelRunner):
         return drafted.likeliest_chain()
 
     def _open_counters(self) -> Counters:
-        """In a file that the front end reads too; one rank counts for all."""
-        if not get_tp_group().is_first_rank:
-            return Counters(self.num_spec_tokens)
-        base, engine = self.speculative_config.counters, self.parallel_config.data_parallel_index
-        counters = Counters(self.num_spec_tokens, counters_path(base, engine))
-        counters.open()
+        """One rank counts for all, in files that the front end reads."""
+        counters = Counters(self.num_spec_tokens)
+        if get_tp_group().is_first_rank:
+            engine = str(self.parallel_config.data_parallel_index)
+            labels = {"model_name": str(self.model_config.served_model_name), "engine": engine}
+            counters.export(self.speculative_config.counters, labels)
         return counters
 
 

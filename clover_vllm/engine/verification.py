@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clover_vllm.attention.cpu.cache_rows import CacheRows
-from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
+from clover_vllm.engine.support import refuse_trees
 from clover_vllm.tree.step import CurrentStep
 
 if TYPE_CHECKING:
@@ -25,24 +25,18 @@ class TargetLayers:
         Raises:
             UserError: trees are not supported for this target on this platform.
         """
-        if len(runner.kv_cache_config.kv_cache_groups) != 1 or runner.uses_mrope:
-            raise UserError(
-                "Clover-2 cannot verify trees for targets with several kinds of attention or with "
-                'M-RoPE yet; set the speculative option "tree" to "chain".'
-            )
-        if runner.vllm_config.kv_transfer_config is not None:
-            raise UserError(
-                "Clover-2 cannot verify trees with a KV connector yet, which may save rows before they are "
-                'moved into place; set the speculative option "tree" to "chain".'
-            )
+        for problem, found in (
+            ("several kinds of attention", len(runner.kv_cache_config.kv_cache_groups) != 1),
+            ("M-RoPE", runner.uses_mrope),
+            ("a KV connector", runner.vllm_config.kv_transfer_config is not None),
+        ):
+            if found:
+                raise refuse_trees(problem)
         groups = list(runner._attn_group_iterator())
         for group in groups:
             builder = group.get_metadata_builder()
             if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
-                raise UserError(
-                    "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
-                    'option "tree" to "chain".'
-                )
+                raise refuse_trees("attention other than vLLM's CPU backend")
             builder.prepare_trees()
             builder.current, builder.timer = current, timer
         for group in runner.drafter.draft_attn_groups:  # one layout for all; these attend without trees
@@ -56,10 +50,7 @@ class TargetLayers:
     @staticmethod
     def _cache(layer: Any) -> torch.Tensor:
         if not isinstance(layer.impl, TreeCPUAttentionImpl):
-            raise UserError(
-                "Clover-2 verifies trees only with vLLM's CPU attention yet; set the speculative "
-                'option "tree" to "chain".'
-            )
+            raise refuse_trees("attention other than vLLM's CPU backend")
         layer.impl.check_trees()
         cache: torch.Tensor = layer.kv_cache
         return cache

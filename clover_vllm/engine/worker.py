@@ -8,9 +8,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from clover_vllm.base.errors import UserError
 from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors, making_runner
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
+from clover_vllm.engine.support import refuse
 
 
 class CloverCPUWorker(CPUWorker):
@@ -43,4 +43,4 @@ class CloverGPUWorker(Worker):
 
 def _refuse_v2(use_v2_model_runner: bool) -> None:
     if use_v2_model_runner:
-        raise UserError("Clover-2 needs vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
+        raise refuse("vLLM's V2 model runner")

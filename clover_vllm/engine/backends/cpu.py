@@ -27,9 +27,8 @@ from clover_vllm.attention.cpu.tree_attention import (
     native_kernel,
     tree_attention,
 )
-from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
-from clover_vllm.engine.config import is_tree_cache_dtype
+from clover_vllm.engine.support import is_tree_cache_dtype, refuse_trees
 from clover_vllm.tree.draft import causal_masks
 from clover_vllm.tree.step import CurrentStep, Step
 
@@ -69,17 +68,10 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         if self.isa == "amx":  # wherever vLLM takes this layout, "vec" works too
             self.isa: str = TREE_ISA
             self._set_isa_to_layers(self.layer_names)
-        problem = None
         if self.isa != TREE_ISA:
-            problem = f"the CPU attention kernel {self.isa!r} (only {TREE_ISA!r} is supported)"
-        elif not is_tree_cache_dtype(self.kv_cache_dtype, self.dtype):
-            problem = f"the KV cache type {self.kv_cache_dtype}"
-        if problem is not None:
-            raise UserError(
-                f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" to '
-                '"chain".'
-            )
-        native_kernel()  # where it was not built, the log says so now and not in the first step
+            raise refuse_trees("the CPU attention kernel", repr(self.isa))
+        if not is_tree_cache_dtype(self.kv_cache_dtype, self.dtype):
+            raise refuse_trees("the KV cache type", self.kv_cache_dtype)
 
     def build(
         self,
@@ -233,10 +225,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         }
         for problem, found in problems.items():
             if found:
-                raise UserError(
-                    f'Clover-2 cannot verify trees with {problem} yet; set the speculative option "tree" '
-                    'to "chain".'
-                )
+                raise refuse_trees(problem)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

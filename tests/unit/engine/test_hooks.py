@@ -158,13 +158,14 @@ def test_unsupported_vllm_keeps_its_own_functions(monkeypatch: pytest.MonkeyPatc
     from transformers import AutoConfig
 
     monkeypatch.setattr(hooks, "SUPPORTED_VLLM", ("0.1.0",))
-    spies = {name: Mock() for name in ("install", "install_sampling")}
+    spies = {name: Mock() for name in ("install", "install_sampling", "install_runner_choice")}
     for name, spy in spies.items():
         monkeypatch.setattr(hooks, name, spy)
     monkeypatch.setattr(AutoConfig, "register", Mock())
     plugin.register()
     spies["install"].assert_called_once()
     spies["install_sampling"].assert_not_called()
+    spies["install_runner_choice"].assert_not_called()
     AutoConfig.register.assert_not_called()
 
 
@@ -242,6 +243,27 @@ def test_the_other_runner_is_refused_before_the_engine_starts(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(UserError, match="V1 model runner"):
         configuration(pair[0], {"method": "clover2", "model": str(pair[1])})
+
+
+def test_the_choice_of_the_v1_runner_is_this_engines_alone(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine where vLLM prefers its V2 runner; pickled to the worker, it is still V1."""
+    import os
+    import pickle
+
+    import vllm.config.vllm
+
+    monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)
+    monkeypatch.setattr(vllm.config.VllmConfig, "_validate_v2_model_runner", Mock())
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    before = dict(os.environ)
+    made = configuration(pair[0], {"method": "clover2", "model": str(pair[1])})
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert not any("RUNNER" in name for name in changed)
+    assert not made.use_v2_model_runner
+    assert not pickle.loads(pickle.dumps(made)).use_v2_model_runner
+    assert EngineArgs(model=str(pair[0]), skip_tokenizer_init=True).create_engine_config().use_v2_model_runner
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from clover_vllm.engine import metrics
-from clover_vllm.engine.metrics import AcceptanceWatch, CounterCollector, Counters
+from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.runner import CloverRunner
 from clover_vllm.tree import Tree
 from clover_vllm.tree.step import Step
@@ -69,52 +70,123 @@ def test_padding_of_the_scheduler_is_no_draft() -> None:
 class Config:
     """Stands for CloverSpeculativeConfig."""
 
-    num_speculative_tokens = 6
+
+def exported() -> str:
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(metrics._collector)
+    return generate_latest(registry).decode()
 
 
-def test_front_end_and_workers_share_files_that_go_with_the_configuration() -> None:
-    config = Config()
-    base = metrics.export_counters(config, "small", engines=2)
-    paths = [Path(metrics.counters_path(base, engine)) for engine in (0, 1)]
-    assert all(path.exists() for path in paths)
-    workers = [Counters(6, str(path)) for path in paths]
-    assert b"clover:tree_nodes" not in generate_latest(_only(metrics._collector))
-    for worker in workers:
-        worker.open()
-        worker.count_step(step([0]), [True, True], {})
-    text = generate_latest(_only(metrics._collector)).decode()
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder of this test, without PROMETHEUS_MULTIPROC_DIR."""
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def check_two_engines(text: str) -> None:
     for engine in (0, 1):
         labels = f'engine="{engine}",model_name="small"'
         assert f"clover:tree_nodes_count{{{labels}}} 1.0" in text
         assert f"clover:tree_nodes_sum{{{labels}}} 4.0" in text
+        for size, count in (("3.0", "0.0"), ("4.0", "1.0"), ("+Inf", "1.0")):
+            bucket = f'engine="{engine}",le="{size}",model_name="small"'
+            assert f"clover:tree_nodes_bucket{{{bucket}}} {count}" in text
         assert f'clover:accepted_depth_total{{depth="1",{labels}}} 1.0' in text
         assert f'clover:accepted_depth_total{{depth="2",{labels}}} 0.0' in text
+        assert f"clover:promised_tokens_total{{{labels}}} 1.65" in text
     assert text.count("# TYPE clover:tree_nodes histogram") == 1
+    assert text.count("# TYPE clover:fallbacks_total counter") == 1
+
+
+def count_in_two_engines(folder: str) -> None:
+    for engine in ("0", "1"):
+        worker = Counters(6)
+        worker.export(folder, {"model_name": "small", "engine": engine})
+        worker.count_step(step([0]), [True, True], {})
+
+
+def test_front_end_and_workers_share_a_private_folder_that_goes_with_the_configuration(
+    temporary: Path,
+) -> None:
+    config = Config()
+    folder = metrics.export_counters(config)
+    assert Path(folder).parent == temporary
+    assert Path(folder).stat().st_mode & 0o077 == 0
+    assert "clover:tree_nodes" not in exported()
+    count_in_two_engines(folder)
+    check_two_engines(exported())
     del config
     gc.collect()
-    assert not any(path.exists() for path in (Path(base), *paths))
-    assert b"clover:tree_nodes" not in generate_latest(_only(metrics._collector))
+    assert not list(temporary.iterdir())
+    assert "clover:tree_nodes" not in exported()
 
 
-def _only(collector: CounterCollector) -> CollectorRegistry:
-    registry = CollectorRegistry(auto_describe=True)
-    registry.register(collector)
-    return registry
+def test_several_api_servers_read_the_files_by_prometheus_own_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM sets PROMETHEUS_MULTIPROC_DIR then, and each API server reads it with this collector."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    config = Config()
+    folder = metrics.export_counters(config)
+    assert folder == str(tmp_path)
+    count_in_two_engines(folder)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    check_two_engines(generate_latest(registry).decode())
+    assert "clover:tree_nodes" not in exported()
 
 
-def test_without_a_file_nothing_breaks(
+def test_collectors_see_only_files_that_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prometheus_client cannot read an empty file."""
+    original = metrics.MmapedDict.read_value
+
+    def look(self: Any, key: str) -> Any:
+        assert not list(tmp_path.glob("*.db"))
+        return original(self, key)
+
+    monkeypatch.setattr(metrics.MmapedDict, "read_value", look)
+    metrics.MetricsFile(str(tmp_path), "counter", metrics._counters(2, {"engine": "0"}))
+    (made,) = tmp_path.iterdir()
+    assert made.name.startswith("counter_")
+    assert made.suffix == ".db"
+    assert made.stat().st_mode & 0o077 == 0
+
+
+def test_the_next_start_removes_the_folders_of_killed_front_ends_alone(temporary: Path) -> None:
+    alive = Config()
+    kept = metrics.export_counters(alive)
+    killed = temporary / f"{metrics.FOLDER_PREFIX}killed"
+    killed.mkdir()
+    (killed / "counter_clover-1.db").write_bytes(b"x")
+    elsewhere = temporary / "elsewhere"
+    elsewhere.mkdir()
+    link = temporary / f"{metrics.FOLDER_PREFIX}link"
+    link.symlink_to(elsewhere)
+    metrics.remove_stale_folders()
+    assert not killed.exists()
+    assert Path(kept).is_dir()
+    assert elsewhere.is_dir()
+    assert link.is_symlink()
+
+
+@pytest.mark.usefixtures("temporary")
+def test_without_a_folder_nothing_breaks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(**_: Any) -> Any:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(metrics.tempfile, "mkstemp", full)
+    monkeypatch.setattr(metrics.tempfile, "mkdtemp", full)
     monkeypatch.setattr(metrics.logger, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="vllm.clover"):
-        assert metrics.export_counters(Config(), "small", engines=1) == ""
+        assert metrics.export_counters(Config()) == ""
     assert "No space left" in caplog.text
-    assert metrics.counters_path("", 0) == ""
-    Counters(6, "/no/such/file").count_step(step([0]), [True, True], {})
+    for folder in ("", "/no/such/folder"):
+        counters = Counters(6)
+        counters.export(folder, {})
+        counters.count_step(step([0]), [True, True], {})
 
 
 @pytest.mark.parametrize(

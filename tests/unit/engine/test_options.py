@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ import pytest
 from small import one_sentence
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.options import OPTION_NAMES, CloverOptions, split_options
+from clover_vllm.engine.options import (
+    OPTION_NAMES,
+    CloverOptions,
+    asks_for_clover,
+    options_table,
+    split_options,
+)
 from clover_vllm.tree import PUBLISHED_25
 
 SHARED = ("method", "model", "num_speculative_tokens")
@@ -69,8 +76,6 @@ def test_fixed_trees_are_cut_to_the_number_of_nodes() -> None:
 
 
 def test_configuration_asks_for_clover_by_method_or_by_the_head(tmp_path: Path) -> None:
-    from clover_vllm.engine.options import asks_for_clover
-
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clover2"}))
     other = tmp_path / "other"
     other.mkdir()
@@ -79,6 +84,44 @@ def test_configuration_asks_for_clover_by_method_or_by_the_head(tmp_path: Path) 
     assert asks_for_clover({"model": str(tmp_path)})
     assert not asks_for_clover({"method": "eagle", "model": str(tmp_path)})
     assert not asks_for_clover({"model": str(other)})
-    assert not asks_for_clover({"model": str(tmp_path / "missing")})
     assert not asks_for_clover({"method": "ngram"})
     assert not asks_for_clover(None)
+
+
+@pytest.mark.parametrize("name", ["{0}/missing", "~/missing", "./missing", "../missing", "some/where/head"])
+def test_a_missing_folder_without_a_method_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="does not exist") as caught:
+        asks_for_clover({"model": name.format(tmp_path)})
+    one_sentence(caught.value)
+
+
+def test_a_missing_folder_beside_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the name could be one of the hub too, which does not know it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heads").mkdir()
+    with pytest.raises(UserError, match="'heads/missing', which does not exist"):
+        asks_for_clover({"model": "heads/missing"})
+    assert not asks_for_clover({"model": "organisation/missing"})
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"without config\.json") as caught:
+        asks_for_clover({"model": str(tmp_path)})
+    one_sentence(caught.value)
+    (tmp_path / "params.json").write_text("{}")  # Mistral's form
+    assert not asks_for_clover({"model": str(tmp_path)})
+    assert not asks_for_clover({"model": "s3://bucket/some/head"})
+
+
+def test_every_option_is_documented_with_its_default() -> None:
+    rows = options_table().splitlines()[2:]
+    assert len(rows) == len(dataclasses.fields(CloverOptions))
+    for row, field in zip(rows, dataclasses.fields(CloverOptions), strict=True):
+        name, default, meaning = (cell.strip() for cell in row.strip("|").split(" | "))
+        assert name == f"`{field.name}`"
+        assert len(meaning.split()) > 5, f"{field.name} is not explained"
+        assert "  " not in meaning
+        if field.default is None:
+            assert "by default" in meaning
+        else:
+            assert default == f"`{field.default}`"

@@ -1,0 +1,258 @@
+"""What Clover-2 refuses: one table, from which the configuration, the worker and the docs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm import envs
+from vllm.config import ModelConfig, ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.interfaces import supports_eagle3
+
+from clover_vllm.base.errors import UserError
+
+WORKERS = {
+    "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
+    "cuda": "clover_vllm.engine.worker.CloverGPUWorker",
+}
+"""Worker class by `vllm.platforms.current_platform.device_type`."""
+
+USE_CHAIN = 'set the speculative option "tree" to "chain"'
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before the engine starts.
+
+    Attributes:
+        device: `vllm.platforms.current_platform.device_type`.
+        engine_args: that all of it comes from.
+    """
+
+    target: ModelConfig
+    parallel: ParallelConfig
+    device: str
+    engine_args: EngineArgs
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that Clover-2 does not work with.
+
+    Attributes:
+        what: its name in the sentence; details may follow it.
+        why: for the docs.
+        instead: what to do.
+        detect: finds it before the engine starts; a string is a detail for the sentence. None: only the
+            worker can tell.
+        trees_only: chains work with it.
+        in_worker: the worker checks too, on the layers that it has loaded.
+    """
+
+    what: str
+    why: str
+    instead: str
+    detect: Callable[[Setup], bool | str] | None
+    trees_only: bool = False
+    in_worker: bool = False
+
+    def error(self, detail: str = "") -> UserError:
+        """The sentence for users."""
+        what = f"{self.what} {detail}" if detail else self.what
+        verb = "cannot verify trees" if self.trees_only else "does not work"
+        return UserError(f"Clover-2 {verb} with {what} yet; {self.instead}.")
+
+
+def is_tree_cache_dtype(cache_dtype: str, dtype: torch.dtype) -> bool:
+    """Whether trees are verified with this `--kv-cache-dtype` and a target of this dtype."""
+    return cache_dtype in ("auto", str(dtype).removeprefix("torch."))
+
+
+def _other_device(setup: Setup) -> str:
+    return "" if setup.device in WORKERS else repr(setup.device)
+
+
+def _other_worker(setup: Setup) -> str:
+    chosen = setup.parallel.worker_cls
+    return "" if chosen in ("auto", WORKERS[setup.device]) else str(chosen)
+
+
+def _hidden_states_missing(setup: Setup) -> str:
+    if setup.device != "cpu":  # elsewhere a model's module may touch the device, which is the worker's to do
+        return ""
+    target = setup.target
+    model, architecture = target.registry.resolve_model_cls(target.architectures, target)
+    return "" if supports_eagle3(model) else f"(vLLM's {architecture} lacks SupportsEagle3)"
+
+
+def _cache_dtype(setup: Setup) -> str:
+    chosen = setup.engine_args.kv_cache_dtype
+    return "" if is_tree_cache_dtype(chosen, setup.target.dtype) else str(chosen)
+
+
+def _sliding_window(setup: Setup) -> bool:
+    used = getattr(setup.target.hf_text_config, "use_sliding_window", True)
+    return setup.target.get_sliding_window() is not None and bool(used)
+
+
+def _trees(
+    what: str, why: str, detect: Callable[[Setup], bool | str] | None, in_worker: bool = False
+) -> Refusal:
+    return Refusal(what, why, USE_CHAIN, detect, trees_only=True, in_worker=in_worker)
+
+
+REFUSALS = (  # cheap checks first; the last one of those that always hold imports the target's module
+    Refusal(
+        "pipeline parallelism",
+        "the head needs the last hidden states and the embeddings on one rank",
+        "use tensor parallelism",
+        lambda setup: setup.parallel.pipeline_parallel_size > 1,
+    ),
+    Refusal("the device", "there is no worker for others", f"it runs on {', '.join(WORKERS)}", _other_device),
+    Refusal(
+        "vLLM's V2 model runner",
+        "Clover-2 extends the V1 runner",
+        "set VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 model runner",
+        lambda _: bool(envs.VLLM_USE_V2_MODEL_RUNNER),
+        in_worker=True,
+    ),
+    Refusal(
+        "watermarks",
+        "only vLLM's V2 model runner supports them",
+        "remove --watermark-config",
+        lambda setup: setup.engine_args.watermark_config is not None,
+    ),
+    Refusal(
+        "HiSparse",
+        "only vLLM's V2 model runner supports it",
+        "remove hisparse_config from --attention-config",
+        lambda setup: setup.engine_args.attention_config.hisparse_config is not None,
+    ),
+    Refusal(
+        "the worker class",
+        "Clover-2 brings its own worker class",
+        "remove --worker-cls",
+        _other_worker,
+    ),
+    _trees(
+        "attention other than vLLM's CPU backend",
+        "only the CPU kernel takes tree masks",
+        lambda setup: setup.device != "cpu",
+        in_worker=True,
+    ),
+    _trees("the KV cache type", "the tree kernel reads the target's dtype", _cache_dtype, in_worker=True),
+    _trees(
+        "a KV connector",
+        "it may save rows before they are moved into place",
+        lambda setup: setup.engine_args.kv_transfer_config is not None,
+        in_worker=True,
+    ),
+    _trees(
+        "multi-head latent attention",
+        "its cache holds no keys and values per head",
+        lambda setup: setup.target.use_mla,
+    ),
+    _trees(
+        "M-RoPE",
+        "the position of a node would be three numbers",
+        lambda setup: setup.target.uses_mrope,
+        in_worker=True,
+    ),
+    _trees(
+        "soft-capped scores",
+        "the tree kernel does not cap",
+        lambda setup: bool(getattr(setup.target.hf_text_config, "attn_logit_softcapping", None)),
+        in_worker=True,
+    ),
+    _trees(
+        "ALiBi",
+        "the tree kernel adds no bias",
+        lambda setup: bool(getattr(setup.target.hf_text_config, "alibi", False)),
+        in_worker=True,
+    ),
+    _trees(
+        "sliding-window attention",
+        "the tree kernel attends to the whole prefix",
+        _sliding_window,
+        in_worker=True,
+    ),
+    _trees(
+        "chunked local attention",
+        "the tree kernel attends to the whole prefix",
+        lambda setup: setup.target.attention_chunk_size is not None,
+    ),
+    _trees(
+        "state-space layers",
+        "a state has no rows that could be masked",
+        lambda setup: setup.target.is_hybrid or setup.target.is_attention_free,
+    ),
+    _trees("several kinds of attention", "accepted rows are moved in one KV cache group", None, True),
+    _trees("the CPU attention kernel", "the tree kernel reads one of vLLM's cache layouts", None, True),
+    _trees("attention sinks", "the tree kernel adds none", None, True),
+    _trees("layers that share their KV cache", "their rows would be moved twice", None, True),
+    _trees("attention that is not a decoder's", "tree masks are causal", None, True),
+    Refusal(
+        "a target that does not return its hidden states",
+        "the head reads the target's last hidden state",
+        "serve this target without Clover-2",
+        _hidden_states_missing,
+    ),
+)
+
+_BY_NAME = {refusal.what: refusal for refusal in REFUSALS}
+
+
+def check_supported(setup: Setup, trees: bool) -> None:
+    """Refuse what can be seen before anything is loaded.
+
+    Args:
+        setup: the engine's.
+        trees: whether trees may branch.
+
+    Raises:
+        UserError: the first refusal that applies.
+    """
+    for refusal in REFUSALS:
+        if refusal.detect is None or (refusal.trees_only and not trees):
+            continue
+        found = refusal.detect(setup)
+        if found:
+            raise refusal.error(found if isinstance(found, str) else "")
+
+
+def refuse(what: str, detail: str = "") -> UserError:
+    """The sentence of a refusal in the table, for checks outside this module.
+
+    Args:
+        what: `Refusal.what`.
+        detail: follows it, such as the name of a type.
+
+    Raises:
+        KeyError: the table has no such entry.
+    """
+    return _BY_NAME[what].error(detail)
+
+
+def refuse_trees(what: str, detail: str = "") -> UserError:
+    """As `refuse`, for what only trees do not work with."""
+    assert _BY_NAME[what].trees_only, f"{what} is refused with chains too"
+    return refuse(what, detail)
+
+
+def refusal_table() -> str:
+    """All refusals as a Markdown table."""
+    lines = ["| refused | with | why | what to do | found at start | checked by the worker |"]
+    lines.append("|---|---|---|---|---|---|")
+    for refusal in REFUSALS:
+        cells = (
+            refusal.what,
+            "trees" if refusal.trees_only else "trees and chains",
+            refusal.why,
+            refusal.instead,
+            "yes" if refusal.detect else "no",
+            "yes" if refusal.in_worker else "no",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
