@@ -24,7 +24,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from clover_vllm.attention.cpu.tree_attention import (
     MAX_ROWS,
     TreeAttentionInputs,
-    native_kernel,
     tree_attention,
 )
 from clover_vllm.base.timing import StepTimer
