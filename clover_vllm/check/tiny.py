@@ -25,8 +25,8 @@ def make_tiny_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from clover_vllm.heads.checkpoint import save_head
     from clover_vllm.heads.clover2 import Clover2DraftModel
+    from clover_vllm.heads.clover2.checkpoint import save_head
     from clover_vllm.heads.clover2.init import config_for_target, init_from_target
     from clover_vllm.target.frozen import FrozenTarget
 

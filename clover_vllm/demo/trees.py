@@ -14,7 +14,7 @@ from clover_vllm.base.paths import shipped_head
 from clover_vllm.base.show import print_table
 from clover_vllm.eval.evaluate import Answer, Evaluator, accepted_nodes, best_first, outcome_of
 from clover_vllm.eval.report import ShapeResult, table
-from clover_vllm.heads.checkpoint import load_head
+from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.target.make import make_target
 from clover_vllm.tree import ROOT, Tree

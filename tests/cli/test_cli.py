@@ -15,8 +15,8 @@ from small import tiny_llama
 from typer.testing import CliRunner, Result
 
 from clover_vllm.cli import app
-from clover_vllm.heads.checkpoint import save_head
 from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import save_head
 
 COMMANDS = ["target", "data", "train", "eval", "convert", "bench", "torture", "trees", "demo"]
 

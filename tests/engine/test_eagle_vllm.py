@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from clover_vllm.heads.clover2.init import config_for_target
-from clover_vllm.heads.eagle1.model import Eagle1DraftModel, init_eagle1, save_eagle1
+from clover_vllm.heads.eagle1.checkpoint import save_eagle1
+from clover_vllm.heads.eagle1.init import init_eagle1
+from clover_vllm.heads.eagle1.model import Eagle1DraftModel
 from clover_vllm.target.frozen import FrozenTarget
 
 _WORKER = """
@@ -34,7 +35,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.engine
 def test_vllm_loads_the_eagle1_head_and_says_what_the_target_says(
     tiny_target: Path, frozen: FrozenTarget, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from length import length
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.eval.evaluate import Answer, Evaluator, best_first
-from clover_vllm.heads.checkpoint import load_head
+from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.target.frozen import FrozenTarget
 
 pytestmark = pytest.mark.timeout(3600)

@@ -9,8 +9,8 @@ import torch
 from engines import run_engine, tokens_of
 from pairs import VOCAB, llm, make_pair, random_requests, speculative
 
-from clover_vllm.heads.checkpoint import save_head
 from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.heads.clover2.config import Clover2Config
 
 

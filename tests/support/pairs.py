@@ -17,8 +17,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from clover_vllm.heads.checkpoint import save_head
 from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.heads.clover2.init import config_for_target, init_from_target
 from clover_vllm.target.frozen import FrozenTarget
 

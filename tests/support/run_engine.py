@@ -134,7 +134,7 @@ class HeadProbe:
     """
 
     def __init__(self, runner: Any, folder: str) -> None:
-        from clover_vllm.heads.checkpoint import load_head
+        from clover_vllm.heads.clover2.checkpoint import load_head
 
         self.runner = runner
         self.reference = load_head(Path(folder)).float()

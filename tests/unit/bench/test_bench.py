@@ -34,8 +34,8 @@ from clover_vllm.bench.through_server import steady_part
 from clover_vllm.bench.worker import Run
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.cli import app
-from clover_vllm.heads.checkpoint import save_head
 from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import save_head
 
 
 def comparison() -> Comparison:

@@ -19,8 +19,9 @@ from vllm.engine.arg_utils import EngineArgs
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine import hooks, plugin
-from clover_vllm.heads.checkpoint import probe_lm_head, save_head
 from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import save_head
+from clover_vllm.heads.weights import probe_lm_head
 
 
 def test_installed_vllm_is_as_expected() -> None:

@@ -227,6 +227,7 @@ def test_two_processes_train_as_one_with_accumulation(
     assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_as_if_never_killed(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
     options: list[object] = ["train", "--target", tiny_target, "--data", tiny_answers, "--batch-tokens", 16]
     options += ["--epochs", 2, "--log-every", 1, "--save-every", 4, "--dtype", "float32"]
@@ -278,6 +279,7 @@ callbacks.on_save(SimpleNamespace(output_dir=folder), state, None)
 """
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_a_checkpoint_and_mark_it_when_all_have_written(tmp_path: Path) -> None:
     for rank, step in ((0, 8), (1, 4)):  # what two hosts see
         (tmp_path / f"host{rank}" / f"checkpoint-{step}").mkdir(parents=True)
