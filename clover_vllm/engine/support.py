@@ -192,6 +192,9 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     _trees("the CPU attention kernel", "the tree kernel reads one of vLLM's cache layouts", None, True),
     _trees("attention sinks", "the tree kernel adds none", None, True),
     _trees("layers that share their KV cache", "their rows would be moved twice", None, True),
+    _trees(
+        "layers whose caches differ in shape", "accepted rows are moved in all layers at once", None, True
+    ),
     _trees("attention that is not a decoder's", "tree masks are causal", None, True),
     Refusal(
         "a target that does not return its hidden states",

@@ -43,9 +43,10 @@ class TargetLayers:
             group.get_metadata_builder().prepare_trees()
         drafts = runner.drafter._draft_attn_layer_names
         layers = runner.compilation_config.static_forward_context
-        self._rows = CacheRows(
-            [self._cache(layers[n]) for g in groups for n in g.layer_names if n not in drafts]
-        )
+        caches = [self._cache(layers[name]) for g in groups for name in g.layer_names if name not in drafts]
+        if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
+            raise refuse_trees("layers whose caches differ in shape")
+        self._rows = CacheRows(caches)
 
     @staticmethod
     def _cache(layer: Any) -> torch.Tensor:

@@ -89,7 +89,9 @@ def _text(name: str, results: Path) -> str:
         )
     file = results / f"{name}.json"
     if not file.exists():
-        return f"Not measured yet: `clover-vllm {name} --output results` writes `results/{name}.json`."
+        return (
+            f"Not measured yet: `{name}`, told to write its output to `results`, makes `results/{name}.json`."
+        )
     try:
         return TABLES[name](json.loads(file.read_text())).strip()
     except (ValueError, KeyError, TypeError, IndexError) as error:

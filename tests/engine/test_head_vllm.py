@@ -39,7 +39,7 @@ def test_head_in_vllm_equals_the_reference(
             target,
             enforce_eager=eager,
             max_num_batched_tokens=48,
-            num_gpu_blocks_override=20,
+            num_gpu_blocks_override=14,
             speculative_config=speculative(tmp_path / "random", draft_min_joint=0.0),
         ),
         requests,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from clover_vllm.attention.cpu.tree_attention import native_library
-from clover_vllm.base.errors import UserError
 
 
 class CacheRows:
@@ -19,16 +18,9 @@ class CacheRows:
         Args:
             caches: per layer, vLLM's [blocks, kv heads, block size, 2 D] tensor, all of one shape
                 and with contiguous pages per block and head.
-
-        Raises:
-            UserError: the layers' caches have different shapes.
         """
         first = caches[0]
-        if any(cache.shape != first.shape or cache.stride() != first.stride() for cache in caches):
-            raise UserError(
-                "Clover-2 cannot verify trees for targets whose layers have caches of different shapes yet; set "
-                'the speculative option "tree" to "chain".'
-            )
+        assert all(cache.shape == first.shape and cache.stride() == first.stride() for cache in caches)
         assert first.stride()[2:] == (first.shape[3], 1), "pages must be contiguous"
         self._caches = list(caches)
         self._pointers = (ctypes.c_uint64 * len(caches))(*(cache.data_ptr() for cache in caches))
