@@ -80,7 +80,7 @@ def test_a_changed_result_makes_page_and_picture_stale(root: Path) -> None:
 
 def test_blocks_without_a_result_say_which_command_is_missing(tmp_path: Path) -> None:
     text = "<!-- generated: bench -->\n<!-- /generated -->\n"
-    assert "clover-vllm bench --output results" in rendered(text, tmp_path)
+    assert "`bench`, told to write its output to `results`" in rendered(text, tmp_path)
     assert rendered("no block", tmp_path) == "no block"
 
 
