@@ -22,7 +22,7 @@ from clover_vllm.heads.clover2.init import config_for_target, init_from_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.target.make import make_target
 
-FOLDERS = {"engine": "engine", "server": "server", "check": "engine"}
+FOLDERS = {"engine": "engine", "server": "server", "check": "engine", "packaging": "slow"}
 """Marks of the tests in a folder."""
 FIRST = ["test_engine_exact.py", "test_torture.py", "test_train.py", "test_data.py", "test_features.py"]
 """Files that take longest."""
