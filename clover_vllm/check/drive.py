@@ -141,13 +141,13 @@ class ScriptedTrees:
         sequence = int(match[1] or 0)
         return sequences[sequence][done:] if sequence < len(sequences) else []
 
-    def _remember(self, trees: Any, drafting: list[int], requests: int) -> Any:
+    def _remember(self, trees: Any, requests: int) -> Any:
         from clover_vllm.tree import Tree
 
         runner, rng = self._runner, self._rng
         vocab = runner.model_config.get_vocab_size()
-        made: list[Tree] = list(trees)
-        for i, r in enumerate(drafting):
+        made: dict[int, Tree] = dict(trees)
+        for r in runner.speculation.going:
             if rng.random() >= self._share:
                 continue
             name = runner.input_batch.req_ids[r]
@@ -156,12 +156,12 @@ class ScriptedTrees:
             if runner.drafter.options.tree == "chain":  # such an engine masks nothing
                 good = rng.randrange(min(len(right), nodes) + 1)
                 wrong = [rng.randrange(vocab) for _ in range(nodes - good)]
-                made[i] = Tree.chain(right[:good] + wrong)
+                made[r] = Tree.chain(right[:good] + wrong)
             else:
-                made[i] = Tree(*hide(rng, right, nodes, vocab))
-            self.nodes += len(made[i])
-            self.branching += not made[i].is_chain
-        return self._original(made, drafting, requests)
+                made[r] = Tree(*hide(rng, right, nodes, vocab))
+            self.nodes += len(made[r])
+            self.branching += not made[r].is_chain
+        return self._original(made, requests)
 
 
 def hide(rng: random.Random, right: list[int], nodes: int, vocab: int) -> tuple[list[int], list[int]]:

@@ -26,6 +26,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
+from clover_vllm.tree.forest import source_of
 from clover_vllm.tree.step import Step
 
 logger = init_logger("vllm.clover")
@@ -35,6 +36,12 @@ PARTS = ("verify", "sample", "move", "draft", "python")
 
 REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft")
 """Why a request got a chain, a shorter tree or no draft in a step."""
+
+SOURCES = ("head", "retrieved", "both")
+"""Where nodes of adaptive trees come from."""
+
+RECKONING = ("expected_seconds", "observed_seconds", "asleep_seconds")
+"""Seconds that steps were expected to take and took, and seconds in which drafting slept, of adaptive trees."""
 
 MIN_DRAFTS = 500
 """Greedy drafts after which acceptance is judged."""
@@ -59,6 +66,8 @@ class Counters:
         drafted, accepted: [num_nodes], trees that reached, and that were accepted to, depth i + 1.
         seconds: [len(PARTS)].
         fallbacks: [len(REASONS)].
+        nodes_of, accepted_of: [len(SOURCES)], nodes verified and accepted.
+        reckoning: [len(RECKONING)].
     """
 
     def __init__(self, num_nodes: int) -> None:
@@ -71,6 +80,8 @@ class Counters:
         self.totals, self.sizes, self.drafted, self.accepted, self.seconds, self.fallbacks = np.split(
             values, np.cumsum(sizes)[:-1]
         )
+        self.nodes_of, self.accepted_of = np.zeros(len(SOURCES)), np.zeros(len(SOURCES))
+        self.reckoning = np.zeros(len(RECKONING))
         self._files: list[MetricsFile] = []
 
     def export(self, folder: str, labels: Mapping[str, str]) -> None:
@@ -97,7 +108,20 @@ class Counters:
         histogram, counters = self._files
         histogram.write(np.concatenate((self.sizes, [0.0, self.total("nodes")])))
         named = [self.total("promised"), self.total("first")]
-        counters.write(np.concatenate((named, self.drafted, self.accepted, self.seconds, self.fallbacks)))
+        counters.write(
+            np.concatenate(
+                (
+                    named,
+                    self.reckoning,
+                    self.drafted,
+                    self.accepted,
+                    self.seconds,
+                    self.fallbacks,
+                    self.nodes_of,
+                    self.accepted_of,
+                )
+            )
+        )
 
     def total(self, name: str) -> float:
         """One of the totals, by name."""
@@ -120,9 +144,19 @@ class Counters:
             self.sizes[len(tree.tokens)] += 1
             self.drafted[: max(tree.depths)] += 1
             self.accepted[: len(nodes)] += 1
+            if tree.signals:
+                sources = [SOURCES.index(source_of(kind)) for kind, _ in tree.signals]
+                for source in sources:
+                    self.nodes_of[source] += 1
+                for node in nodes:
+                    self.accepted_of[sources[node]] += 1
         for i, part in enumerate(PARTS):
             self.seconds[i] += seconds.get(part, 0.0)
         self._write()
+
+    def count_reckoning(self, expected: float, observed: float, asleep: float) -> None:
+        """Add seconds by `RECKONING`."""
+        self.reckoning += (expected, observed, asleep)
 
     def count_fallback(self, reason: str) -> None:
         """Add a request that got less speculation for one of `REASONS`."""
@@ -207,12 +241,20 @@ def _counters(depths: int, labels: Mapping[str, str]) -> list[str]:
         ("clover:first_node_accepted", "Trees whose most likely node was accepted."),
     ):
         keys.append(_key(name, f"{name}_total", text, labels))
+    for name, text in zip(
+        RECKONING,
+        ("Seconds that steps were expected to take.", "Seconds that they took.", "Seconds without drafting."),
+        strict=True,
+    ):
+        keys.append(_key(f"clover:{name}", f"clover:{name}_total", text, labels))
     numbers = [str(depth + 1) for depth in range(depths)]
     for name, text, label, values in (
         ("clover:drafted_depth", "Trees that reach a depth.", "depth", numbers),
         ("clover:accepted_depth", "Trees accepted to a depth.", "depth", numbers),
         ("clover:step_seconds", "Seconds per part of a step.", "part", PARTS),
         ("clover:fallbacks", "Requests with less speculation.", "reason", REASONS),
+        ("clover:source_nodes", "Nodes verified, by who proposed them.", "source", SOURCES),
+        ("clover:source_accepted", "Nodes accepted, by who proposed them.", "source", SOURCES),
     ):
         keys += [_key(name, f"{name}_total", text, labels, **{label: value}) for value in values]
     return keys

@@ -20,9 +20,15 @@ METHOD = "clover2"
 """The method's name in vLLM's speculative configuration."""
 
 DEFAULT_NODES = 8
-"""Tree nodes per request and step where `num_speculative_tokens` is not given."""
+"""Tree nodes per request and step where `num_speculative_tokens` is not given, for trees of one size."""
 
-SHAPES = ("best_first", "chain", "published")
+MOST_NODES = 16
+"""The same for adaptive trees, where it is an upper bound."""
+
+ADAPTIVE_WIDTH = 4
+"""Nodes per request, on average over the batch, that a level of adaptive trees expands at most."""
+
+SHAPES = ("adaptive", "best_first", "chain", "published")
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,17 @@ class CloverOptions:
     """How trees are drafted.
 
     Args:
-        tree: `best_first` grows every tree by joint probability; `chain` drafts one path, as vLLM's
+        tree: `adaptive` sizes the trees of all requests together, step by step, by what nodes cost and earn;
+            `best_first` grows every tree to the same size by joint probability; `chain` drafts one path, as vLLM's
             own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
             a list of paths of child ranks, such as [[0], [1], [0, 0]], is a custom fixed tree.
             A fixed tree is cut to its first `num_speculative_tokens` nodes.
-        draft_rounds: maximum number of drafting levels of `best_first`, and so its maximum depth; by default
-            4 for up to 8 nodes, 5 up to 12, 6 above.
+        draft_rounds: maximum number of drafting levels, and so maximum depth, of what the head drafts; by default
+            12 for `adaptive`, and for `best_first` 4 for up to 8 nodes, 5 up to 12, 6 above.
         draft_width: nodes that each level of `best_first` expands; by default a quarter of the nodes,
             at least 2.
-        draft_candidates: children considered per node in `best_first`; by default the number of nodes, at
-            most 8.
+        draft_candidates: children considered per node in `adaptive` and `best_first`; by default the number of
+            nodes, at most 8.
         draft_top_p: a child is dropped once its more likely siblings hold this share of their parent's
             probability (Clover, arXiv 2405.00263); 1 keeps all.
         draft_min_share: a child is dropped if it is less likely than this share of its best sibling;
@@ -47,18 +54,25 @@ class CloverOptions:
         draft_min_joint: a node of `best_first` is expanded if the joint probability of its path is at
             least this; 0 expands all. A level that no request grows into is not computed on a CPU, which
             saves more time there than its tokens are worth.
+        retrieval: where `adaptive` finds continuations besides the head's: `all` in a request's own text and in
+            earlier answers of any request, `own` in its own text alone, so that nothing of a user's text reaches
+            another's drafts, `off` nowhere. Needs the package arctic-inference.
+        backlog_mib: most memory, in MiB, for hidden states that the head has not read because drafting did not pay.
+            The head drafts no more for requests whose states had to go.
 
     Raises:
         UserError: a value that cannot work.
     """
 
-    tree: str | list[list[int]] = "best_first"
+    tree: str | list[list[int]] = "adaptive"
     draft_rounds: int | None = None
     draft_width: int | None = None
     draft_candidates: int | None = None
     draft_top_p: float = 1.0
     draft_min_share: float = 0.0
     draft_min_joint: float = 0.3
+    retrieval: str = "all"
+    backlog_mib: int = 64
 
     def __post_init__(self) -> None:
         for name in ("draft_rounds", "draft_width", "draft_candidates"):
@@ -67,6 +81,12 @@ class CloverOptions:
                 raise UserError(
                     f"Clover's option {name} is {value!r}; it must be a whole number from 1 to {MAX_NODES}."
                 )
+        if self.retrieval not in ("all", "own", "off"):
+            raise UserError(f"Clover's option retrieval is {self.retrieval!r}; it must be all, own or off.")
+        if type(self.backlog_mib) is not int or self.backlog_mib < 1:
+            raise UserError(
+                f"Clover's option backlog_mib is {self.backlog_mib!r}; it must be a whole number of 1 or more."
+            )
         for name, low in (("draft_top_p", "above 0"), ("draft_min_share", "0"), ("draft_min_joint", "0")):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -75,12 +95,12 @@ class CloverOptions:
         self.fixed_shape(MAX_NODES)
 
     def fixed_shape(self, num_nodes: int) -> Shape | None:
-        """The fixed tree of at most `num_nodes` nodes, or None for `best_first`.
+        """The fixed tree of at most `num_nodes` nodes, or None for `adaptive` and `best_first`.
 
         Raises:
             UserError: the option `tree` does not describe one.
         """
-        if self.tree == "best_first":
+        if self.tree in ("adaptive", "best_first"):
             return None
         if self.tree == "chain":
             return chain(num_nodes)
@@ -118,8 +138,13 @@ class CloverOptions:
         """Most nodes that one drafting level expands."""
         shape = self.fixed_shape(num_nodes)
         if shape is None:
-            return self.width(num_nodes)
+            return ADAPTIVE_WIDTH if self.tree == "adaptive" else self.width(num_nodes)
         return max(len(shape.nodes_at(depth)) for depth in range(1, shape.max_depth + 1))
+
+    @property
+    def default_nodes(self) -> int:
+        """`num_speculative_tokens` where it is not given."""
+        return MOST_NODES if self.tree == "adaptive" else DEFAULT_NODES
 
     @property
     def cutoffs(self) -> Cutoffs:

@@ -22,13 +22,14 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.drafting.pending import PendingDrafts
-from clover_vllm.engine.drafting.proposer import AcceptedRows, Clover2Proposer, accepted_rows
+from clover_vllm.engine.drafting.proposer import Clover2Proposer
+from clover_vllm.engine.drafting.speculation import Speculation
 from clover_vllm.engine.endings import ending_of
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.scorer import TreeScorer
 from clover_vllm.engine.verification import TargetLayers
 from clover_vllm.tree import Tree
-from clover_vllm.tree.step import NEVER, CurrentStep, Step
+from clover_vllm.tree.step import CurrentStep, Step
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -60,6 +61,7 @@ class CloverRunner(GPUModelRunner):
         head = self.speculative_config.draft_model_config.hf_config
         self._watch = AcceptanceWatch(self.counters, head.first_acceptance)
         self._pending = PendingDrafts(self.counters.count_fallback)
+        self.speculation = Speculation(self)
         self._layers: TargetLayers | None = None  # where trees may branch
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -69,10 +71,12 @@ class CloverRunner(GPUModelRunner):
             holder.in_spec_mode = False  # the scorer samples as without speculation, row by row
         if self.drafter.options.tree != "chain" and self.kv_caches:
             self._layers = TargetLayers(self, self.current, self.timer)
+        self.speculation.initialize()
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         with self.timer.measure("verify"):
-            return super().execute_model(*args, **kwargs)
+            self.speculation.begin_step(scheduler_output)
+            return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
@@ -186,54 +190,20 @@ class CloverRunner(GPUModelRunner):
         assert isinstance(sampled_token_ids, list)
         assert aux_hidden_states is not None
         step = self.current.value
-        with self.timer.measure("python"):
-            accepted = self._accepted_rows(step, sampled_token_ids, common_attn_metadata)
         with self.timer.measure("draft"):
-            trees = self.drafter.draft(
-                aux_hidden_states[0], accepted, common_attn_metadata, self.num_spec_tokens
+            trees = self.speculation.draft(
+                step, sampled_token_ids, aux_hidden_states[0], common_attn_metadata
             )
         with self.timer.measure("python"):
-            return self._remember(trees, accepted.drafting, len(step.rows))
+            return self._remember(trees, len(step.rows))
 
-    def _accepted_rows(
-        self, step: Step, sampled: list[list[int]], common: CommonAttentionMetadata
-    ) -> AcceptedRows:
-        """What of the step is text now. Who ends with it, or has one token to go, gets no draft."""
-        batch = self.input_batch
-        kept: list[list[int]] = []
-        tokens: list[list[int]] = []
-        drafting: list[int] = []
-        input_ids = self.input_ids.cpu
-        computed = batch.num_computed_tokens_cpu[: len(step.rows)].tolist()
-        for r, (first, root) in enumerate(zip(step.first_rows, step.root_rows, strict=True)):
-            own = sampled[r]
-            before = list(range(first, root))  # a prompt chunk's rows; none for a decoding request
-            if own:
-                kept.append([*before, root, *(root + 1 + node for node in step.accepted[r])])
-                tokens.append([*input_ids[first + 1 : root + 1].tolist(), *own])
-                if step.endings.get(r, NEVER).leaves_room(own):
-                    drafting.append(r)
-            else:
-                following = self._token_at(batch.req_ids[r], computed[r] + step.rows[r])
-                kept.append([*before, root])
-                tokens.append([*input_ids[first + 1 : root + 1].tolist(), following])
-        vocab = self.drafter.model.config.vocab_size
-        return accepted_rows(kept, tokens, step.first_rows, computed, common.slot_mapping, drafting, vocab)
-
-    def _token_at(self, request_id: str, position: int) -> int:
-        """A request's token, or 0 where its prompt is given as embeddings: drafts there are poor then."""
-        try:
-            return self.requests[request_id].get_token_id(position)
-        except ValueError:
-            return 0
-
-    def _remember(self, trees: list[Tree], drafting: list[int], requests: int) -> list[list[int]]:
+    def _remember(self, trees: dict[int, Tree], requests: int) -> list[list[int]]:
         """Keep the drafts until they are verified, and tell the scheduler their tokens, by request."""
         if trees and self.parallel_config.tensor_parallel_size > 1:
             # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
             trees = get_tp_group().broadcast_object(trees, src=0)
         names = self.input_batch.req_ids
-        made = {names[r]: self._usable(names[r], tree) for r, tree in zip(drafting, trees, strict=True)}
+        made = {names[r]: self._usable(names[r], tree) for r, tree in trees.items()}
         made = {name: tree for name, tree in made.items() if len(tree)}
         self._pending.replace(made, set(names), self.requests)
         return [list(made[name].tokens) if name in made else [] for name in names[:requests]]

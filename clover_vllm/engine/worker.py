@@ -7,6 +7,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors, making_runner
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
@@ -26,6 +27,11 @@ class CloverCPUWorker(CPUWorker):
         forget_cached_backends()
         with making_runner(CloverCPUModelRunner):
             super().init_device()
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Measures costs; then as the base class, which sets the random seed last."""
+        self.model_runner.speculation.measure()
+        return super().compile_or_warm_up_model()
 
     def _make_model_runner(self) -> GPUModelRunner:
         """Asked by a vLLM with our patches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -25,7 +25,8 @@ class Tree:
 
     tokens: Sequence[int]
     parents: Sequence[int]  # index or ROOT
-    probabilities: Sequence[float] = ()  # joint, as the head sees them; empty where it does not say
+    probabilities: Sequence[float] = ()  # joint, as the drafter sees them; empty where it does not say
+    signals: Sequence[tuple[int, float]] = ()  # kind and log-odds that each chance was calibrated from
 
     @classmethod
     def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] = ()) -> Tree:
@@ -75,7 +76,9 @@ class Tree:
         """The first nodes, which again are a tree."""
         if count >= len(self):
             return self
-        return Tree(self.tokens[:count], self.parents[:count], self.probabilities[:count])
+        return Tree(
+            self.tokens[:count], self.parents[:count], self.probabilities[:count], self.signals[:count]
+        )
 
     def likeliest_chain(self) -> Tree:
         """The path of first children; a tree's nodes stand in falling order of probability."""
@@ -85,8 +88,12 @@ class Tree:
             if parent == current:
                 path.append(node)
                 current = node
-        probabilities = [self.probabilities[node] for node in path] if self.probabilities else ()
-        return Tree.chain([self.tokens[node] for node in path], probabilities)
+        chain = Tree.chain([self.tokens[node] for node in path])
+        return replace(
+            chain,
+            probabilities=[self.probabilities[node] for node in path] if self.probabilities else (),
+            signals=[self.signals[node] for node in path] if self.signals else (),
+        )
 
 
 def signed(masks: Sequence[int]) -> list[int]:

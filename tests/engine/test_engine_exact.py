@@ -51,7 +51,8 @@ def seeded(count: int) -> list[Json]:
 
 
 def speculative(**options: Any) -> Json:
-    return {"method": "clover2", "model": str(shipped_head()), "num_speculative_tokens": 8, **options}
+    fixed = {"tree": "best_first", "num_speculative_tokens": 8}
+    return {"method": "clover2", "model": str(shipped_head()), **fixed, **options}
 
 
 def engine(target: Path, **more: Any) -> Json:

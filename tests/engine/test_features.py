@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engines import Json, assert_same, run_engine, tokens_of
+from pairs import speculative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -103,7 +104,7 @@ def with_trees(head: Path) -> Json:
     """Prompts come in chunks here; plain vLLM cannot do that with seeds."""
     return {
         "max_num_batched_tokens": 64,
-        "speculative_config": {"method": "clover2", "model": str(head), "num_speculative_tokens": 8},
+        "speculative_config": speculative(head),
     }
 
 

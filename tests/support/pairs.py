@@ -72,7 +72,9 @@ def llm(target: Path, **more: Any) -> Json:
 
 
 def speculative(head: Path, **options: Any) -> Json:
-    return {"method": "clover2", "model": str(head), "num_speculative_tokens": 8, **options}
+    """Trees of one size, whatever time things take."""
+    fixed = {"tree": "best_first", "num_speculative_tokens": 8}
+    return {"method": "clover2", "model": str(head), **fixed, **options}
 
 
 def random_requests(count: int, **params: Any) -> list[Json]:

@@ -6,7 +6,8 @@ depends on nothing but the requests. Keys of what `main` takes:
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.check.drive`.
     scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
-        those answers among random siblings in random shapes and sizes.
+        those answers among random siblings in random shapes and sizes. "share": of the drafts (all).
+    restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
     check_head: folder of the head: compare all that it computes with the reference model.
     amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
         metadata and each layer takes for the cache's layout.
@@ -31,6 +32,8 @@ def main(spec: Json) -> Json:
     from vllm import LLM
 
     from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
+    from clover_vllm.check.restless import Restless
+    from clover_vllm.engine.metrics import SOURCES
 
     if spec.get("amx"):
         torch.cpu._is_amx_tile_supported = lambda: True
@@ -38,8 +41,9 @@ def main(spec: Json) -> Json:
     runner = runner_of(llm)
     scripted = None
     if "scripted" in spec:
-        scripted = ScriptedTrees(runner, spec["scripted"]["seed"])
+        scripted = ScriptedTrees(runner, spec["scripted"]["seed"], spec["scripted"].get("share", 1.0))
         scripted.know(spec["scripted"]["answers"])
+    restless = Restless(runner, spec["restless"]) if "restless" in spec else None
     probe = CacheProbe(runner) if spec.get("check_cache") else None
     head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
     verified = Verified(runner)
@@ -53,6 +57,13 @@ def main(spec: Json) -> Json:
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
+    if restless is not None:
+        sizes = len(restless.sizes)
+        stats["restless"] = {"slept": restless.slept, "asked": restless.asked, "sizes": sizes}
+        stats["sources"] = {
+            "nodes": dict(zip(SOURCES, runner.counters.nodes_of.tolist(), strict=True)),
+            "accepted": dict(zip(SOURCES, runner.counters.accepted_of.tolist(), strict=True)),
+        }
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -98,7 +109,9 @@ class Verified:
         self._runner = runner
         if hasattr(runner, "_step"):
             self._original, self._grow = runner._step, runner.drafter.grow
+            self._grow_forest = runner.drafter.grow_forest
             runner._step, runner.drafter.grow = self._step, self.grow
+            runner.drafter.grow_forest = self.grow_forest
 
     def _step(self, *args: Any) -> Any:
         step = self._original(*args)
@@ -116,6 +129,10 @@ class Verified:
     def grow(self, g: Any, num_nodes: int) -> Any:
         self.grown += len(g)
         return self._grow(g, num_nodes)
+
+    def grow_forest(self, accepted: Any, asked: Any, *more: Any) -> None:
+        self.grown += len(asked)
+        self._grow_forest(accepted, asked, *more)
 
     @staticmethod
     def _index(name: str) -> int:
@@ -143,27 +160,36 @@ class HeadProbe:
         self._hidden: dict[tuple[int, ...], Any] = {}  # by the tokens up to the one behind it
         self._head = runner.drafter.model
         self._original = {name: getattr(self._head, name) for name in ("forward", "first", "expand")}
-        self._draft = runner.drafter.draft
+        self._draft, self._grow_forest = runner.drafter.draft, runner.drafter.grow_forest
         for name in self._original:
             object.__setattr__(self._head, name, getattr(self, name))
-        runner.drafter.draft = self.draft
+        runner.drafter.draft, runner.drafter.grow_forest = self.draft, self.grow_forest
 
     def _compare(self, what: str, found: Any, expected: Any) -> None:
         error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
         self.errors[what] = max(self.errors.get(what, 0.0), error)
         self.rows[what] = self.rows.get(what, 0) + len(found)
 
-    def draft(self, hidden: Any, accepted: Any, common: Any, num_nodes: int) -> Any:
+    def draft(self, accepted: Any, *more: Any) -> Any:
+        made = self._draft(accepted, *more)
+        self._check(accepted)
+        return made
+
+    def grow_forest(self, accepted: Any, *more: Any) -> None:
+        self._grow_forest(accepted, *more)
+        self._check(accepted)
+
+    def _check(self, accepted: Any) -> None:
         import torch
 
-        made = self._draft(hidden, accepted, common, num_nodes)
-        for r, request_id in enumerate(self.runner.input_batch.req_ids):
-            rows = range(accepted.starts[r], accepted.starts[r + 1])
+        for i, r in enumerate(accepted.requests):
+            request_id = self.runner.input_batch.req_ids[r]
+            rows = range(accepted.starts[i], accepted.starts[i + 1])
             positions = accepted.positions[rows.start : rows.stop].tolist()
             state = self.runner.requests[request_id]
             tokens = [*state.prompt_token_ids, *state.output_token_ids]
-            for i, p in zip(rows, positions, strict=True):
-                self._hidden[tuple(tokens[: p + 2])] = hidden[accepted.rows[i]]
+            for row, p in zip(rows, positions, strict=True):
+                self._hidden[tuple(tokens[: p + 2])] = accepted.hidden[row]
             count = positions[-1] + 1
             own = torch.stack([self._hidden[tuple(tokens[: p + 2])] for p in range(count)])
             embeds = self._head.embed(torch.tensor(tokens[1 : count + 1]))
@@ -171,7 +197,6 @@ class HeadProbe:
             prompt = len(state.prompt_token_ids)
             what = "decode" if positions[-1] >= prompt else "chunk" if positions[0] else "prefill"
             self._compare(what, self._g[rows.start : rows.stop], expected)
-        return made
 
     def forward(self, *args: Any) -> Any:
         self._g = self._original["forward"](*args)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -16,22 +17,13 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from clover_vllm.engine.drafting.backlog import AcceptedRows
+from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
-from clover_vllm.engine.options import CloverOptions
+from clover_vllm.engine.options import ADAPTIVE_WIDTH, CloverOptions
 from clover_vllm.tree import Tree, grow_best_first, grow_fixed
-
-
-@dataclass
-class AcceptedRows:
-    """Rows of a step that belong to the text now, request by request (filled by the runner)."""
-
-    rows: torch.Tensor  # int64 [N], indices of the step's rows, in path order
-    next_tokens: torch.Tensor  # int64 [N], the token behind each
-    positions: torch.Tensor  # int64 [N]
-    slots: torch.Tensor  # int64 [N], cache slots of those positions
-    starts: list[int]  # [R + 1], first entry of each request
-    seq_lens: list[int]  # [R], positions cached afterwards
-    drafting: list[int]  # requests to draft for
+from clover_vllm.tree.budget import Floats, Ints
+from clover_vllm.tree.forest import Forest, Prices
 
 
 class HeadDrafter:
@@ -65,6 +57,38 @@ class HeadDrafter:
         )
 
 
+class HeadLevels:
+    """`clover_vllm.tree.forest.LevelDrafter` on the vLLM head, timed."""
+
+    def __init__(
+        self, head: Clover2DraftModel, g: torch.Tensor, learn: Callable[[str, int, float], None]
+    ) -> None:
+        """
+        Args:
+            head: of the engine.
+            g: [R, D], augmenting outputs at the roots' positions.
+            learn: told the part, its rows and its milliseconds.
+        """
+        self._head, self._states, self._learn = head, g, learn
+
+    def first(self) -> tuple[Floats, Ints]:
+        begun = time.perf_counter()
+        log_probs, tokens = self._head.first(self._states)
+        found = log_probs.cpu().numpy().astype(np.float64), tokens.cpu().numpy()
+        self._learn("first", len(tokens), 1e3 * (time.perf_counter() - begun))
+        return found
+
+    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
+        begun = time.perf_counter()
+        device = self._states.device
+        above = self._states[torch.from_numpy(parents).to(device)]
+        states, log_probs, children = self._head.expand(above, torch.from_numpy(tokens).to(device))
+        self._states = torch.cat((self._states, states))
+        found = log_probs.cpu().numpy().astype(np.float64), children.cpu().numpy()
+        self._learn("level", len(tokens), 1e3 * (time.perf_counter() - begun))
+        return found
+
+
 class Clover2Proposer(EagleProposer):
     """Takes vLLM's care of a draft model's layers and cache from EAGLE's proposer; drafts trees."""
 
@@ -72,6 +96,17 @@ class Clover2Proposer(EagleProposer):
         super().__init__(vllm_config, device, runner)
         self.options: CloverOptions = vllm_config.speculative_config.clover
         self.shape = self.options.fixed_shape(self.num_speculative_tokens)
+        self.sizer: Sizer | None = None  # set where trees are sized by what they cost and earn
+        self.idle = False  # while only the target is timed
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether trees are sized by what they cost and earn.
+
+        Ranks of a tensor-parallel engine must make the same calls, though each has times of its own: they grow
+        trees of one size.
+        """
+        return self.options.tree == "adaptive" and get_tensor_model_parallel_world_size() == 1
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head and share the target's lm_head.
@@ -91,6 +126,8 @@ class Clover2Proposer(EagleProposer):
     def dummy_run(self, num_tokens: int, *args: object, **kwargs: object) -> None:
         """Run the head once, for compilation and memory profiling."""
         del args, kwargs
+        if self.idle:
+            return
         tokens = min(num_tokens, self.max_num_tokens)
         hidden = self.hidden_states[:tokens]
         with set_forward_context(None, self.vllm_config, num_tokens=tokens):
@@ -100,14 +137,33 @@ class Clover2Proposer(EagleProposer):
             self.model.first(g[:rows])
             self.model.expand(g[:rows], ids[:rows])  # of one row, the compiler would make a constant
 
+    def timed(self, part: str) -> Callable[[int], Callable[[], object]]:
+        """Prepares runs of `augment`, `first` or `level` with some number of rows, to be timed."""
+        size = self.vllm_config.model_config.get_hidden_size()
+
+        def prepare(rows: int) -> Callable[[], object]:
+            states = torch.zeros(rows, size, dtype=self.dtype, device=self.device)
+            ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            places = self.positions[:rows]
+
+            def run() -> object:
+                with set_forward_context(None, self.vllm_config, num_tokens=rows):
+                    if part == "augment":
+                        return self.model(places, states, self.model.embed(ids))
+                    return self.model.first(states) if part == "first" else self.model.expand(states, ids)
+
+            return run
+
+        return prepare
+
     def draft(
-        self, hidden: torch.Tensor, accepted: AcceptedRows, common: CommonAttentionMetadata, num_nodes: int
+        self, accepted: AcceptedRows, drafting: Sequence[int], common: CommonAttentionMetadata, num_nodes: int
     ) -> list[Tree]:
-        """Write the accepted rows into the head's cache and grow trees.
+        """Write rows into the head's cache and grow trees of one size.
 
         Args:
-            hidden: [rows of the step, D], the target's pre-norm hidden states.
-            accepted: which of them are text now.
+            accepted: what the head reads.
+            drafting: requests of the batch to draft for.
             common: vLLM's metadata of the step, for block tables.
             num_nodes: most nodes per tree; 0 only writes the cache.
 
@@ -115,13 +171,54 @@ class Clover2Proposer(EagleProposer):
             one tree per drafting request; none if only the cache is written.
         """
         with self._forward_context(accepted, common):
-            embeds = self.model.embed(accepted.next_tokens)
-            g = self.model(accepted.positions, hidden[accepted.rows], embeds)
-            if not accepted.drafting or not num_nodes:
+            g = self._augment(accepted)
+            if not drafting or not num_nodes:
                 return []
-            last = [accepted.starts[r + 1] - 1 for r in accepted.drafting]
-            chosen = g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
-            return self.grow(chosen, num_nodes)
+            return self.grow(self._roots(g, accepted, drafting), num_nodes)
+
+    def grow_forest(
+        self,
+        accepted: AcceptedRows,
+        asked: Sequence[int],
+        places: Sequence[int],
+        common: CommonAttentionMetadata,
+        forest: Forest,
+        prices: Prices,
+    ) -> None:
+        """Write rows into the head's cache and grow a batch's trees as far as it pays.
+
+        Args:
+            accepted: what the head reads.
+            asked: requests of the batch to ask it for.
+            places: of theirs in the forest, ascending.
+            common: vLLM's metadata of the step, for block tables.
+            forest: of the batch.
+            prices: of nodes and levels.
+        """
+        assert self.sizer is not None
+        learn = self.sizer.costs.learn_drafting
+        with self._forward_context(accepted, common):
+            begun = time.perf_counter()
+            g = self._augment(accepted)
+            learn("augment", len(accepted.positions), 1e3 * (time.perf_counter() - begun))
+            prices.spent += self.sizer.costs.of_augmenting(len(accepted.positions))
+            if not asked:
+                return
+            prices.spent += self.sizer.costs.of_first(len(asked))
+            levels = HeadLevels(self.model, self._roots(g, accepted, asked), learn)
+            most = self.options.draft_rounds or MOST_LEVELS
+            forest.grow_head(levels, np.array(places), prices, self.sizer.following, most, ADAPTIVE_WIDTH)
+
+    def _augment(self, accepted: AcceptedRows) -> torch.Tensor:
+        embeds = self.model.embed(accepted.next_tokens)
+        return self.model(accepted.positions, accepted.hidden, embeds)
+
+    @staticmethod
+    def _roots(g: torch.Tensor, accepted: AcceptedRows, drafting: Sequence[int]) -> torch.Tensor:
+        """Augmenting outputs behind the last rows of some requests."""
+        place = {r: i for i, r in enumerate(accepted.requests)}
+        last = [accepted.starts[place[r] + 1] - 1 for r in drafting]
+        return g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
 
     def grow(self, g: torch.Tensor, num_nodes: int) -> list[Tree]:
         """Trees of at most `num_nodes` nodes from augmenting outputs [R, D], in a forward context."""
@@ -143,7 +240,9 @@ class Clover2Proposer(EagleProposer):
         self, accepted: AcceptedRows, common: CommonAttentionMetadata
     ) -> AbstractContextManager[None]:
         """vLLM's, for the augmenting block's attention and whatever its compiled modules ask for."""
-        count = accepted.rows.shape[0]
+        count = accepted.positions.shape[0]
+        whole = len(accepted.requests) == common.num_reqs
+        index = torch.tensor(accepted.requests, device=common.block_table_tensor.device)
         starts = torch.tensor(accepted.starts, dtype=torch.int32)
         seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)
         metadata = CommonAttentionMetadata(
@@ -151,11 +250,11 @@ class Clover2Proposer(EagleProposer):
             query_start_loc_cpu=starts,
             seq_lens=seq_lens.to(self.device),
             seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=common.num_reqs,
+            num_reqs=len(accepted.requests),
             num_actual_tokens=count,
             max_query_len=max(b - a for a, b in pairwise(accepted.starts)),
             max_seq_len=max(accepted.seq_lens),
-            block_table_tensor=common.block_table_tensor,
+            block_table_tensor=common.block_table_tensor if whole else common.block_table_tensor[index],
             slot_mapping=accepted.slots,
             causal=True,
         )
@@ -167,45 +266,3 @@ class Clover2Proposer(EagleProposer):
             slot_mapping=self._get_slot_mapping(count, accepted.slots),
         )
         return context
-
-
-def accepted_rows(
-    kept: Sequence[Sequence[int]],
-    tokens: Sequence[Sequence[int]],
-    first_rows: Sequence[int],
-    computed: Sequence[int],
-    slots: torch.Tensor,
-    drafting: list[int],
-    vocab_size: int,
-) -> AcceptedRows:
-    """Lay out what the head reads.
-
-    Args:
-        kept: per request, the step's rows that are text now.
-        tokens: per request, the token behind each of them.
-        first_rows: per request, its first row in the step; the slots from there on are its next ones.
-        computed: per request, positions cached before the step.
-        slots: int64, cache slot of each row of the step.
-        drafting: requests to draft for.
-        vocab_size: placeholders of multimodal prompts and of embeddings lie outside and become 0.
-    """
-    counts = [len(rows) for rows in kept]
-    starts = [0]
-    for count in counts:
-        starts.append(starts[-1] + count)
-    positions = [p for base, count in zip(computed, counts, strict=True) for p in range(base, base + count)]
-    targets = [
-        s for first, count in zip(first_rows, counts, strict=True) for s in range(first, first + count)
-    ]
-    device = slots.device
-    return AcceptedRows(
-        rows=torch.tensor([row for rows in kept for row in rows]).to(device),
-        next_tokens=torch.tensor(
-            [token if 0 <= token < vocab_size else 0 for own in tokens for token in own]
-        ).to(device),
-        positions=torch.tensor(positions).to(device),
-        slots=slots[torch.tensor(targets).to(device)],
-        starts=starts,
-        seq_lens=[b + c for b, c in zip(computed, counts, strict=True)],
-        drafting=drafting,
-    )

@@ -1,0 +1,274 @@
+"""Hidden states that the head has not read yet.
+
+The augmenting block reads the target's hidden state at every position of a text, in order, and keeps keys and values
+of its own. Where drafting does not pay it reads nothing: steps are only noted here, which costs a few microseconds
+whatever the batch. When a request is to be drafted for, all that it has missed is read in one pass.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from clover_vllm.tree.step import Step
+
+
+@dataclass
+class AcceptedRows:
+    """What the head reads in a pass: positions that are text now, request by request."""
+
+    requests: list[int]  # [R], of the batch
+    complete: set[int]  # those of them of which nothing is left to read
+    hidden: torch.Tensor  # [N, D], the target's pre-norm hidden states, in path order
+    next_tokens: torch.Tensor  # int64 [N], the token behind each
+    positions: torch.Tensor  # int64 [N]
+    slots: torch.Tensor  # int64 [N], cache slots of those positions
+    starts: list[int]  # [R + 1], first entry of each request
+    seq_lens: list[int]  # [R], positions cached afterwards
+
+
+@dataclass
+class _Note:
+    """A step: what of its rows is text now, worked out only when somebody asks."""
+
+    hidden: torch.Tensor  # [rows of the step, D]
+    names: Sequence[str]  # of the batch
+    step: Step
+    computed: np.ndarray  # [R], positions cached before the step
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {name: r for r, name in enumerate(self.names)}
+
+    def rows(self, r: int) -> tuple[int, list[int]]:
+        """First position of a request in this step, and the rows that are text, in order."""
+        first, root = self.step.first_rows[r], self.step.root_rows[r]
+        accepted = self.step.accepted[r] if r < len(self.step.accepted) else []
+        return int(self.computed[r]), [*range(first, root + 1), *(root + 1 + node for node in accepted)]
+
+
+def _first(parts: list[tuple[torch.Tensor, list[int]]], count: int) -> list[tuple[torch.Tensor, list[int]]]:
+    """The first rows of some steps' rows."""
+    found = []
+    for of, rows in parts:
+        if count > 0:
+            found.append((of, rows[:count]))
+        count -= len(rows)
+    return found
+
+
+class Backlog:
+    """Notes of steps, and how far the head has read every request."""
+
+    def __init__(self, limit: int, block_size: int, blocks: int, vocab_size: int) -> None:
+        """
+        Args:
+            limit: most bytes of hidden states. Requests whose states had to go are lost: the head cannot draft for
+                them any more.
+            block_size: cache slots per block.
+            blocks: of the cache; 0 where no prefix is shared between requests.
+            vocab_size: placeholders of multimodal prompts and of embeddings lie outside and are read as 0.
+        """
+        self._limit, self._block_size, self._vocab_size = limit, block_size, vocab_size
+        self._notes: deque[_Note] = deque()
+        self._dropped = 0  # notes that are gone; the oldest that is left has this number
+        self._bytes = 0
+        self._since: dict[str, int] = {}  # by request, the first note that it has not read
+        self._read: dict[str, int] = {}  # by request, positions that the head has read
+        self._whole = np.zeros(blocks, dtype=bool)  # blocks whose slots the head has all written
+
+    def start(self, name: str, computed: int, block_ids: Sequence[int]) -> None:
+        """A request begins, or a session goes on.
+
+        Args:
+            name: of the request.
+            computed: positions that it takes from the prefix cache, or from what the session has said before.
+            block_ids: of its cache.
+        """
+        if name in self._read:
+            self._read[name] = min(self._read[name], computed)
+            return
+        shared = list(block_ids[: -(-computed // self._block_size)])
+        known = not computed or (len(self._whole) > 0 and bool(self._whole[shared].all()))
+        self._since[name] = self._dropped + len(self._notes)
+        self._read[name] = computed if known else -1
+
+    def note(
+        self, hidden: torch.Tensor, names: Sequence[str], step: Step, computed: np.ndarray, table: np.ndarray
+    ) -> None:
+        """Remember a scored step.
+
+        Args:
+            hidden: [rows, D], the target's pre-norm hidden states; kept, so not to be written to later.
+            names: of the batch's requests.
+            step: what of its rows was accepted.
+            computed: int [R], positions cached before the step.
+            table: int [R, blocks], vLLM's block table.
+        """
+        self._notes.append(_Note(hidden, names, step, computed))
+        self._bytes += hidden.numel() * hidden.element_size()
+        while self._bytes > self._limit and len(self._notes) > 1:
+            self._drop()
+        if len(self._whole):
+            first = -(-computed // self._block_size)
+            last = (computed + np.array(step.rows) - 1) // self._block_size
+            for r in np.flatnonzero(
+                first <= last
+            ).tolist():  # blocks that the target writes from their beginning
+                self._whole[table[r, first[r] : last[r] + 1]] = False
+
+    def _drop(self) -> None:
+        hidden = self._notes.popleft().hidden
+        self._bytes -= hidden.numel() * hidden.element_size()
+        self._dropped += 1
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Requests have ended, or lost their cache to a preemption."""
+        for name in names:
+            self._since.pop(name, None)
+            self._read.pop(name, None)
+
+    def sweep(self) -> None:
+        """Let go of notes that nobody needs any more."""
+        needed = min(self._since.values(), default=self._dropped + len(self._notes))
+        while self._notes and self._dropped < needed:
+            self._drop()
+
+    def pending(self, name: str, computed: int) -> int | None:
+        """Positions that the head has not read of a request with this many cached ones; None if it is lost."""
+        read = self._read.get(name, -1)
+        if read < 0 or self._since[name] < self._dropped:
+            return None
+        return computed - read
+
+    def take(
+        self,
+        requests: Sequence[int],
+        names: Sequence[str],
+        states: Mapping[str, CachedRequestState],
+        table: np.ndarray,
+        most: int,
+    ) -> AcceptedRows | None:
+        """What some requests have not read, which counts as read from now on.
+
+        Args:
+            requests: of the batch; one that is lost, or has missed nothing, is left out.
+            names: of the batch.
+            states: of vLLM's runner.
+            table: int [R, blocks], vLLM's block table.
+            most: positions. What does not fit is left for the next time.
+        """
+        chosen: list[int] = []
+        complete: set[int] = set()
+        parts: list[tuple[torch.Tensor, list[int]]] = []
+        tokens: list[int] = []
+        firsts: list[int] = []
+        counts: list[int] = []
+        last = self._dropped + len(self._notes)
+        for r in requests:
+            name = names[r]
+            read, since = self._read.get(name, -1), self._since.get(name, -1)
+            if read < 0 or since < self._dropped or not most:
+                continue
+            whole, missed = self._missed(name, read, since)
+            if not whole:
+                self._read[name] = -1  # something of its text was never seen
+                continue
+            count = sum(len(rows) for _, rows in missed)
+            if not count:
+                continue
+            if count > most:
+                count = most
+                missed = _first(missed, most)
+            else:
+                complete.add(r)
+                self._since[name] = last
+            most -= count
+            parts += missed
+            chosen.append(r)
+            firsts.append(read)
+            counts.append(count)
+            tokens += self._tokens(states[name], read + 1, read + 1 + count)
+            self._read[name] = read + count
+        if not chosen:
+            return None
+        return self._layout(chosen, complete, parts, tokens, firsts, counts, table)
+
+    def _missed(self, name: str, read: int, since: int) -> tuple[bool, list[tuple[torch.Tensor, list[int]]]]:
+        """Whether a request's notes follow on what was read, and their rows by step. A later note of a position wins."""
+        parts: list[tuple[int, torch.Tensor, list[int]]] = []
+        for i in range(since - self._dropped, len(self._notes)):
+            note = self._notes[i]
+            r = note.index.get(name)
+            if r is None:
+                continue
+            at, rows = note.rows(r)
+            while parts and parts[-1][0] >= at:
+                parts.pop()
+            if parts and parts[-1][0] + len(parts[-1][2]) > at:
+                first, of, own = parts[-1]
+                parts[-1] = (first, of, own[: at - first])
+            parts.append((at, note.hidden, rows))
+        found = [
+            (max(at, read), of, rows[max(0, read - at) :]) for at, of, rows in parts if at + len(rows) > read
+        ]
+        expected, whole = read, True
+        for at, _, rows in found:
+            whole = whole and at == expected
+            expected = at + len(rows)
+        return whole, [(of, rows) for _, of, rows in found]
+
+    def _tokens(self, state: CachedRequestState, first: int, last: int) -> list[int]:
+        """Token ids at some positions of a request's text, 0 where there are none."""
+        prompt, size = state.prompt_token_ids, state.num_prompt_tokens
+        found = []
+        if first < size:
+            own = prompt[first : min(last, size)] if prompt is not None else [0] * (min(last, size) - first)
+            found += own
+        if last > size:
+            found += state.output_token_ids[max(0, first - size) : last - size]
+        found += [0] * (last - first - len(found))
+        return [token if 0 <= token < self._vocab_size else 0 for token in found]
+
+    def _layout(
+        self,
+        chosen: list[int],
+        complete: set[int],
+        parts: list[tuple[torch.Tensor, list[int]]],
+        tokens: list[int],
+        read: list[int],
+        counts: list[int],
+        table: np.ndarray,
+    ) -> AcceptedRows:
+        latest = self._notes[-1].hidden
+        if all(of is latest for of, _ in parts):  # of this step alone, as mostly
+            states = latest[torch.tensor([row for _, rows in parts for row in rows]).to(latest.device)]
+        else:
+            states = torch.cat([of[torch.tensor(rows).to(of.device)] for of, rows in parts])
+        sizes = np.array(counts)
+        starts = [0, *accumulate(counts)]
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes) + np.repeat(read, sizes)
+        owners = np.repeat(np.array(chosen), sizes)
+        blocks = table[owners, positions // self._block_size].astype(np.int64)
+        if len(self._whole):
+            for r, first, count in zip(chosen, read, counts, strict=True):
+                done = table[r, first // self._block_size : (first + count) // self._block_size]
+                self._whole[done] = True
+        device = latest.device
+        return AcceptedRows(
+            requests=chosen,
+            complete=complete,
+            hidden=states,
+            next_tokens=torch.tensor(tokens).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            slots=torch.from_numpy(blocks * self._block_size + positions % self._block_size).to(device),
+            starts=starts,
+            seq_lens=[a + c for a, c in zip(read, counts, strict=True)],
+        )

@@ -1,0 +1,264 @@
+"""How much to speculate in a step: who is drafted for, and when drafting sleeps.
+
+The head's candidates of the latest drafts are kept as a sample of what drafting finds. From it and the costs follows
+what a batch of a given size would gain, before anything is drafted. If that is nothing, drafting sleeps, and tries
+a request now and then. See `tree.budget`, `tree.calibration` and `tree.costs` for the three parts of the reckoning.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clover_vllm.tree import ROOT, Tree
+from clover_vllm.tree.budget import Floats, choose_budget
+from clover_vllm.tree.calibration import Calibration
+from clover_vllm.tree.costs import Costs, StepSize
+from clover_vllm.tree.forest import KINDS, Forest, Prices, first_intercepts
+
+SAMPLES = 48
+"""Latest drafts that stand for what drafting finds."""
+
+LOOK = 24
+"""Steps at the start in which some requests are drafted for whatever it costs, to see what that gives."""
+
+RETHINK_EVERY = 8
+"""Steps after which the choice to draft or to sleep is made anew, if the batch stays the same."""
+
+RETRIEVE_EVERY = 16
+"""Steps between two tries to look texts up while that does not pay."""
+
+SURE = 1.2
+"""Accepted tokens that retrieved drafts promise, over what drafting usually gives, from which on the head is not asked."""
+
+PROBE_EVERY = 48
+"""Steps between two tries while asleep."""
+
+WAKE, SLEEP = 1.02, 1.0
+"""Expected speed over that without the head at which drafting begins, and below which it ends."""
+
+LIFE = 48
+"""Steps over which the price of reading a backlog is spread, at most."""
+
+LONG_PROMPT = 256
+"""A prompt of more positions is read one step late, so that its first token does not wait for that."""
+
+MOST_LEVELS = 12
+
+
+@dataclass
+class Wanted:
+    """A request that can use a draft in the next step."""
+
+    r: int  # of the batch
+    room: int  # nodes on a path that can still be accepted
+    cached: int  # positions in its cache
+    pending: int | None  # of them, those that the head has not read; None: it cannot
+    sampled: bool  # rather than the most likely token
+    plain: bool  # whether its outcomes say something of others
+
+
+@dataclass
+class Habit:
+    """Whether looking texts up saves more than it takes; while it does not, a try now and then."""
+
+    saved: float = 1.0  # milliseconds per look-up, lately
+    taken: float = 0.05
+    resting: bool = False
+    _waited: int = 0
+
+    def due(self) -> bool:
+        """Whether to look up in this step."""
+        if not self.resting:
+            return True
+        self._waited = (self._waited + 1) % RETRIEVE_EVERY
+        return self._waited == 0
+
+    def learn(self, saved: float, taken: float) -> None:
+        """What a look-up saved and took, on average over a step's."""
+        self.saved += 0.05 * (saved - self.saved)
+        self.taken += 0.05 * (min(taken, 4.0 * self.taken) - self.taken)
+        self.resting = self.saved < self.taken * (1.5 if self.resting else 1.0)
+
+
+@dataclass
+class Decision:
+    """What the last reckoning said, for metrics."""
+
+    asleep: bool = False
+    expected_rate: float = 0.0  # tokens per millisecond with drafts
+    plain_rate: float = 0.0  # and without
+    saved: float = 0.0  # milliseconds per drafted request and step
+
+
+@dataclass
+class Sizer:
+    """Learns costs and chances, and decides.
+
+    Attributes:
+        costs: of the engine.
+        limit: most nodes per request.
+    """
+
+    costs: Costs
+    limit: int
+    greedy: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
+    sampling: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
+    following: Floats = field(default_factory=lambda: np.full(MOST_LEVELS + 2, 0.6))
+    decision: Decision = field(default_factory=Decision)
+    retrieving: Habit = field(default_factory=Habit)
+    _samples: deque[Floats] = field(default_factory=lambda: deque(maxlen=SAMPLES))  # [n, 2]: gain and depth
+    _steps: int = 0
+    _thought: tuple[int, int] = (0, -(10**9))  # requests and step of the last decision
+    _probed: int = 0
+
+    def calibration(self, wanted: Wanted) -> Calibration:
+        """That of requests of this one's kind."""
+        return self.sampling if wanted.sampled else self.greedy
+
+    def forest(self, wanted: Sequence[Wanted]) -> Forest:
+        """An empty forest for these requests."""
+        return Forest(
+            np.full(len(wanted), self.limit),
+            np.array([w.room for w in wanted], dtype=np.int64),
+            [self.calibration(w) for w in wanted],
+        )
+
+    def prices(self, wanted: Sequence[Wanted], sampling: int, prompt_rows: int, cached: int) -> Prices:
+        """What nodes and levels cost in the next step.
+
+        Args:
+            wanted: requests that could have nodes.
+            sampling: requests that will sample.
+            prompt_rows: rows of prompts beside them.
+            cached: positions that the step reads.
+        """
+        size = StepSize(sampling + prompt_rows, sampling, cached)
+        context = sum(w.cached for w in wanted) / max(1, len(wanted))
+        known: list[Floats] = []
+
+        def of_nodes(count: int) -> Floats:
+            if not known or len(known[-1]) < count + 1:
+                known.append(self.costs.of_nodes(size, max(64, count + 8), context))
+            return known[-1]
+
+        return Prices(sampling, of_nodes, self.costs.of_level)
+
+    def choose(self, wanted: Sequence[Wanted], forest: Forest, prices: Prices) -> list[int]:
+        """Which of the wanted to ask the head for, by their place among them.
+
+        Args:
+            wanted: requests that can use a draft.
+            forest: what has been retrieved for them.
+            prices: of the step.
+        """
+        self._steps += 1
+        able = [i for i, w in enumerate(wanted) if w.pending is not None]
+        if not able:
+            return []
+        if self._steps <= LOOK:
+            return able[:8]
+        requests, step = self._thought
+        if len(able) != requests or self._steps - step >= RETHINK_EVERY:
+            self._thought = (len(able), self._steps)
+            self._think(len(able), forest, prices)
+        if self.decision.asleep:
+            if self._steps - self._probed < PROBE_EVERY:
+                return []
+            self._probed = self._steps
+            return sorted(able, key=lambda i: (wanted[i].pending, i))[:1]
+        sure = self._sure(forest)
+        return [i for i in able if i not in sure and self._is_worth_reading(wanted[i])]
+
+    def _sure(self, forest: Forest) -> set[int]:
+        """Requests of which so much was retrieved that the head would add little."""
+        if not len(forest):
+            return set()
+        usual = float(np.mean([own[:, 0].sum() for own in self._samples]))
+        promised = np.bincount(forest.request, forest.gain, len(forest.limits))
+        return set(np.flatnonzero(promised > max(1.0, SURE * usual)).tolist())
+
+    def _think(self, requests: int, forest: Forest, prices: Prices) -> None:
+        """Compare the best that drafting would give with what there is without."""
+        without = forest.budget(prices)
+        found = np.concatenate(list(self._samples))
+        found = found[np.argsort(-found[:, 0], kind="stable")]
+        share = requests / len(self._samples)
+        base = self.costs.of_augmenting(requests) + self.costs.of_first(requests)
+        best = (0.0, 0.0, 0.0)
+        deepest = int(found[:, 1].max(initial=1))
+        levels_ms = 0.0
+        for levels in range(1, deepest + 1):
+            if levels > 1:
+                width = share * int((found[:, 1] == levels - 1).sum()) * 0.5
+                levels_ms += self.costs.of_level(max(1.0, width))
+            usable = found[found[:, 1] <= levels]
+            nodes = share * np.arange(len(usable) + 1)
+            costs = prices.of_nodes(int(nodes[-1]) + 1)
+            milliseconds = np.interp(nodes, np.arange(len(costs)), costs) + base + levels_ms
+            budget = choose_budget(usable[:, 0] * share, prices.sampling, milliseconds)
+            spent = float(milliseconds[budget.nodes])
+            best = max(best, (budget.rate, spent, budget.rate * spent))
+        rate, spent, tokens = best
+        gained = rate / without.rate
+        self.decision.asleep = gained < (WAKE if self.decision.asleep else SLEEP)
+        self.decision.expected_rate, self.decision.plain_rate = rate, without.rate
+        self.decision.saved = max(0.0, tokens / without.rate - spent) / requests
+
+    def _is_worth_reading(self, wanted: Wanted) -> bool:
+        """Whether drafting for a request saves more, until it ends, than reading what the head has missed."""
+        assert wanted.pending is not None
+        if wanted.pending <= 8:
+            return True
+        cost = self.costs.of_augmenting(wanted.pending) - self.costs.of_augmenting(1)
+        return self.decision.saved * min(LIFE, wanted.room) > cost
+
+    def learn_draft(self, forest: Forest, asked: Sequence[int]) -> None:
+        """Keep what drafting has found as a sample of what it finds.
+
+        Args:
+            forest: grown.
+            asked: its requests that the head was asked for.
+        """
+        order = forest.order()
+        owners, gains, depths = forest.request[order], forest.gain[order], forest.depth[order]
+        for r in asked[:8]:
+            own = np.flatnonzero(owners == r)[:16]
+            self._samples.append(np.column_stack((gains[own], depths[own])))
+        expanded = np.flatnonzero(forest.state >= 0)
+        if len(expanded):
+            best = np.zeros(len(forest))
+            below = np.flatnonzero(forest.parent != ROOT)
+            np.maximum.at(best, forest.parent[below], forest.chance[below])
+            for depth in np.unique(forest.depth[expanded]).tolist():
+                own = expanded[forest.depth[expanded] == depth]
+                self.following[depth:] += 0.05 * (float(best[own].mean()) - self.following[depth:])
+
+    def learn_outcomes(
+        self, trees: Sequence[Tree | None], accepted: Sequence[Sequence[int]], kinds: Sequence[int]
+    ) -> None:
+        """What came of the trees of a step.
+
+        Args:
+            trees: by request.
+            accepted: nodes, by request.
+            kinds: by request: 0 took the most likely tokens, 1 sampled, -1 says nothing.
+        """
+        for kind, calibration in enumerate((self.greedy, self.sampling)):
+            odds, kinds_of, labels = [], [], []
+            for tree, nodes, own in zip(trees, accepted, kinds, strict=True):
+                if tree is None or own != kind or not tree.signals:
+                    continue
+                right = set(nodes)
+                for node, (parent, (kind_of, value)) in enumerate(
+                    zip(tree.parents, tree.signals, strict=True)
+                ):
+                    if parent == ROOT or parent in right:
+                        odds.append(value)
+                        kinds_of.append(kind_of)
+                        labels.append(float(node in right))
+            if odds:
+                calibration.learn(np.array(odds), np.array(kinds_of, dtype=np.int64), np.array(labels))

@@ -1,0 +1,56 @@
+"""How many draft nodes a step should verify, over the whole batch.
+
+A step costs milliseconds for its rows and earns tokens: one per request that samples, and each accepted node. Nodes of
+all requests compete: sorted by the probability that they are accepted, any prefix of that order is a set of trees,
+since a child is never likelier than its parent. The best prefix has the highest tokens per millisecond. A request
+whose text is easy gets many nodes, a hard one none. What is chosen can never change the text: the target samples at
+every node, and trees are chosen before it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+PRICED_ROWS = 4
+"""Rows beyond the chosen ones over which the price of a further node is averaged, since costs rise in stairs."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The best number of nodes, and what that means for a further one."""
+
+    nodes: int
+    rate: float  # expected tokens per millisecond
+    price: float  # probability that a further node needs to pay for its row
+
+
+def choose_budget(gains: Floats, sampling: float, milliseconds: Floats) -> Budget:
+    """The number of nodes with the most expected tokens per millisecond.
+
+    Args:
+        gains: [N], probabilities that nodes are accepted, falling.
+        sampling: requests that sample a token whatever is drafted.
+        milliseconds: [N + 1] or more, of a whole step that verifies 0, 1, 2, ... nodes, never falling.
+    """
+    tokens = sampling + np.concatenate(([0.0], np.cumsum(gains)))
+    rates = tokens / milliseconds[: len(tokens)]
+    best = int(np.argmax(rates))
+    after = min(best + PRICED_ROWS, len(milliseconds) - 1)
+    slope = (milliseconds[after] - milliseconds[best]) / max(1, after - best)
+    return Budget(best, float(rates[best]), float(rates[best] * slope))
+
+
+def ranks(groups: Ints) -> Ints:
+    """How many earlier entries belong to the same group, [N] of [N]."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if len(groups) else order
+    sizes = np.diff(np.append(starts, len(groups)))
+    found = np.empty_like(order)
+    found[order] = np.arange(len(groups)) - np.repeat(starts, sizes)
+    return found

@@ -1,0 +1,207 @@
+"""What a step costs: milliseconds by rows and cached tokens, measured at start-up and learnt from every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clover_vllm.tree.budget import Floats
+
+GRID = np.array(
+    [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192],
+    dtype=np.float64,
+)
+"""Rows at which curves have a point of their own."""
+
+LEARNING = 0.1
+"""Share of a surprise by which a curve's nearest points move."""
+
+DRAFTING = 0.2
+"""The same for drafting, which may be seen rarely."""
+
+DRIFT = 0.05
+"""Share of a surprise that counts as the whole machine having become faster or slower."""
+
+
+class Curve:
+    """Milliseconds by rows: never falling, straight between the points of `GRID`, straight on behind the last."""
+
+    def __init__(self, measured: Mapping[float, float]) -> None:
+        """measured: milliseconds by rows, at least one pair."""
+        rows = np.array(sorted(measured), dtype=np.float64)
+        # Noise only ever adds: no number of rows costs more than a larger one did.
+        values = np.minimum.accumulate(np.array([measured[r] for r in rows])[::-1])[::-1]
+        points = np.interp(GRID, rows, values)
+        if len(rows) > 1 and rows[-1] > rows[0]:
+            slope = (values[-1] - values[-2]) / (rows[-1] - rows[-2])
+            points += np.maximum(GRID - rows[-1], 0.0) * slope
+        self._points = points
+        self._shown = points
+
+    def __call__(self, rows: Floats) -> Floats:
+        """Milliseconds, [N], of [N] numbers of rows; 0 rows cost as much as 1."""
+        found = np.interp(rows, GRID, self._shown)
+        beyond = np.maximum(rows - GRID[-1], 0.0)
+        if beyond.any():
+            found = found + beyond * (self._shown[-1] - self._shown[-2]) / (GRID[-1] - GRID[-2])
+        return found
+
+    def at(self, rows: float) -> float:
+        """Milliseconds of one number of rows."""
+        return float(self(np.array([rows], dtype=np.float64))[0])
+
+    def learn(self, rows: float, surprise: float, learning: float = LEARNING) -> None:
+        """Move towards what was observed: `surprise` milliseconds more than `at(rows)`."""
+        right = int(np.clip(np.searchsorted(GRID, rows), 1, len(GRID) - 1))
+        left = right - 1
+        share = float(np.clip((rows - GRID[left]) / (GRID[right] - GRID[left]), 0.0, 1.0))
+        self._points[left] += learning * (1.0 - share) * surprise
+        self._points[right] += learning * share * surprise
+        self._points = np.maximum(self._points, 1e-3)
+        self._shown = _monotone(self._points)
+
+    def points(self) -> dict[float, float]:
+        """As `__init__` takes them."""
+        return {float(r): float(v) for r, v in zip(GRID, self._points, strict=True)}
+
+
+def _monotone(points: Floats) -> Floats:
+    """The nearest curve that never falls, roughly: between the lowest above and the highest below."""
+    return (np.maximum.accumulate(points) + np.minimum.accumulate(points[::-1])[::-1]) / 2.0
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What decides how long a step takes."""
+
+    rows: int  # of the target's forward: prompt chunks, roots and nodes
+    sampled: int  # roots and nodes, whose logits are computed
+    cached: int  # cached tokens that are read, summed over requests
+    crossed: float = 0.0  # pairs of a node and a cached token, summed over requests
+
+
+@dataclass
+class Costs:
+    """All costs of an engine, in milliseconds."""
+
+    forward: Curve  # of the target, by rows
+    logits: Curve  # of the lm_head and sampling, by sampled rows
+    augment: Curve  # of the head's augmenting block, by rows
+    first: Curve  # of the first level, by requests
+    level: Curve  # of a further level, by nodes
+    cached: float  # per cached token that is read
+    crossed: float  # per pair of a node and a cached token
+    outside: float = 1.0  # between two steps: scheduling, output
+    speed: float = 1.0  # of the machine now, over what the curves say
+    recent: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque(maxlen=256)
+    )  # predicted, observed
+    _usual: Floats | None = None  # what steps read, on average: cached and crossed
+    _spread: Floats = field(default_factory=lambda: np.zeros(2))
+
+    def of_step(self, size: StepSize) -> float:
+        """Milliseconds of a step, from one to the next, without drafting."""
+        return self.of_inner(size) + self.outside
+
+    def of_inner(self, size: StepSize) -> float:
+        """Milliseconds of a step itself."""
+        return self.speed * self._inner(size)
+
+    def _inner(self, size: StepSize) -> float:
+        return (
+            self.forward.at(size.rows)
+            + self.logits.at(size.sampled)
+            + self.cached * size.cached
+            + self.crossed * size.crossed
+        )
+
+    def of_nodes(self, size: StepSize, most: int, context: float) -> Floats:
+        """Milliseconds of a step with 0 to `most` nodes added, [most + 1].
+
+        Args:
+            size: of the step without nodes.
+            most: nodes.
+            context: cached tokens that a node reads, on average.
+        """
+        nodes = np.arange(most + 1, dtype=np.float64)
+        inner = (
+            self.forward(size.rows + nodes)
+            + self.logits(size.sampled + nodes)
+            + self.cached * size.cached
+            + self.crossed * (size.crossed + nodes * context)
+        )
+        return self.speed * inner + self.outside
+
+    def of_augmenting(self, rows: float) -> float:
+        """Milliseconds of the augmenting block."""
+        return self.speed * self.augment.at(rows)
+
+    def of_first(self, requests: float) -> float:
+        """Milliseconds of the first level."""
+        return self.speed * self.first.at(requests)
+
+    def of_level(self, nodes: float) -> float:
+        """Milliseconds of a further level that expands this many nodes."""
+        return self.speed * self.level.at(nodes)
+
+    def learn_step(self, size: StepSize, milliseconds: float) -> None:
+        """A step took this long, time outside of it left out."""
+        expected = self.of_inner(size)
+        self.recent.append((expected, milliseconds))
+        observed = min(milliseconds, 2.0 * expected)  # a hiccup of the machine is no cost of rows
+        self.speed *= float(np.clip(observed / expected, 0.5, 2.0)) ** DRIFT
+        surprise = observed / self.speed - self._inner(size)
+        self.forward.learn(size.rows, surprise)
+        self._learn_reading(size, surprise)
+
+    def _learn_reading(self, size: StepSize, surprise: float) -> None:
+        """Only from how steps differ in what they read: what they have in common is a cost of rows."""
+        reads = np.array([size.cached, size.crossed], dtype=np.float64)
+        if self._usual is None:
+            self._usual, self._spread = reads, reads**2
+        moved = reads - self._usual
+        self._usual = self._usual + 0.02 * moved
+        self._spread += 0.02 * (moved**2 - self._spread)
+        step = 0.01 * surprise * moved / (self._spread + 0.01 * reads**2 + 1.0)
+        bound = 0.02 * max(self.cached, 1e-6)
+        self.cached = max(0.0, self.cached + float(np.clip(step[0], -bound, bound)))
+        self.crossed = max(0.0, self.crossed + float(np.clip(step[1], -bound, bound)))
+
+    def learn_outside(self, milliseconds: float) -> None:
+        """So long passed between two steps; a pause in which nothing was asked does not count."""
+        if milliseconds < 4.0 * self.outside + 1.0:
+            self.outside += 0.05 * (milliseconds - self.outside)
+
+    def learn_drafting(self, part: str, rows: float, milliseconds: float) -> None:
+        """`augment`, `first` or `level` took this long."""
+        curve: Curve = getattr(self, part)
+        expected = curve.at(rows)
+        curve.learn(rows, min(milliseconds / self.speed, 2.0 * expected) - expected, DRAFTING)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `from_json`."""
+        curves = {name: getattr(self, name).points() for name in _CURVES}
+        return {"curves": curves, "cached": self.cached, "crossed": self.crossed, "outside": self.outside}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Costs:
+        """
+        Raises:
+            KeyError, TypeError, ValueError: damaged.
+        """
+        curves = {
+            name: Curve({float(r): float(v) for r, v in saved["curves"][name].items()}) for name in _CURVES
+        }
+        return cls(
+            **curves,
+            cached=float(saved["cached"]),
+            crossed=float(saved["crossed"]),
+            outside=float(saved["outside"]),
+        )
+
+
+_CURVES: Sequence[str] = ("forward", "logits", "augment", "first", "level")

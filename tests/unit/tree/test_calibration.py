@@ -1,0 +1,52 @@
+"""Chances of acceptance are learnt from outcomes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from clover_vllm.tree.calibration import CLAMP, EVERY, Calibration, log_odds
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+@pytest.mark.parametrize("slope", [0.4, 1.0, 1.6])
+def test_it_finds_slope_and_intercepts(slope: float) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.array([0.7, -0.5, -2.0])
+    calibration = Calibration(3)
+    for _ in range(150):
+        odds, kinds = rng.normal(0.0, 2.0, EVERY), rng.integers(0, 3, EVERY)
+        accepted = rng.random(EVERY) < sigmoid(slope * odds + truth[kinds])
+        calibration.learn(odds, kinds, accepted.astype(float))
+    assert calibration.slope == pytest.approx(slope, abs=0.12)
+    assert calibration.intercepts == pytest.approx(truth, abs=0.25)
+
+
+def test_a_kind_without_outcomes_stays_where_it_began() -> None:
+    calibration = Calibration(2, np.array([0.0, -1.5]))
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        odds = rng.normal(0.0, 1.0, EVERY)
+        accepted = rng.random(EVERY) < sigmoid(odds)
+        calibration.learn(odds, np.zeros(EVERY, dtype=np.int64), accepted.astype(float))
+    assert calibration.intercepts[1] == pytest.approx(-1.5)
+
+
+def test_it_follows_a_change_and_never_leaves_its_bounds() -> None:
+    calibration = Calibration(1)
+    zeros, kinds = np.zeros(EVERY), np.zeros(EVERY, dtype=np.int64)
+    for accepted in (1.0, 0.0):
+        for _ in range(200):
+            calibration.learn(zeros, kinds, np.full(EVERY, accepted))
+        found = float(calibration(np.zeros(1), np.zeros(1, dtype=np.int64))[0])
+        assert abs(found - accepted) < 0.05
+        assert 0.05 <= calibration.slope <= 3.0
+
+
+def test_certainties_are_clamped() -> None:
+    with np.errstate(divide="ignore"):
+        odds = log_odds(np.array([0.0, -np.inf, np.log(0.5), np.nan]))
+    assert odds.tolist() == pytest.approx([CLAMP, -CLAMP, 0.0, -CLAMP])
