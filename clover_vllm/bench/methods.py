@@ -15,7 +15,6 @@ NGRAM_TOKENS = (3, 2, 5)
 SUFFIX_TOKENS = (8, 4, 16)
 EAGLE_CHAINS = (3, 2, 4)
 CLOVER_CHAINS = (4, 2, 3)
-CLOVER_TREES = (8, 3, 5, 12)
 """Settings that are swept; the first is used where nothing is."""
 
 
@@ -37,14 +36,14 @@ def known_grids(head: str, eagle_head: str) -> dict[str, list[Method]]:
         [_method("suffix", k, {"method": "suffix"}, "{} tokens") for k in SUFFIX_TOKENS],
         [_method("eagle", k, {"method": "eagle", "model": eagle_head}, "chain of {}") for k in EAGLE_CHAINS],
         [_method("clover-chain", k, _clover(head) | {"tree": "chain"}, "chain of {}") for k in CLOVER_CHAINS],
-        [_method("clover", n, _clover(head), "tree of {}") for n in CLOVER_TREES],
+        [_method("clover", 16, _clover(head), "adaptive, at most {} nodes")],
     ]
     return {grid[0].name: grid for grid in grids}
 
 
 def clover_tree(head: str, nodes: int) -> Method:
     """Clover-2 with trees of at most `nodes` nodes, nothing to sweep."""
-    return _method(f"clover-{nodes}", nodes, _clover(head), "tree of {}")
+    return _method(f"clover-{nodes}", nodes, _clover(head) | {"tree": "best_first"}, "tree of {}")
 
 
 def _clover(head: str) -> dict[str, Any]:

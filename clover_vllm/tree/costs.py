@@ -193,11 +193,15 @@ class Costs:
         Raises:
             KeyError, TypeError, ValueError: damaged.
         """
-        curves = {
-            name: Curve({float(r): float(v) for r, v in saved["curves"][name].items()}) for name in _CURVES
-        }
+        forward, logits, augment, first, level = (
+            Curve({float(r): float(v) for r, v in saved["curves"][name].items()}) for name in _CURVES
+        )
         return cls(
-            **curves,
+            forward,
+            logits,
+            augment,
+            first,
+            level,
             cached=float(saved["cached"]),
             crossed=float(saved["crossed"]),
             outside=float(saved["outside"]),

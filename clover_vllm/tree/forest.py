@@ -130,7 +130,10 @@ class Forest:
         entries: list[int] = []
         joint = [1.0, *found.probabilities]
         calibration, first = self.calibrations[request], len(self)
-        parents, tokens, depths, shares = [], [], [], []
+        parents: list[int] = []
+        tokens: list[int] = []
+        depths: list[int] = []
+        shares: list[float] = []
         for i, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
             above = ROOT if parent == ROOT else entries[parent]
             depth = 1 if parent == ROOT else depths[parent] + 1
@@ -197,7 +200,7 @@ class Forest:
         self, above: Ints, requests: Ints, log_probs: Floats, tokens: Ints, depth: int | None
     ) -> None:
         """Add the head's children, [M, K], of entries [M] of some requests; NaNs add none."""
-        k = tokens.shape[1]
+        k = len(tokens.T)
         depths = np.ones(len(above), dtype=np.int64) if depth else self.depth[above] + 1
         odds = log_odds(log_probs).ravel()
         kinds = np.repeat(np.minimum(depths, DEPTHS) - 1, k)

@@ -56,7 +56,7 @@ class _Note:
 
 def _first(parts: list[tuple[torch.Tensor, list[int]]], count: int) -> list[tuple[torch.Tensor, list[int]]]:
     """The first rows of some steps' rows."""
-    found = []
+    found: list[tuple[torch.Tensor, list[int]]] = []
     for of, rows in parts:
         if count > 0:
             found.append((of, rows[:count]))
@@ -228,7 +228,7 @@ class Backlog:
     def _tokens(self, state: CachedRequestState, first: int, last: int) -> list[int]:
         """Token ids at some positions of a request's text, 0 where there are none."""
         prompt, size = state.prompt_token_ids, state.num_prompt_tokens
-        found = []
+        found: list[int] = []
         if first < size:
             own = prompt[first : min(last, size)] if prompt is not None else [0] * (min(last, size) - first)
             found += own

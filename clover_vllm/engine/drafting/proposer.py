@@ -241,7 +241,7 @@ class Clover2Proposer(EagleProposer):
     ) -> AbstractContextManager[None]:
         """vLLM's, for the augmenting block's attention and whatever its compiled modules ask for."""
         count = accepted.positions.shape[0]
-        whole = len(accepted.requests) == common.num_reqs
+        whole = accepted.requests == list(range(common.num_reqs))
         index = torch.tensor(accepted.requests, device=common.block_table_tensor.device)
         starts = torch.tensor(accepted.starts, dtype=torch.int32)
         seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)

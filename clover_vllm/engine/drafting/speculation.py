@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -276,7 +276,7 @@ class Speculation:
         self, step: Step, sampled: list[list[int]], computed: np.ndarray, names: Sequence[str]
     ) -> tuple[int, int, int]:
         """Requests that will sample, rows of prompts beside them, and positions that are read."""
-        states: Mapping = self._runner.requests
+        states = self._runner.requests
         sampling = prompts = 0
         budget = self._runner.max_num_tokens
         for r, own in enumerate(sampled):
