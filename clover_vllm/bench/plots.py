@@ -99,6 +99,35 @@ def plot_split(rows: Rows, baseline: str, path: Path) -> None:
     _finish(figure, axis, path)
 
 
+def plot_climb(results: Path, path: Path) -> None:
+    """Throughput beside plain, nodes per step and sleep over time.
+
+    Args:
+        results: of `climb`.
+        path: PNG to write.
+    """
+    found = json.loads(results.read_text())
+    figure, (speed, size) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, constrained_layout=True)
+    for name, seconds in found["by_second"].items():
+        style = {"color": "black", "linestyle": "--"} if name == "plain" else {}
+        speed.plot([s["tokens"] for s in seconds], label=name, **style)
+    clover = found["by_second"]["clover"]
+    size.plot([s["nodes_per_step"] for s in clover], label="nodes per step")
+    size.fill_between(
+        range(len(clover)), 0, 1, where=[s["asleep"] > 0.5 for s in clover], color="lightgrey",
+        transform=size.get_xaxis_transform(), label="asleep",
+    )  # fmt: skip
+    for i, phase in enumerate(found["phases"]):
+        speed.axvline(i * found["seconds_per_phase"], color="grey", linewidth=0.5)
+        speed.annotate(
+            str(phase["running"]), (i * found["seconds_per_phase"], 1.0), xycoords=("data", "axes fraction"), fontsize=8
+        )
+    speed.set(ylabel="tokens per second")
+    size.set(xlabel="seconds", ylabel="nodes per step")
+    speed.legend(fontsize=8)
+    _finish(figure, size, path, {SOURCE: digest(results)})
+
+
 def plot_memory(
     plain: list[tuple[float, float]], engines: list[list[tuple[float, float]]], path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from clover_vllm.bench.loop import Request
 from clover_vllm.bench.methods import Method
-from clover_vllm.bench.worker import Run
+from clover_vllm.bench.worker import Moment, Run
 from clover_vllm.launch.process import JsonProcess
 
 
@@ -36,6 +36,11 @@ class BenchEngine(JsonProcess):
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
         """See `worker.run_requests`."""
         return Run(**self.ask({"requests": list(requests), "concurrency": concurrency}))
+
+    def climb(self, requests: Sequence[Request], phases: Sequence[int], seconds: float) -> list[Moment]:
+        """See `worker.run_phases`."""
+        found = self.ask({"requests": list(requests), "phases": list(phases), "seconds": seconds})
+        return [Moment(**moment) for moment in found["moments"]]
 
     def __enter__(self) -> BenchEngine:
         return self

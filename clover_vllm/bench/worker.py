@@ -1,7 +1,8 @@
 """One engine of a benchmark, in a process of its own.
 
 Reads one JSON object per line on stdin and answers with one on stdout. The first is
-`{"llm": {...}}`, arguments of vllm.LLM; then each `{"requests": [...], "concurrency": c}` is a run.
+`{"llm": {...}}`, arguments of vllm.LLM; then each `{"requests": [...], "concurrency": c}` is a run, and each
+`{"requests": [...], "phases": [...], "seconds": s}` a load that changes.
 The engine core lives in this process, so that its times can be read.
 """
 
@@ -11,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
@@ -45,7 +47,11 @@ def serve(answers: TextIO) -> None:
     _say(answers, {"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
-        _say(answers, asdict(run_requests(llm, command["requests"], command["concurrency"])))
+        if "phases" in command:
+            made = run_phases(llm, command["requests"], command["phases"], command["seconds"])
+            _say(answers, {"moments": [asdict(moment) for moment in made]})
+        else:
+            _say(answers, asdict(run_requests(llm, command["requests"], command["concurrency"])))
 
 
 @dataclass
@@ -119,6 +125,87 @@ def run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> 
     return run
 
 
+@dataclass
+class Moment:
+    """A step of a load that changes."""
+
+    second: float  # at its end, since the load began
+    running: int  # requests at a time that the load asks for
+    tokens: int  # that came out
+    nodes: int  # that were verified
+    asleep: bool  # whether the head drafted for nobody because it would not pay
+
+
+def run_phases(llm: Any, requests: list[dict[str, Any]], phases: Sequence[int], seconds: float) -> list[Moment]:
+    """Keep as many requests running as each phase says, one phase after the other, by the clock.
+
+    Where a phase has fewer than the one before, the youngest are aborted: the load is the same for every method,
+    however fast it is.
+
+    Args:
+        llm: a vllm.LLM with its engine core in this process.
+        requests: as for `run_requests`; they go round.
+        phases: requests at a time.
+        seconds: length of a phase.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    llm.reset_prefix_cache()
+    engine = llm.llm_engine
+    runner = _runner(llm)
+    sizer = getattr(getattr(runner, "speculation", None), "sizer", None)
+    nodes = [0]
+    watch = _nodes_of(runner, nodes)
+    running: list[str] = []
+    moments: list[Moment] = []
+    asked, started = 0, time.perf_counter()
+    with watch:
+        while (now := time.perf_counter() - started) < seconds * len(phases):
+            wanted = phases[int(now / seconds)]
+            while len(running) > wanted:
+                engine.abort_request([running.pop()])
+            while len(running) < wanted:
+                request, name = requests[asked % len(requests)], f"{started}-{asked}"
+                asked += 1
+                engine.add_request(
+                    name,
+                    TokensPrompt(prompt_token_ids=request["prompt"]),
+                    SamplingParams(**request["params"], output_kind=RequestOutputKind.DELTA),
+                )
+                running.append(name)
+            nodes[0] = 0
+            outputs = engine.step()
+            for output in outputs:
+                if output.finished and output.request_id in running:
+                    running.remove(output.request_id)
+            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            asleep = sizer is not None and sizer.decision.asleep
+            moments.append(Moment(time.perf_counter() - started, wanted, tokens, nodes[0], asleep))
+        for name in running:
+            engine.abort_request([name])
+        while engine.has_unfinished_requests():
+            engine.step()
+    return moments
+
+
+@contextmanager
+def _nodes_of(runner: Any, nodes: list[int]) -> Iterator[None]:
+    """Add the draft tokens of every step to `nodes`."""
+    original = runner.execute_model
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        nodes[0] += sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        return original(scheduler_output, *args, **kwargs)
+
+    runner.execute_model = execute_model
+    try:
+        yield
+    finally:
+        del runner.execute_model
+
+
 def is_prefilling(scheduler: Any) -> bool:
     """Whether a request of vLLM's scheduler has prompt tokens to compute before its next step.
 
@@ -169,10 +256,13 @@ def _counters(llm: Any) -> dict[str, Any]:
 
 def _parts(llm: Any) -> dict[str, float]:
     """Seconds by part of a step from Clover's runner, nothing from others."""
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
-    timer = getattr(runner, "timer", None)
+    timer = getattr(_runner(llm), "timer", None)
     return dict(timer.seconds) if timer is not None else {}
+
+
+def _runner(llm: Any) -> Any:
+    """The model runner of an engine core in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def _say(answers: TextIO, answer: dict[str, Any]) -> None:

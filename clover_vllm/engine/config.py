@@ -93,7 +93,7 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         # The target's compiled graph returns its last layer's output too, which the base class counts
         # in only for methods it knows; the head's has the number of candidates in it.
         candidates = self.clover.candidates(self.num_speculative_tokens)
-        return f"clover2-{candidates}-{super().compute_hash()}"
+        return f"clover2-{candidates}-{self.clover.head_precision}-{super().compute_hash()}"
 
 
 def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelConfig:

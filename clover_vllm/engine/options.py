@@ -57,6 +57,8 @@ class CloverOptions:
         retrieval: where `adaptive` finds continuations besides the head's: `all` in a request's own text and in
             earlier answers of any request, `own` in its own text alone, so that nothing of a user's text reaches
             another's drafts, `off` nowhere. Needs the package arctic-inference.
+        head_precision: `int8` for the head's products on a CPU where the engine runs in half precision, or `model`
+            for the engine's own precision everywhere.
         backlog_mib: most memory, in MiB, for hidden states that the head has not read because drafting did not pay.
             The head drafts no more for requests whose states had to go.
 
@@ -72,6 +74,7 @@ class CloverOptions:
     draft_min_share: float = 0.0
     draft_min_joint: float = 0.3
     retrieval: str = "all"
+    head_precision: str = "int8"
     backlog_mib: int = 64
 
     def __post_init__(self) -> None:
@@ -83,6 +86,10 @@ class CloverOptions:
                 )
         if self.retrieval not in ("all", "own", "off"):
             raise UserError(f"Clover's option retrieval is {self.retrieval!r}; it must be all, own or off.")
+        if self.head_precision not in ("int8", "model"):
+            raise UserError(
+                f"Clover's option head_precision is {self.head_precision!r}; it must be int8 or model."
+            )
         if type(self.backlog_mib) is not int or self.backlog_mib < 1:
             raise UserError(
                 f"Clover's option backlog_mib is {self.backlog_mib!r}; it must be a whole number of 1 or more."

@@ -44,6 +44,7 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 from vllm.platforms import current_platform
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.engine.models.int8 import Int8Linear, int8_linears, is_int8_quicker
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.layers import RMSNorm as ReferenceRMSNorm
@@ -231,12 +232,15 @@ class AugmentingBlock(nn.Module):
 class RowSlice(nn.Module):
     """Some rows of the target's lm_head, the same on every rank, in the layout of fast small GEMMs."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, int8: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None
-        self.cpu_linear = F.linear
-        if current_platform.is_cpu():
+        self.cpu_linear: Any = F.linear
+        if int8:
+            self.cpu_linear = Int8Linear(weight)
+            self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        elif current_platform.is_cpu():
             dispatch_cpu_unquantized_gemm(self, remove_weight=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -257,11 +261,11 @@ class SharedLmHead(nn.Module):
         self._draft_head: RowSlice | None = None
         self._logits_processor = LogitsProcessor(config.vocab_size)
 
-    def bind(self, lm_head: VocabParallelEmbedding) -> None:
-        """Read this lm_head from now on, and slice its draft-vocabulary rows."""
+    def bind(self, lm_head: VocabParallelEmbedding, int8: bool = False) -> None:
+        """Read this lm_head from now on, and slice its draft-vocabulary rows, in int8 if that is wanted."""
         object.__setattr__(self, "_lm_head", lm_head)
         if self.draft_vocab is not None:
-            object.__setattr__(self, "_draft_head", RowSlice(self.embed(self.draft_vocab)))
+            object.__setattr__(self, "_draft_head", RowSlice(self.embed(self.draft_vocab), int8))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Unscaled lm_head rows of token ids [N], [N, D], whichever ranks hold them."""
@@ -355,6 +359,8 @@ class Clover2DraftModel(nn.Module):
         k = options.candidates(vllm_config.speculative_config.num_speculative_tokens)
         self._max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self._num_candidates = k
+        self._in_int8 = is_int8_quicker(options.head_precision, vllm_config.model_config.dtype)
+        self._int8: dict[nn.Module, Int8Linear] = {}
         with set_model_tag("clover2_next"):  # a tag of its own, for vLLM's compile cache
             self._next = NextStep(
                 lm_head=self.shared,
@@ -384,7 +390,10 @@ class Clover2DraftModel(nn.Module):
                 f"The Clover-2 head was trained for an lm_head of {self.config.vocab_size} x "
                 f"{self.config.hidden_size}; the target's is {lm_head.org_vocab_size} x {weight.shape[1]}."
             )
-        self.shared.bind(lm_head)
+        self.shared.bind(lm_head, self._in_int8)
+        for layer, linear in self._int8.items():
+            layer.cpu_linear = linear
+        self._int8 = {}
         probed = torch.linspace(0, self.config.vocab_size - 1, PROBED_ROWS).long()
         check_probe(self.config, probe_lm_head(self.embed(probed.to(weight.device)).cpu()))
 
@@ -475,6 +484,8 @@ class Clover2DraftModel(nn.Module):
             loaded.add(own)
         if wanted:
             raise UserError(f"The Clover-2 checkpoint lacks {len(wanted)} weights, {min(wanted)} for one.")
+        if self._in_int8:
+            self._int8 = int8_linears(self)
         return loaded
 
     @staticmethod
