@@ -28,6 +28,7 @@ from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import Work
 from clover_vllm.base.provenance import provenance
 from clover_vllm.base.show import print_table
+from clover_vllm.check.settings import TortureSettings
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
 from clover_vllm.launch.environment import prepare
 from clover_vllm.launch.process import JsonProcess
@@ -53,27 +54,6 @@ MOST_GROWTH = 0.02
 
 MOST_TIES = 1e-4
 """Of compared requests; more would be a kernel that lost precision."""
-
-
-@dataclass(frozen=True)
-class TortureSettings:
-    """What to run.
-
-    Args:
-        requests: how many in all, unless `minutes` is given.
-        minutes: how long, instead.
-        seed: of the first engine's settings and requests; the next engine has the next one.
-        per_engine: requests per engine.
-        wave: requests submitted together.
-        output: JSON file for the result; a plot of the memory goes beside it.
-    """
-
-    requests: int = 2000
-    minutes: float | None = None
-    seed: int = 0
-    per_engine: int = 300
-    wave: int = 60
-    output: Path | None = None
 
 
 @dataclass

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import each
+from clover_vllm.eval.settings import EvalSettings
 from clover_vllm.heads.base import DraftTables, Head, Prefix
 from clover_vllm.heads.registry import kind_of
 from clover_vllm.heads.weights import check_target
@@ -234,19 +235,6 @@ def outcome_of(trees: Sequence[Tree], continuation: Sequence[int], category: str
     return Outcome(category, tokens, steps, taken)
 
 
-@dataclass
-class EvalSettings:
-    """What `clover-vllm eval` was asked for."""
-
-    target: str
-    heads: list[Path]
-    answers: list[Path]
-    nodes: list[int] | None = None  # best-first trees of these sizes, instead of the default shapes
-    limit: int | None = None
-    draft_vocab_of: Path | None = None  # heads that save no vocabulary draft from this head's
-    dtype: str = "bfloat16"
-
-
 def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     """Measure heads on the greedy answers of a target.
 
@@ -256,20 +244,15 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     Raises:
         UserError: anything that the user can mend, before the target is loaded where possible.
     """
-    if settings.nodes is not None and min(settings.nodes) < 1:
-        raise UserError("--nodes must be 1 or more.")
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"--limit {settings.limit} must be 1 or more.")
-    if settings.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
-    heads = {str(folder): load_any_head(folder) for folder in settings.heads}
+    settings.check()
+    heads = {str(folder): load_any_head(folder) for folder in settings.head}
     vocab = _draft_vocab(settings.draft_vocab_of) if settings.draft_vocab_of else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = FrozenTarget(settings.target, getattr(torch, settings.dtype), device)
     for head in heads.values():
         check_target(head.config, target.config, target.lm_head)
     answers = greedy_answers(settings.answers, target, settings.limit)
-    shapes = default_shapes() if settings.nodes is None else [best_first(n) for n in settings.nodes]
+    shapes = [best_first(n) for n in settings.nodes] if settings.nodes else default_shapes()
     results: dict[str, dict[str, list[Outcome]]] = {}
     for name, head in heads.items():
         evaluator = Evaluator(target, head, vocab)
