@@ -162,8 +162,8 @@ def evaluate(settings: EvalSettings) -> None:
     from clover_vllm.eval.evaluate import evaluate as run
     from clover_vllm.eval.report import (
         category_table,
+        evaluations,
         record_acceptance,
-        shape_results,
         table,
         write_report,
     )
@@ -172,7 +172,7 @@ def evaluate(settings: EvalSettings) -> None:
     if output is not None:
         make_folder(output.parent if output.suffix == ".json" else output)
     measured = run(settings)
-    results = shape_results(measured)
+    results = evaluations(measured)
     print_table(table(results))
     print_table(category_table(results))
     if output is not None:

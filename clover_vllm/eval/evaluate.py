@@ -43,7 +43,7 @@ class Grow(Protocol):
 
 
 @dataclass(frozen=True)
-class Shape:
+class Growth:
     """A named way to grow trees."""
 
     name: str
@@ -52,25 +52,25 @@ class Shape:
 
 def best_first(
     num_nodes: int, rounds: int | None = None, width: int | None = None, cutoffs: Cutoffs | None = None
-) -> Shape:
+) -> Growth:
     """Best-first trees of `num_nodes`: by default 6 rounds (8 from 16 nodes on), half as wide.
 
     That is more drafting than pays in an engine (`engine.options`): it shows what the head knows.
     """
     rounds = rounds or (6 if num_nodes < 16 else 8)
     width = width or max(2, num_nodes // 2)
-    return Shape(
+    return Growth(
         f"tree of {num_nodes}",
         lambda drafter: grow_best_first(drafter, num_nodes, rounds, width, cutoffs=cutoffs),
     )
 
 
-def default_shapes() -> list[Shape]:
-    """The shapes that the model card reports."""
+def default_growths() -> list[Growth]:
+    """Those that the model card reports."""
     return [
-        Shape("chain of 5", lambda drafter: grow_fixed(drafter, chain(5))),
+        Growth("chain of 5", lambda drafter: grow_fixed(drafter, chain(5))),
         *(best_first(n) for n in (4, 8, 16, 25)),
-        Shape("published 25", lambda drafter: grow_fixed(drafter, PUBLISHED_25)),
+        Growth("published 25", lambda drafter: grow_fixed(drafter, PUBLISHED_25)),
     ]
 
 
@@ -84,8 +84,8 @@ class Answer:
 
 
 @dataclass
-class Outcome:
-    """What drafting over one answer gave (filled by `measure`)."""
+class Replay:
+    """The steps in which an engine would have said one answer (filled by `replay`)."""
 
     category: str
     tokens: int  # emitted by verifying steps, bonus included; prefill's token is not counted
@@ -172,19 +172,19 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def trees(self, prepared: Prepared, shape: Shape) -> list[Tree]:
+    def trees(self, prepared: Prepared, growth: Growth) -> list[Tree]:
         """A tree for every position of an answer; drafted in chunks of positions."""
         made: list[Tree] = []
         for start in range(0, prepared.positions, self._chunk):
             part = slice(start, min(start + self._chunk, prepared.positions))
-            made += shape.grow(prepared.new_drafter(part))
+            made += growth.grow(prepared.new_drafter(part))
         return made
 
-    def measure(self, answer: Answer, shapes: Sequence[Shape]) -> list[Outcome]:
-        """Outcome of every shape over one answer of at least two tokens."""
+    def replay(self, answer: Answer, growths: Sequence[Growth]) -> list[Replay]:
+        """Replays of one answer of at least two tokens, with every growth."""
         prepared = self.prepare(answer)
         continuation = prepared.continuation.tolist()
-        return [outcome_of(self.trees(prepared, shape), continuation, answer.category) for shape in shapes]
+        return [replay(self.trees(prepared, growth), continuation, answer.category) for growth in growths]
 
     def check_answers(self, answers: Sequence[Answer]) -> None:
         """Refuse answers that the target would not have given.
@@ -214,7 +214,7 @@ def accepted_nodes(tree: Tree, continuation: Sequence[int]) -> list[int]:
     return walk(tree, said)
 
 
-def outcome_of(trees: Sequence[Tree], continuation: Sequence[int], category: str) -> Outcome:
+def replay(trees: Sequence[Tree], continuation: Sequence[int], category: str) -> Replay:
     """Follow one answer: which steps an engine takes, and what each accepts.
 
     Args:
@@ -232,14 +232,14 @@ def outcome_of(trees: Sequence[Tree], continuation: Sequence[int], category: str
         emitted = min(accepted + 1, len(continuation) - position)
         tokens += emitted
         position += emitted
-    return Outcome(category, tokens, steps, taken)
+    return Replay(category, tokens, steps, taken)
 
 
-def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
+def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Replay]]]:
     """Measure heads on the greedy answers of a target.
 
     Returns:
-        outcomes per answer, by head folder, then by shape name.
+        replays, one per answer, by head folder, then by name of growth.
 
     Raises:
         UserError: anything that the user can mend, before the target is loaded where possible.
@@ -252,15 +252,15 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
     for head in heads.values():
         check_target(head.config, target.config, target.lm_head)
     answers = greedy_answers(settings.answers, target, settings.limit)
-    shapes = [best_first(n) for n in settings.nodes] if settings.nodes else default_shapes()
-    results: dict[str, dict[str, list[Outcome]]] = {}
+    growths = [best_first(n) for n in settings.nodes] if settings.nodes else default_growths()
+    results: dict[str, dict[str, list[Replay]]] = {}
     for name, head in heads.items():
         evaluator = Evaluator(target, head, vocab)
         evaluator.check_answers(answers)
-        results[name] = {shape.name: [] for shape in shapes}
+        results[name] = {growth.name: [] for growth in growths}
         for answer in each(answers, "answers", f"drafting with {Path(name).name}"):
-            for shape, outcome in zip(shapes, evaluator.measure(answer, shapes), strict=True):
-                results[name][shape.name].append(outcome)
+            for growth, found in zip(growths, evaluator.replay(answer, growths), strict=True):
+                results[name][growth.name].append(found)
     return results
 
 

@@ -157,13 +157,13 @@ def eval_table(found: Json) -> str:
     """Tokens per step by tree and head."""
     rows: list[Json] = found["results"]
     heads = list(dict.fromkeys(row["head"] for row in rows))
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    by_place = {(row["head"], row["shape"]): row for row in rows}
+    growths = list(dict.fromkeys(row["growth"] for row in rows))
+    by_place = {(row["head"], row["growth"]): row for row in rows}
 
     def cell(row: Json | None) -> str:
         return f"{row['tokens_per_step']:.2f} ± {row['standard_error']:.2f}" if row else ""
 
-    lines = [[shape, *(cell(by_place.get((head, shape))) for head in heads)] for shape in shapes]
+    lines = [[growth, *(cell(by_place.get((head, growth))) for head in heads)] for growth in growths]
     return "\n".join(
         [
             markdown(["tree", *heads], lines),
