@@ -32,7 +32,7 @@ class CloverOptions:
     Args:
         tree: `best_first` grows every tree by joint probability; `chain` drafts one path, as vLLM's
             own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
-            a list of paths of child ranks, such as [[0], [1], [0, 0]], is a custom fixed tree.
+            a list of paths of child ranks, such as `[[0], [1], [0, 0]]`, is a custom fixed tree.
             A fixed tree is cut to its first `num_speculative_tokens` nodes.
         draft_rounds: maximum number of drafting levels of `best_first`, and so its maximum depth; by default
             4 for up to 8 nodes, 5 up to 12, 6 above.

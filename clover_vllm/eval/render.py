@@ -1,12 +1,10 @@
-"""`clover-vllm render`: tables of README and docs from `results/*.json`.
+"""`clover-vllm render`: tables of README and docs from `results/*.json` and from the code.
 
 A block begins with `<!-- generated: NAME -->` and ends with `<!-- /generated -->`; its text is replaced.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 from clover_vllm.base.errors import UserError
 from clover_vllm.bench.plots import digest, plot_speedups, source_of
 from clover_vllm.bench.report import with_interval
+from clover_vllm.engine.options import options_table
 
 Json = dict[str, Any]
 
@@ -81,12 +80,11 @@ def rendered(text: str, results: Path) -> str:
 
 
 def _text(name: str, results: Path) -> str:
-    if name == "refused":
-        return _refused()
+    if name in OF_CODE:
+        return OF_CODE[name]().strip()
     if name not in TABLES:
-        raise UserError(
-            f"There is no generated block {name!r}; choose from {', '.join([*TABLES, 'refused'])}."
-        )
+        known = ", ".join([*TABLES, *OF_CODE])
+        raise UserError(f"There is no generated block {name!r}; choose from {known}.")
     file = results / f"{name}.json"
     if not file.exists():
         return (
@@ -175,6 +173,15 @@ def eval_table(found: Json) -> str:
     )
 
 
+def _refused() -> str:
+    from clover_vllm.engine.support import refusal_table  # imports vLLM
+
+    return refusal_table()
+
+
+OF_CODE: dict[str, Callable[[], str]] = {"refused": _refused, "options": options_table}
+"""Blocks that the engine itself writes."""
+
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
     "torture": torture_table,
@@ -196,12 +203,3 @@ def _origin(made: Json) -> str:
         f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n"
         f"```bash\n{made['command']}\n```"
     )
-
-
-def _refused() -> str:
-    """The engine's own table of what it refuses."""
-    module = "clover_vllm.engine.support"
-    if importlib.util.find_spec(module) is None:
-        return "Listed by the engine when it refuses."
-    table: str = importlib.import_module(module).refusal_table()
-    return table.strip()

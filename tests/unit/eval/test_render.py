@@ -84,6 +84,12 @@ def test_blocks_without_a_result_say_which_command_is_missing(tmp_path: Path) ->
     assert rendered("no block", tmp_path) == "no block"
 
 
+def test_tables_of_the_code_are_filled() -> None:
+    text = "<!-- generated: {} -->\n<!-- /generated -->\n"
+    assert "| `draft_min_joint` | `0.3` |" in rendered(text.format("options"), Path())
+    assert "| refused |" in rendered(text.format("refused"), Path())
+
+
 def test_damaged_results_and_unknown_blocks_are_refused(root: Path) -> None:
     (root / "results" / "eval.json").write_text("[]")
     for text in (
