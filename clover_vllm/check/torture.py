@@ -4,7 +4,7 @@ One plain engine with ample settings answers every request. Engines with Clover-
 tiny cache, a tiny token budget, a small max_model_len, any tree) get the same requests, arriving over time,
 some of them twice, some aborted. Every request that finishes must be the same to the last token, and
 every cache block must come back. The target is tiny and random, in float32, so that thousands of requests
-take minutes; half of the trees hide the right answer, lest everything be rejected.
+take minutes. Half of the trees hide the right answer, so that nodes are accepted.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ LOGPROB_ERROR = 1e-3
 TIE_ATTEMPTS = 12
 
 WARM_UP_REQUESTS = 10_000
-"""Until about so many, memory grows in plain vLLM too."""
+"""Memory of plain vLLM grows until about this request, too."""
 
 JUDGED_REQUESTS = 20_000
-"""The memory of engines that served so many must not have grown since their warm-up by more than MOST_GROWTH."""
+"""Engines that served this many are judged: their memory must not grow by more than MOST_GROWTH after the warm-up."""
 
 MOST_GROWTH = 0.02
 
