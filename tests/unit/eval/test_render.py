@@ -84,6 +84,12 @@ def test_blocks_without_a_result_say_which_command_is_missing(tmp_path: Path) ->
     assert rendered("no block", tmp_path) == "no block"
 
 
+def test_without_an_evaluation_the_shipped_heads_is_shown(tmp_path: Path) -> None:
+    found = rendered("<!-- generated: eval -->\n<!-- /generated -->\n", tmp_path)
+    assert "| tree of 8 | 3.13 ± 0.11 | 2.16 ± 0.05 |" in found
+    assert "clover-vllm eval" in found
+
+
 def test_tables_of_the_code_are_filled() -> None:
     text = "<!-- generated: {} -->\n<!-- /generated -->\n"
     assert "| `draft_min_joint` | `0.3` |" in rendered(text.format("options"), Path())

@@ -37,7 +37,7 @@ def test_tokens_per_step_are_those_of_the_model_card(target: FrozenTarget) -> No
     replays = [evaluator.replay(answer, growths) for answer in answers]
     card = {
         (row["head"], row["growth"]): row["tokens_per_step"]
-        for row in json.loads((folder / "eval.json").read_text())
+        for row in json.loads((folder / "eval.json").read_text())["results"]
     }
     for column, growth in enumerate(growths):
         found = Evaluation("", growth.name, [row[column] for row in replays]).tokens_per_step
