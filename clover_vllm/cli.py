@@ -158,7 +158,6 @@ def evaluate(settings: EvalSettings) -> None:
 
     Follows the target's greedy answers; drafts with the head's own predictions. Nothing is timed.
     """
-    from clover_vllm.base.files import make_folder
     from clover_vllm.eval.evaluate import evaluate as run
     from clover_vllm.eval.report import (
         category_table,
@@ -168,15 +167,12 @@ def evaluate(settings: EvalSettings) -> None:
         write_report,
     )
 
-    output = settings.output
-    if output is not None:
-        make_folder(output.parent if output.suffix == ".json" else output)
     measured = run(settings)
     results = evaluations(measured)
     print_table(table(results))
     print_table(category_table(results))
-    if output is not None:
-        write_report(results, output)
+    if settings.output is not None:
+        write_report(results, settings.output)
     if settings.record:
         record_acceptance(measured)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import make_folder
 from clover_vllm.base.progress import each
 from clover_vllm.eval.settings import EvalSettings
 from clover_vllm.heads.base import DraftTables, Head, Prefix
@@ -245,6 +246,9 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Replay]]]:
         UserError: anything that the user can mend, before the target is loaded where possible.
     """
     settings.check()
+    output = settings.output
+    if output is not None:  # a folder that cannot be made is refused before anything is measured
+        make_folder(output.parent if output.suffix == ".json" else output)
     heads = {str(folder): load_any_head(folder) for folder in settings.head}
     vocab = _draft_vocab(settings.draft_vocab_of) if settings.draft_vocab_of else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
