@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from clover_vllm import __version__
+from clover_vllm.base.command_line import takes
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
-from clover_vllm.heads.registry import HEADS, head_kind
+from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelSettings
+from clover_vllm.check.settings import TortureSettings
+from clover_vllm.eval.settings import EvalSettings
+from clover_vllm.train.settings import DataSettings, TrainSettings
 
 app = typer.Typer(
     name="clover-vllm",
@@ -102,138 +106,32 @@ def target(
 
 @app.command()
 @_one_line
-def data(
-    target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
-    prompts: Annotated[
-        list[Path], typer.Option(help="JSON lines with prompt, messages or turns (the first is asked).")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the answer shards; resumes what is there.")],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
-    greedy_share: Annotated[float, typer.Option(help="Share of prompts answered greedily.")] = 0.5,
-    min_temperature: Annotated[float, typer.Option(help="Lowest temperature of the others.")] = 0.7,
-    max_temperature: Annotated[float, typer.Option(help="Highest temperature of the others.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Use so many prompts at most.")] = None,
-    skip: Annotated[int, typer.Option(help="Leave out the first so many prompts.")] = 0,
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Answer the held-out 2% of prompts instead of the rest.")
-    ] = False,
-    shard_size: Annotated[int, typer.Option(help="Prompts per shard; a kill loses at most one.")] = 512,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 96,
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of temperatures and of sampling.")] = 0,
-) -> None:
+@takes(DataSettings)
+def data(settings: DataSettings) -> None:
     """Generate the target's own answers, which heads are trained on.
 
     Runs vLLM under continuous batching and writes shards of token ids. A killed run continues
     where it stopped when the same command is given again.
     """
-    from clover_vllm.train.generate import DataSettings, generate
+    from clover_vllm.train.generate import generate
 
-    settings = DataSettings(**locals_without(locals(), "DataSettings", "generate"))
-    _summary(f"Answers in {output}", generate(settings))
-
-
-def locals_without(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A command's parameters: its locals less what it imported."""
-    return {name: value for name, value in values.items() if name not in names}
-
-
-def published(weight: str) -> str:
-    """A loss weight of every method, for the help."""
-    return ", ".join(f"{getattr(kind, weight):g} for {kind.method}" for kind in HEADS.values())
+    _summary(f"Answers in {settings.output}", generate(settings))
 
 
 @app.command()
 @_one_line
-def train(
-    target: Annotated[str, typer.Option(help="Target model folder or hub name; it is frozen.")],
-    data: Annotated[list[Path], typer.Option(help="Answer files, or folders of them.")],
-    output: Annotated[Path, typer.Option(help="Folder for head, checkpoints and log; resumes.")],
-    method: Annotated[str, typer.Option(help=f"Kind of head: {', '.join(HEADS)}.")] = "clover2",
-    init_from: Annotated[
-        Path | None, typer.Option(help="Continue from this head of the same method, in its shape.")
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the answers; may be a fraction.")] = 4.0,
-    batch_tokens: Annotated[int, typer.Option(help="Answer tokens per micro-batch, about.")] = 2048,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches per step and GPU.")] = 1,
-    optimizer: Annotated[str, typer.Option(help="adamw (as published) or muon.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="cosine, linear or constant, after the warm-up.")] = "cosine",
-    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")] = 0.04,
-    regression_weight: Annotated[
-        float | None, typer.Option(help=f"Weight of SmoothL1, as published: {published('regression')}.")
-    ] = None,
-    vocabulary_weight: Annotated[
-        float | None,
-        typer.Option(help=f"Weight of the cross entropy, as published: {published('vocabulary')}."),
-    ] = None,
-    depth_decay: Annotated[float, typer.Option(help="A head's loss weighs this much less per depth.")] = 0.7,
-    clip_value: Annotated[float, typer.Option(help="Clip gradients at this value; 0 does not.")] = 0.5,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    draft_vocab: Annotated[
-        int | None, typer.Option(help="Draft only the so many most frequent tokens of the answers.")
-    ] = None,
-    num_heads: Annotated[int, typer.Option(help="Draft depths that are trained.")] = 5,
-    scale_inputs: Annotated[bool, typer.Option(help="Bring both inputs to RMS 1; off, as published.")] = True,
-    max_length: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
-    limit_tokens: Annotated[int | None, typer.Option(min=1, help="Use so many answer tokens only.")] = None,
-    cache_gib: Annotated[
-        float, typer.Option(help="Disk for hidden states, GiB; pays from the second epoch on.")
-    ] = 0.0,
-    cache: Annotated[Path | None, typer.Option(help="Folder for them [in CLOVER_HOME].")] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between log entries.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of first weights and order.")] = 0,
-    dtype: Annotated[str, typer.Option(help="bfloat16 (autocast) or float32.")] = "bfloat16",
-) -> None:
+@takes(TrainSettings)
+def train(settings: TrainSettings) -> None:
     """Train a draft head for a frozen target.
 
     Several GPUs: `torchrun --nproc-per-node 8 -m clover_vllm.cli train ...`. A killed run
     continues from its last checkpoint when the same command is given again.
     """
-    from clover_vllm.train.objective import LossWeights
-    from clover_vllm.train.trainer import TrainSettings
     from clover_vllm.train.trainer import train as run
 
-    kind = head_kind(method)
-    weights = LossWeights(
-        regression=kind.regression if regression_weight is None else regression_weight,
-        vocabulary=kind.vocabulary if vocabulary_weight is None else vocabulary_weight,
-        decay=depth_decay,
-    )
-    summary = run(
-        TrainSettings(
-            target=target,
-            data=data,
-            output=output,
-            method=method,
-            init_from=init_from,
-            epochs=epochs,
-            batch_tokens=batch_tokens,
-            accumulate=accumulate,
-            optimizer=optimizer,  # type: ignore[arg-type]
-            learning_rate=learning_rate,
-            schedule=schedule,
-            warmup=warmup,
-            weights=weights,
-            clip_value=clip_value,
-            weight_decay=weight_decay,
-            draft_vocab=draft_vocab,
-            num_heads=num_heads,
-            scale_inputs=scale_inputs,
-            max_length=max_length,
-            limit_tokens=limit_tokens,
-            cache_gib=cache_gib,
-            cache=cache,
-            save_every=save_every,
-            log_every=log_every,
-            seed=seed,
-            dtype=dtype,
-        )
-    )
+    summary = run(settings)
     if summary:
-        _summary(f"Head in {output / 'head'}", summary)
+        _summary(f"Head in {settings.output / 'head'}", summary)
     _leave_process_group()
 
 
@@ -254,61 +152,28 @@ def _leave_process_group() -> None:
 
 @app.command("eval")
 @_one_line
-def evaluate(
-    target: Annotated[str, typer.Option(help="Target model folder or hub name.")],
-    answers: Annotated[list[Path], typer.Option(help="Greedy answers of the target, from `data`.")],
-    head: Annotated[list[Path], typer.Option(help="Head folder; may be given several times.")],
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file, or a folder for eval.json; a plot goes beside it.")
-    ] = None,
-    nodes: Annotated[
-        list[int] | None, typer.Option(help="Best-first tree of so many nodes, instead of the usual set.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use so many answers.")] = None,
-    draft_vocab_of: Annotated[
-        Path | None, typer.Option(help="EAGLE-1 heads draft from this head's vocabulary.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the target: bfloat16 or float32.")] = "bfloat16",
-    record: Annotated[
-        bool,
-        typer.Option("--record", help="Write the measured first_acceptance into the head's config.json."),
-    ] = False,
-) -> None:
+@takes(EvalSettings)
+def evaluate(settings: EvalSettings) -> None:
     """Tokens per step of heads, as an engine that verifies draft trees would accept.
 
     Follows the target's greedy answers; drafts with the head's own predictions. Nothing is timed.
     """
-    from clover_vllm.base.files import make_folder
-    from clover_vllm.eval.evaluate import EvalSettings
     from clover_vllm.eval.evaluate import evaluate as run
     from clover_vllm.eval.report import (
         category_table,
+        evaluations,
         record_acceptance,
-        shape_results,
         table,
         write_report,
     )
 
-    settings = EvalSettings(
-        target=target,
-        heads=head,
-        answers=answers,
-        nodes=nodes or None,
-        limit=limit,
-        draft_vocab_of=draft_vocab_of,
-        dtype=dtype,
-    )
-    if record and nodes:
-        raise UserError("--record needs the usual set of trees; leave --nodes out.")
-    if output is not None:
-        make_folder(output.parent if output.suffix == ".json" else output)
     measured = run(settings)
-    results = shape_results(measured)
+    results = evaluations(measured)
     print_table(table(results))
     print_table(category_table(results))
-    if output is not None:
-        write_report(results, output)
-    if record:
+    if settings.output is not None:
+        write_report(results, settings.output)
+    if settings.record:
         record_acceptance(measured)
 
 
@@ -334,39 +199,8 @@ def convert(
 
 @app.command()
 @_one_line
-def bench(
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover, clover-N (N nodes)."
-        ),
-    ] = "plain,ngram,eagle,clover-chain,clover",
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Choose each method's settings on prompts set aside for that.")
-    ] = False,
-    concurrency: Annotated[str, typer.Option(help="Requests at a time, for example 1,4,16.")] = "1,4,16",
-    repetitions: Annotated[int, typer.Option(help="Runs per method and concurrency.")] = 3,
-    server: Annotated[
-        bool, typer.Option("--server", help="Through `vllm serve` and `vllm bench serve` instead of LLM.")
-    ] = False,
-    target: Annotated[str | None, typer.Option(help="Target; by default smollm2-135m.")] = None,
-    head: Annotated[str | None, typer.Option(help="Clover-2 head; by default the shipped one.")] = None,
-    eagle_head: Annotated[str | None, typer.Option(help="EAGLE head; by default the shipped one.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with prompt_ids, messages or prompt; by default held out.")
-    ] = None,
-    num_prompts: Annotated[
-        int | None, typer.Option(help="Prompts per run [three times the concurrency, at least 8].")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; else every request has a seed.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "bfloat16",
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Without torch.compile.")] = False,
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 2048,
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file, or a folder for bench.json; plots go beside it.")
-    ] = None,
-) -> None:
+@takes(BenchSettings)
+def bench(settings: BenchSettings) -> None:
     """Measure methods side by side: the same prompts, flags and process settings, alternating order.
 
     Starts one engine (or server) per method and runs them in turn; those that wait use no processor
@@ -375,31 +209,33 @@ def bench(
     with a 95% bootstrap interval, tokens per step, latencies, how often greedy output equals
     plain decoding, and where a step's time goes.
     """
-    from clover_vllm.bench.compare import BenchSettings, names, parse_list
     from clover_vllm.bench.compare import bench as run
 
-    values = locals_without(locals(), "BenchSettings", "names", "parse_list", "run")
-    values.update(methods=names(methods), concurrency=parse_list(concurrency))
-    run(BenchSettings(**values))
+    run(settings)
 
 
 @app.command()
 @_one_line
-def torture(
-    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 2000,
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="How long, instead of --requests.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first engine; the next one has the next seed.")] = 0,
-    per_engine: Annotated[int, typer.Option(min=1, help="Requests per engine.")] = 300,
-    wave: Annotated[int, typer.Option(min=1, help="Requests submitted together.")] = 60,
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file, or a folder for torture.json; a plot goes beside it.")
-    ] = None,
-) -> None:
+@takes(ClimbSettings)
+def climb(settings: ClimbSettings) -> None:
+    """Measure a load that climbs and falls again, Clover-2 beside plain vLLM.
+
+    Requests at a time double up to the highest number and halve again, by the clock, so that both engines see the same
+    load. Prints speed by phase, nodes per step and how often drafting slept, and draws all of it over time.
+    """
+    from clover_vllm.bench.climb import climb as run
+
+    run(settings)
+
+
+@app.command()
+@_one_line
+@takes(TortureSettings)
+def torture(settings: TortureSettings) -> None:
     """Random requests through random engines with Clover-2, each compared with plain vLLM (float32)."""
-    from clover_vllm.check.torture import TortureSettings
     from clover_vllm.check.torture import torture as run
 
-    run(TortureSettings(**locals_without(locals(), "TortureSettings", "run")))
+    run(settings)
 
 
 @app.command()
@@ -422,18 +258,12 @@ def render(
 
 @app.command()
 @_one_line
-def kernel(
-    requests: Annotated[str, typer.Option(help="Requests in the step, for example 1,4,16.")] = "1,4,16",
-    contexts: Annotated[str, typer.Option(help="Tokens in the cache per request.")] = "100,300,1000,2000",
-    rows: Annotated[int, typer.Option(min=1, max=64, help="Root and nodes of each request.")] = 9,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
-) -> None:
+@takes(KernelSettings)
+def kernel(settings: KernelSettings) -> None:
     """Time the tree attention kernel beside vLLM's own, on a CPU."""
-    from clover_vllm.bench.compare import parse_list
-    from clover_vllm.bench.kernel import KernelShape, compare_kernels
+    from clover_vllm.bench.kernel import compare_kernels
 
-    compare_kernels(KernelShape(rows=rows, dtype=dtype), parse_list(requests), parse_list(contexts), output)
+    compare_kernels(settings)
 
 
 @app.command()

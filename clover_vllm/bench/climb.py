@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,10 @@ def rate(moments: Sequence[Moment], begin: float, end: float) -> float:
 
 
 def phase_rows(
-    plain: Sequence[Sequence[Moment]], clover: Sequence[Sequence[Moment]], phases: Sequence[int], seconds: float
+    plain: Sequence[Sequence[Moment]],
+    clover: Sequence[Sequence[Moment]],
+    phases: Sequence[int],
+    seconds: float,
 ) -> list[dict[str, Any]]:
     """Speed, nodes and sleep by phase, means over repetitions."""
     rows = []
@@ -159,7 +161,9 @@ def by_second(runs: Sequence[Sequence[Moment]]) -> list[dict[str, float]]:
 
 def table(rows: Sequence[dict[str, Any]], windows: Sequence[float]) -> Table:
     """Speed by phase."""
-    found = Table(title=f"A load that climbs and falls; the slowest window of {WINDOW:.0f} s is {min(windows):.2f} of plain")
+    found = Table(
+        title=f"A load that climbs and falls; the slowest window of {WINDOW:.0f} s is {min(windows):.2f} of plain"
+    )
     for name in ("at once", "plain tokens/s", "clover tokens/s", "ratio", "nodes/step", "asleep"):
         found.add_column(name, justify="right", no_wrap=True)
     for row in rows:

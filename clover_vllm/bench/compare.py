@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from clover_vllm.base.show import print_table
 from clover_vllm.bench import report
 from clover_vllm.bench.loop import Contender, Load, Request, count_runs, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
+from clover_vllm.bench.settings import BenchSettings
 from clover_vllm.bench.through_llm import BenchEngine
 from clover_vllm.bench.through_server import BenchServer
 from clover_vllm.launch.environment import prepare
@@ -28,56 +28,14 @@ logger = logging.getLogger(__name__)
 WARM_UP_TOKENS = 32
 """Longest answer of a request that is not measured."""
 
+PROMPTS = Path(__file__).parent / "prompts"
+"""Sets of prompts that nothing was trained on."""
+
 DEVELOPMENT = 8
-"""Every so many-th distinct prompt is for choosing settings, never for figures."""
+"""One distinct prompt in this many is for choosing settings, never for figures."""
 
 Prompts = list[list[int]]
 """Token ids."""
-
-
-@dataclass
-class BenchSettings:
-    """What `clover-vllm bench` was asked for."""
-
-    target: str | None
-    head: str | None
-    eagle_head: str | None
-    methods: list[str]
-    sweep: bool
-    prompts: Path | None
-    num_prompts: int | None
-    max_tokens: int
-    temperature: float
-    concurrency: list[int]
-    repetitions: int
-    dtype: str
-    enforce_eager: bool
-    max_model_len: int
-    server: bool
-    output: Path | None
-
-    def per_run(self, concurrency: int) -> int:
-        """Prompts of a run: enough to keep `concurrency` requests running for three answers each, and at least 8."""
-        return self.num_prompts or max(8, 3 * concurrency)
-
-    def check(self) -> None:
-        """
-        Raises:
-            UserError: a setting is impossible.
-        """
-        for name in ("max_tokens", "repetitions", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-        if not self.concurrency or min(self.concurrency) < 1:
-            raise UserError("--concurrency must be 1 or more.")
-        if self.num_prompts is not None and self.num_prompts < max(self.concurrency):
-            raise UserError(
-                f"--num-prompts is {self.num_prompts}; it must be at least the largest --concurrency, "
-                f"{max(self.concurrency)}, better three times that."
-            )
-        if self.temperature < 0:
-            raise UserError("--temperature must be 0 or more.")
-        check_dtype(self.dtype, "auto")
 
 
 def bench(settings: BenchSettings) -> None:
@@ -89,7 +47,7 @@ def bench(settings: BenchSettings) -> None:
     settings.check()
     grids = select(settings.methods, settings.head, settings.eagle_head)
     target = settings.target or str(make_target("smollm2-135m"))
-    source = settings.prompts or shipped_head() / "held-out.jsonl.gz"
+    source = prompt_file(settings.prompts)
     figures, development = _prompts(settings, source, target)
     loads = _loads(settings, figures, settings.repetitions)
     llm = engine_settings(settings, target)
@@ -129,6 +87,23 @@ def bench(settings: BenchSettings) -> None:
         "temperature": settings.temperature,
     }
     print(f"Written: {report.write(comparison, settings.output, header)}, and plots beside it.")
+
+
+def prompt_file(name: str | None) -> Path:
+    """A shipped set of prompts by its name, or a file of the user's; without a name what was held out.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if name is None:
+        return shipped_head() / "held-out.jsonl.gz"
+    shipped = PROMPTS / f"{name}.jsonl.gz"
+    if shipped.is_file():
+        return shipped
+    if not Path(name).is_file():
+        known = ", ".join(sorted(file.name.removesuffix(".jsonl.gz") for file in PROMPTS.glob("*.jsonl.gz")))
+        raise UserError(f"--prompts is {name!r}, which is no file and none of {known}.")
+    return Path(name)
 
 
 def engine_settings(settings: BenchSettings, target: str) -> dict[str, Any]:
@@ -269,31 +244,3 @@ def _public(settings: dict[str, Any] | None) -> dict[str, Any] | None:
     if settings is None:
         return None
     return {k: Path(v).name if k == "model" else v for k, v in settings.items()}
-
-
-def parse_list(text: str) -> list[int]:
-    """`1,2,4` as numbers.
-
-    Raises:
-        UserError: it is something else.
-    """
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UserError(f"{text!r} is not a list of whole numbers such as 1,2,4.") from None
-
-
-def check_dtype(dtype: str, *more: str) -> None:
-    """Refuse what is no dtype of a target.
-
-    Raises:
-        UserError: it is none of float32, bfloat16, float16 and `more`.
-    """
-    known = ("float32", "bfloat16", "float16", *more)
-    if dtype not in known:
-        raise UserError(f"--dtype is {dtype!r}; choose from {', '.join(known)}.")
-
-
-def names(text: str) -> list[str]:
-    """`plain,clover-8` as names."""
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -6,9 +6,8 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -17,7 +16,7 @@ from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_atten
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import each
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.compare import check_dtype
+from clover_vllm.bench.settings import KernelSettings
 from clover_vllm.launch.environment import prepare
 from clover_vllm.tree import Tree
 
@@ -160,19 +159,14 @@ def _time(call: Callable[[], None]) -> float:
     return (time.perf_counter() - started) / calls * 1e6
 
 
-def compare_kernels(
-    shape: KernelShape, requests: Sequence[int], contexts: Sequence[int], output: Path | None
-) -> list[Timing]:
+def compare_kernels(settings: KernelSettings) -> list[Timing]:
     """Measure, print a table, and write JSON.
 
     Raises:
         UserError: an unknown dtype, no request or context, the native kernel was not built, or vLLM is not its
             CPU build.
     """
-    check_dtype(shape.dtype)
-    for name, values in (("requests", requests), ("contexts", contexts)):
-        if min(values) < 1:
-            raise UserError(f"--{name} must be 1 or more.")
+    settings.check()
     prepare()
     from vllm.platforms import current_platform
 
@@ -181,7 +175,8 @@ def compare_kernels(
             "This compares kernels of vLLM's CPU build; install that, with a C++ compiler at hand."
         )
     current_platform.import_kernels()
-    cases = [(r, c) for r in requests for c in contexts]
+    shape = KernelShape(rows=settings.rows, dtype=settings.dtype)
+    cases = [(r, c) for r in settings.requests for c in settings.contexts]
     found = [time_kernels(shape, r, c) for r, c in each(cases, "shapes")]
     table = Table(title=f"Microseconds per layer, {shape.rows} rows per request, {shape.dtype}")
     for name in ("requests", "context", "trees", "vLLM, causal", "ratio"):
@@ -191,8 +186,8 @@ def compare_kernels(
             str(t.requests), str(t.context), f"{t.tree:.0f}", f"{t.vllm:.0f}", f"{t.tree / t.vllm:.2f}"
         )
     print_table(table)
-    if output is not None:
-        output.write_text(
+    if settings.output is not None:
+        settings.output.write_text(
             json.dumps(
                 {
                     "shape": asdict(shape),

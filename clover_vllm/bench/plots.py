@@ -120,7 +120,10 @@ def plot_climb(results: Path, path: Path) -> None:
     for i, phase in enumerate(found["phases"]):
         speed.axvline(i * found["seconds_per_phase"], color="grey", linewidth=0.5)
         speed.annotate(
-            str(phase["running"]), (i * found["seconds_per_phase"], 1.0), xycoords=("data", "axes fraction"), fontsize=8
+            str(phase["running"]),
+            (i * found["seconds_per_phase"], 1.0),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
         )
     speed.set(ylabel="tokens per second")
     size.set(xlabel="seconds", ylabel="nodes per step")

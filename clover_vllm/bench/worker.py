@@ -136,7 +136,9 @@ class Moment:
     asleep: bool  # whether the head drafted for nobody because it would not pay
 
 
-def run_phases(llm: Any, requests: list[dict[str, Any]], phases: Sequence[int], seconds: float) -> list[Moment]:
+def run_phases(
+    llm: Any, requests: list[dict[str, Any]], phases: Sequence[int], seconds: float
+) -> list[Moment]:
     """Keep as many requests running as each phase says, one phase after the other, by the clock.
 
     Where a phase has fewer than the one before, the youngest are aborted: the load is the same for every method,

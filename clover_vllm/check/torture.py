@@ -4,7 +4,7 @@ One plain engine with ample settings answers every request. Engines with Clover-
 tiny cache, a tiny token budget, a small max_model_len, any tree) get the same requests, arriving over time,
 some of them twice, some aborted. Every request that finishes must be the same to the last token, and
 every cache block must come back. The target is tiny and random, in float32, so that thousands of requests
-take minutes; half of the trees hide the right answer, lest everything be rejected.
+take minutes. Half of the trees hide the right answer, so that nodes are accepted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import Work
 from clover_vllm.base.provenance import provenance
 from clover_vllm.base.show import print_table
+from clover_vllm.check.settings import TortureSettings
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
 from clover_vllm.launch.environment import prepare
 from clover_vllm.launch.process import JsonProcess
@@ -44,36 +45,15 @@ LOGPROB_ERROR = 1e-3
 TIE_ATTEMPTS = 12
 
 WARM_UP_REQUESTS = 10_000
-"""Until about so many, memory grows in plain vLLM too."""
+"""Memory of plain vLLM grows until about this request, too."""
 
 JUDGED_REQUESTS = 20_000
-"""The memory of engines that served so many must not have grown since their warm-up by more than MOST_GROWTH."""
+"""Engines that served this many are judged: their memory must not grow by more than MOST_GROWTH after the warm-up."""
 
 MOST_GROWTH = 0.02
 
 MOST_TIES = 1e-4
 """Of compared requests; more would be a kernel that lost precision."""
-
-
-@dataclass(frozen=True)
-class TortureSettings:
-    """What to run.
-
-    Args:
-        requests: how many in all, unless `minutes` is given.
-        minutes: how long, instead.
-        seed: of the first engine's settings and requests; the next engine has the next one.
-        per_engine: requests per engine.
-        wave: requests submitted together.
-        output: JSON file for the result; a plot of the memory goes beside it.
-    """
-
-    requests: int = 2000
-    minutes: float | None = None
-    seed: int = 0
-    per_engine: int = 300
-    wave: int = 60
-    output: Path | None = None
 
 
 @dataclass

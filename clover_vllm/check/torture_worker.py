@@ -24,7 +24,7 @@ def serve(answers: TextIO) -> None:
     import psutil
     from vllm import LLM
 
-    from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
+    from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
 
     settings = json.loads(sys.stdin.readline())
     llm = LLM(**settings["llm"])

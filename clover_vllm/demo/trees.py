@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.base.show import print_table
-from clover_vllm.eval.evaluate import Answer, Evaluator, accepted_nodes, best_first, outcome_of
-from clover_vllm.eval.report import ShapeResult, table
+from clover_vllm.eval.evaluate import Answer, Evaluator, accepted_nodes, best_first, replay
+from clover_vllm.eval.report import Evaluation, table
 from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.target.make import make_target
@@ -47,22 +47,22 @@ def show_trees(num_prompts: int, max_tokens: int, steps: int) -> None:
     evaluator = Evaluator(target, head)
     console.print(f"[bold]2. Head[/bold]    Clover-2, {_millions(head)} M parameters (shipped)\n")
     prompts = PROMPTS[:num_prompts]
-    shape = best_first(NODES)
-    outcomes = []
+    growth = best_first(NODES)
+    replays = []
     for prompt, answer in zip(prompts, _greedy(folder, tokenizer, prompts, max_tokens), strict=True):
         prepared = evaluator.prepare(answer)
-        trees, continuation = evaluator.trees(prepared, shape), prepared.continuation.tolist()
-        outcome = outcome_of(trees, continuation, answer.category)
-        outcomes.append(outcome)
+        trees, continuation = evaluator.trees(prepared, growth), prepared.continuation.tolist()
+        found = replay(trees, continuation, answer.category)
+        replays.append(found)
         console.rule(f"[bold]{prompt}")
         console.print(Text(tokenizer.decode(answer.answer_ids, skip_special_tokens=True), style="dim"))
         console.print(
-            f"{outcome.tokens} tokens in {outcome.steps} steps: "
-            f"[bold]{outcome.tokens_per_step:.2f} tokens per step[/bold]\n"
+            f"{found.tokens} tokens in {found.steps} steps: "
+            f"[bold]{found.tokens_per_step:.2f} tokens per step[/bold]\n"
         )
         _show(console, tokenizer, trees, continuation, answer, steps)
     console.rule("[bold]All prompts")
-    print_table(table([ShapeResult("shipped Clover-2", shape.name, outcomes)]))
+    print_table(table([Evaluation("shipped Clover-2", growth.name, replays)]))
     console.print(
         "Greedy decoding. A step verifies one tree in one forward of the target; plain decoding "
         "emits 1 token per step."

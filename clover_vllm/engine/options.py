@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from clover_vllm.base.docstrings import argument_texts
 from clover_vllm.base.errors import UserError
 from clover_vllm.tree import MAX_NODES, PUBLISHED_25, Cutoffs, Shape, chain
 
@@ -39,7 +39,7 @@ class CloverOptions:
         tree: `adaptive` sizes the trees of all requests together, step by step, by what nodes cost and earn;
             `best_first` grows every tree to the same size by joint probability; `chain` drafts one path, as vLLM's
             own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
-            a list of paths of child ranks, such as [[0], [1], [0, 0]], is a custom fixed tree.
+            a list of paths of child ranks, such as `[[0], [1], [0, 0]]`, is a custom fixed tree.
             A fixed tree is cut to its first `num_speculative_tokens` nodes.
         draft_rounds: maximum number of drafting levels, and so maximum depth, of what the head drafts; by default
             12 for `adaptive`, and for `best_first` 4 for up to 8 nodes, 5 up to 12, 6 above.
@@ -164,18 +164,11 @@ class CloverOptions:
 def options_table() -> str:
     """Clover's options as a Markdown table, from the docstring of `CloverOptions`."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
-    meanings = _meanings(CloverOptions.__doc__ or "")
+    meanings = argument_texts(CloverOptions.__doc__ or "")
     for field in fields(CloverOptions):
         default = "(see meaning)" if field.default is None else f"`{field.default}`"
         lines.append(f"| `{field.name}` | {default} | {meanings[field.name]} |")
     return "\n".join(lines) + "\n"
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    """By name, what the section "Args" of a docstring says."""
-    section = inspect.cleandoc(docstring).partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.split(r"^ {4}(\w+): ", section, flags=re.MULTILINE)[1:]
-    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def _is_path(path: object) -> bool:

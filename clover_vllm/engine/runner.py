@@ -154,7 +154,7 @@ class CloverRunner(GPUModelRunner):
 
     @contextmanager
     def _without_discarded_generators(self) -> Iterator[None]:
-        """Hide generators that nothing was drawn from, lest vLLM rewind them.
+        """Hide generators that nothing was drawn from, so that vLLM does not rewind them.
 
         The scorer does not draw for a prompt that goes on. vLLM rewinds by generator offsets, which
         CPU generators do not have: plain vLLM 0.32.0 ends there ("does not use offset").

@@ -62,7 +62,7 @@ class Refusal:
         """The sentence for users."""
         what = f"{self.what} {detail}" if detail else self.what
         verb = "cannot verify trees" if self.trees_only else "does not work"
-        return UserError(f"Clover-2 {verb} with {what} yet; {self.instead}.")
+        return UserError(f"Clover-2 {verb} with {what}; {self.instead}.")
 
 
 def is_tree_cache_dtype(cache_dtype: str, dtype: torch.dtype) -> bool:

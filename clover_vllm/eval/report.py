@@ -14,33 +14,33 @@ from rich.table import Table
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import make_folder, whole_file, write_json
 from clover_vllm.base.provenance import provenance
-from clover_vllm.eval.evaluate import Outcome
+from clover_vllm.eval.evaluate import Replay
 from clover_vllm.heads.registry import kind_of_config
 from clover_vllm.heads.weights import read_config
 
 
 @dataclass
-class ShapeResult:
-    """Outcomes of one head and one tree shape over all answers."""
+class Evaluation:
+    """Replays of all answers with one head and one growth."""
 
     head: str
-    shape: str
-    outcomes: list[Outcome]
+    growth: str  # its name
+    replays: list[Replay]
 
     @property
     def tokens_per_step(self) -> float:
         """All tokens over all steps."""
-        return sum(o.tokens for o in self.outcomes) / sum(o.steps for o in self.outcomes)
+        return sum(r.tokens for r in self.replays) / sum(r.steps for r in self.replays)
 
     @property
     def spread(self) -> float:
         """Standard deviation over answers of their own tokens per step."""
-        return statistics.pstdev(o.tokens_per_step for o in self.outcomes)
+        return statistics.pstdev(r.tokens_per_step for r in self.replays)
 
     @property
     def standard_error(self) -> float:
         """Of the mean over answers."""
-        return self.spread / len(self.outcomes) ** 0.5
+        return self.spread / len(self.replays) ** 0.5
 
     def acceptance_by_depth(self) -> list[float]:
         """Share of all steps that accepted a node at depth 1, 2, ..., as vLLM counts per position.
@@ -48,26 +48,24 @@ class ShapeResult:
         Falls with depth; the sum is tokens per step less the bonus token, but for tokens that an
         answer's end cuts off.
         """
-        depth = max(len(o.accepted) for o in self.outcomes)
-        steps = sum(o.steps for o in self.outcomes)
-        return [
-            sum(o.accepted[d] for o in self.outcomes if len(o.accepted) > d) / steps for d in range(depth)
-        ]
+        depth = max(len(r.accepted) for r in self.replays)
+        steps = sum(r.steps for r in self.replays)
+        return [sum(r.accepted[d] for r in self.replays if len(r.accepted) > d) / steps for d in range(depth)]
 
     def by_category(self) -> dict[str, float]:
         """Tokens per step of each prompt category, most answers first."""
-        groups: dict[str, list[Outcome]] = {}
-        for outcome in self.outcomes:
-            groups.setdefault(outcome.category, []).append(outcome)
+        groups: dict[str, list[Replay]] = {}
+        for replay in self.replays:
+            groups.setdefault(replay.category, []).append(replay)
         ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-        return {name: sum(o.tokens for o in group) / sum(o.steps for o in group) for name, group in ordered}
+        return {name: sum(r.tokens for r in group) / sum(r.steps for r in group) for name, group in ordered}
 
     def as_json(self) -> dict[str, Any]:
         return {
             "head": self.head,
-            "shape": self.shape,
-            "answers": len(self.outcomes),
-            "steps": sum(o.steps for o in self.outcomes),
+            "growth": self.growth,
+            "answers": len(self.replays),
+            "steps": sum(r.steps for r in self.replays),
             "tokens_per_step": round(self.tokens_per_step, 4),
             "spread_over_answers": round(self.spread, 4),
             "standard_error": round(self.standard_error, 4),
@@ -76,34 +74,34 @@ class ShapeResult:
         }
 
 
-def shape_results(measured: dict[str, dict[str, list[Outcome]]]) -> list[ShapeResult]:
+def evaluations(measured: dict[str, dict[str, list[Replay]]]) -> list[Evaluation]:
     """Results of `evaluate.evaluate`, named by the shortest unambiguous part of the head's path."""
     names = [Path(name).name for name in measured]
     if len(set(names)) < len(names):
         names = list(measured)
     return [
-        ShapeResult(name, shape, outcomes)
-        for name, shapes in zip(names, measured.values(), strict=True)
-        for shape, outcomes in shapes.items()
+        Evaluation(name, growth, replays)
+        for name, growths in zip(names, measured.values(), strict=True)
+        for growth, replays in growths.items()
     ]
 
 
-def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
+def record_acceptance(measured: dict[str, dict[str, list[Replay]]]) -> None:
     """Write the share of steps that accept the likeliest draft token into the heads' config.json.
 
     Servers compare themselves with it (`head.config.Clover2Config`, `first_acceptance`).
 
     Args:
-        measured: by `evaluate.evaluate`, by head folder, with the default shapes.
+        measured: by `evaluate.evaluate`, by head folder, with the default growths.
 
     Raises:
         UserError: a config cannot be written.
     """
-    for head, shapes in measured.items():
+    for head, growths in measured.items():
         config = read_config(Path(head))
         if not kind_of_config(config, head).records_acceptance:
             continue
-        chain = ShapeResult(head, "chain", next(iter(shapes.values())))
+        chain = Evaluation(head, "chain", next(iter(growths.values())))
         share = next(iter(chain.acceptance_by_depth()), 0.0)
         path = Path(head) / "config.json"
         try:
@@ -113,7 +111,7 @@ def record_acceptance(measured: dict[str, dict[str, list[Outcome]]]) -> None:
             raise UserError(f"{path} cannot be written ({error.strerror}).") from error
 
 
-def write_report(results: Sequence[ShapeResult], output: Path) -> None:
+def write_report(results: Sequence[Evaluation], output: Path) -> None:
     """Results and where they come from as JSON, with a plot beside it.
 
     Args:
@@ -126,7 +124,7 @@ def write_report(results: Sequence[ShapeResult], output: Path) -> None:
     plot(results, file.with_suffix(".png"))
 
 
-def table(results: Sequence[ShapeResult]) -> Table:
+def table(results: Sequence[Evaluation]) -> Table:
     """Tokens per step and acceptance per depth."""
     out = Table(title="Tokens per step, bonus token included (greedy)", title_justify="left")
     out.add_column("head", overflow="fold")
@@ -138,7 +136,7 @@ def table(results: Sequence[ShapeResult]) -> Table:
     for result in results:
         out.add_row(
             result.head,
-            result.shape,
+            result.growth,
             f"{result.tokens_per_step:.2f}",
             f"{result.standard_error:.2f}",
             f"{result.spread:.2f}",
@@ -147,21 +145,21 @@ def table(results: Sequence[ShapeResult]) -> Table:
     return out
 
 
-def category_table(results: Sequence[ShapeResult], most: int = 12) -> Table:
+def category_table(results: Sequence[Evaluation], most: int = 12) -> Table:
     """Tokens per step by prompt category, of the two trees that are quoted most where present."""
-    quoted = [r for r in results if r.shape in ("tree of 8", "tree of 25")]
+    quoted = [r for r in results if r.growth in ("tree of 8", "tree of 25")]
     results = quoted or results
     out = Table(title="By category (those with the most answers)", title_justify="left")
     out.add_column("category")
     for result in results:
-        out.add_column(f"{result.head}\n{result.shape}", justify="right")
+        out.add_column(f"{result.head}\n{result.growth}", justify="right")
     split = [result.by_category() for result in results]
     for name in list(split[0])[:most]:
         out.add_row(name, *(f"{values[name]:.2f}" for values in split))
     return out
 
 
-def plot(results: Sequence[ShapeResult], path: Path) -> None:
+def plot(results: Sequence[Evaluation], path: Path) -> None:
     """Tokens per step by tree, and acceptance by depth, as PNG."""
     import matplotlib
 
@@ -169,24 +167,24 @@ def plot(results: Sequence[ShapeResult], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     heads = list(dict.fromkeys(r.head for r in results))
-    shapes = list(dict.fromkeys(r.shape for r in results))
+    growths = list(dict.fromkeys(r.growth for r in results))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
     width = 0.8 / len(heads)
     for index, head in enumerate(heads):
-        own = {r.shape: r for r in results if r.head == head}
-        places = [i + index * width for i, s in enumerate(shapes) if s in own]
+        own = {r.growth: r for r in results if r.head == head}
+        places = [i + index * width for i, g in enumerate(growths) if g in own]
         bars = left.bar(
             places,
-            [own[s].tokens_per_step for s in shapes if s in own],
+            [own[g].tokens_per_step for g in growths if g in own],
             width,
-            yerr=[own[s].standard_error for s in shapes if s in own],
+            yerr=[own[g].standard_error for g in growths if g in own],
             label=head,
         )
         left.bar_label(bars, fmt="%.2f", fontsize=7)
-        for shape, result in own.items():
+        for growth, result in own.items():
             values = result.acceptance_by_depth()
-            right.plot(range(1, len(values) + 1), values, marker="o", label=f"{head}, {shape}")
-    left.set_xticks([i + 0.4 - width / 2 for i in range(len(shapes))], shapes, fontsize=8)
+            right.plot(range(1, len(values) + 1), values, marker="o", label=f"{head}, {growth}")
+    left.set_xticks([i + 0.4 - width / 2 for i in range(len(growths))], growths, fontsize=8)
     left.set(ylabel="tokens per step", title="tokens per step, bonus included")
     left.legend(fontsize=8)
     right.set(xlabel="depth", ylabel="accepted", ylim=(0, 1), title="acceptance by depth")

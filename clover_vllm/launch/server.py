@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.launch.environment import prepare
@@ -60,23 +60,6 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def ended(self, seconds: float) -> bool:
-        """Whether the server ends by itself within some seconds."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def log(self) -> str:
-        """All that the server printed."""
-        descriptor = self._log.fileno()  # the server's own place in the file stays where it is
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     def wait(self, seconds: float = 600) -> None:
         """Until the server answers.
@@ -130,7 +113,7 @@ class Server:
         self._process.wait()
         self._log.close()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -82,7 +82,7 @@ def read_answers(
         paths: files, or folders of them.
         vocab_size: token ids must be below it.
         max_length: longest sequence; longer answers are cut.
-        limit_tokens: stop after so many answer tokens (for ablations).
+        limit_tokens: stop after this many answer tokens (for ablations).
 
     Raises:
         UserError: a file is missing or malformed (names the line), holds ids that the target does

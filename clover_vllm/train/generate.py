@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,7 @@ from clover_vllm.base.files import (
 from clover_vllm.base.progress import Work
 from clover_vllm.base.prompts import Prompt, read_prompts, token_ids
 from clover_vllm.target.frozen import check_loadable
-
-
-@dataclass
-class DataSettings:
-    """What `clover-vllm data` was asked for.
-
-    A prompt's temperature is 0 for `greedy_share` of the prompts, else drawn evenly between
-    `min_temperature` and `max_temperature`; both draws depend on the prompt alone.
-    """
-
-    target: str
-    prompts: list[Path]
-    output: Path
-    max_tokens: int = 256
-    greedy_share: float = 0.5
-    min_temperature: float = 0.7
-    max_temperature: float = 1.0
-    limit: int | None = None
-    skip: int = 0
-    held_out: bool = False
-    shard_size: int = 512
-    max_num_seqs: int = 96
-    max_model_len: int = 2048
-    dtype: str = "auto"
-    seed: int = 0
-    engine: dict[str, Any] = field(default_factory=dict)
+from clover_vllm.train.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -300,6 +275,3 @@ def _peak_memory_with_children() -> float:
         if peak:
             children += int(peak.split()[1]) / 2**20
     return peak_memory_gib() + children
-
-
-__all__ = ["DataSettings", "generate", "start_engine"]

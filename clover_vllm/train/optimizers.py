@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-OptimizerName = Literal["adamw", "muon"]
+OPTIMIZERS = ("adamw", "muon")
 
 
 class MuonWithAdamW(Optimizer):
@@ -59,10 +59,8 @@ class MuonWithAdamW(Optimizer):
         self._share_groups()
 
 
-def make_optimizer(
-    model: nn.Module, name: OptimizerName, learning_rate: float, weight_decay: float
-) -> Optimizer:
-    """An optimiser over a model's parameters, betas (0.9, 0.95) as published."""
+def make_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
+    """One of `OPTIMIZERS` over a model's parameters, betas (0.9, 0.95) as published."""
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "betas": (0.9, 0.95)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":

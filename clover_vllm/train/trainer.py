@@ -8,9 +8,9 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -38,46 +38,12 @@ from clover_vllm.train.batches import Batch, collate, plan_batches
 from clover_vllm.train.card import write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
-from clover_vllm.train.optimizers import OptimizerName, make_optimizer
+from clover_vllm.train.optimizers import OPTIMIZERS, make_optimizer
+from clover_vllm.train.settings import TrainSettings
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _STAMP = "settings.json"
 _COMPLETE = "complete"  # written into a checkpoint folder when all of it is on disk
-
-
-@dataclass
-class TrainSettings:
-    """What `clover-vllm train` was asked for.
-
-    Lengths are in tokens, `cache_gib` in GiB. `epochs` may be a fraction.
-    """
-
-    target: str
-    data: list[Path]
-    output: Path
-    method: str = "clover2"  # of `heads.registry`
-    init_from: Path | None = None
-    epochs: float = 4.0
-    batch_tokens: int = 2048
-    accumulate: int = 1
-    optimizer: OptimizerName = "adamw"
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup: float = 0.04
-    weights: LossWeights = field(default_factory=LossWeights)
-    clip_value: float = 0.5
-    weight_decay: float = 0.0
-    draft_vocab: int | None = None
-    num_heads: int = 5
-    scale_inputs: bool = True
-    max_length: int = 2048
-    limit_tokens: int | None = None
-    cache_gib: float = 0.0
-    cache: Path | None = None
-    save_every: int = 100
-    log_every: int = 10
-    seed: int = 0
-    dtype: str = "bfloat16"
 
 
 class PlannedBatches(Dataset[list[int]]):
@@ -267,7 +233,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             int(settings.cache_gib * 2**30),
             key=f"{target.fingerprint()} {files_key(settings.data)} {answers.max_length} {len(answers)}",
         )
-    objective = DraftObjective(head, settings.weights)
+    objective = DraftObjective(head, loss_weights(settings))
     optimizer = make_optimizer(objective, settings.optimizer, settings.learning_rate, settings.weight_decay)
     trainer = HeadTrainer(
         model=objective,
@@ -288,6 +254,24 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     return _finish(settings, trainer, head, answers, plan, made, time.monotonic() - started)
 
 
+def loss_weights(settings: TrainSettings) -> LossWeights:
+    """Those that were asked for, else the method's published ones."""
+    kind = head_kind(settings.method)
+    return LossWeights(
+        regression=kind.regression if settings.regression_weight is None else settings.regression_weight,
+        vocabulary=kind.vocabulary if settings.vocabulary_weight is None else settings.vocabulary_weight,
+        decay=settings.depth_decay,
+    )
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as they are recorded: with the loss weights that hold."""
+    fields = asdict(settings)
+    for name in ("regression_weight", "vocabulary_weight", "depth_decay"):
+        del fields[name]
+    return fields | {"weights": asdict(loss_weights(settings))}
+
+
 def _check(settings: TrainSettings) -> None:
     if settings.save_every % settings.log_every:
         raise UserError(
@@ -300,8 +284,8 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(f"--learning-rate {settings.learning_rate} must lie between 0 and 1.")
     if settings.schedule not in SCHEDULES:
         raise UserError(f"--schedule {settings.schedule} is not known; use {', '.join(SCHEDULES)}.")
-    if settings.optimizer not in get_args(OptimizerName):
-        raise UserError(f"--optimizer {settings.optimizer} is not known; use adamw or muon.")
+    if settings.optimizer not in OPTIMIZERS:
+        raise UserError(f"--optimizer {settings.optimizer} is not known; use {' or '.join(OPTIMIZERS)}.")
     if settings.draft_vocab is not None and settings.draft_vocab < 1:
         raise UserError(f"--draft-vocab {settings.draft_vocab} must be 1 or more.")
     kind = head_kind(settings.method)
@@ -387,7 +371,7 @@ def _teacher(head: Head, target: FrozenTarget) -> Teacher:
 
 def _same_run(settings: TrainSettings, target: FrozenTarget, batches: int, processes: int) -> None:
     """Refuse to resume a folder that other settings began."""
-    fields = asdict(settings)
+    fields = _plain(settings)
     for name in ("output", "cache", "cache_gib", "save_every"):  # may change: they do not show in the result
         del fields[name]
     fields |= {
@@ -435,7 +419,7 @@ def _finish(
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "peak_gpu_memory_gib": round(_peak_gpu_memory_gib(), 2),
         "provenance": made,
-        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+        "settings": json.loads(json.dumps(_plain(settings), default=str)),
     }
     write_json(settings.output / "summary.json", summary)
     write_card(settings.output / "head", summary)

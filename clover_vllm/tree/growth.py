@@ -18,7 +18,7 @@ from clover_vllm.tree.draft import ROOT, Tree, TreeBatch
 from clover_vllm.tree.shapes import Shape
 
 HOST_REQUESTS = 64
-"""On a CPU, up to so many requests grow in plain Python, which is the quicker then."""
+"""On a CPU, up to this many requests grow in plain Python, which is faster there."""
 
 
 class Drafter(Protocol):

@@ -12,7 +12,8 @@ from length import length
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.check import torture as module
-from clover_vllm.check.torture import TortureOutcome, TortureSettings, difference, is_tie, torture
+from clover_vllm.check.settings import TortureSettings
+from clover_vllm.check.torture import TortureOutcome, difference, is_tie, torture
 
 Json = dict[str, Any]
 

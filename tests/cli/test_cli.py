@@ -180,7 +180,7 @@ def test_eval_prints_a_table_and_writes_json_and_plot(
     assert "kind0" in result.output
     assert "5 of 5 answers" in result.output  # progress, where output is no terminal
     rows = json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
-    assert [r["shape"] for r in rows][:2] == ["chain of 5", "tree of 4"]
+    assert [r["growth"] for r in rows][:2] == ["chain of 5", "tree of 4"]
     assert all(r["tokens_per_step"] >= 1 and r["answers"] == 5 for r in rows)
     assert (tmp_path / "out" / "eval.png").stat().st_size > 1000
     recorded = json.loads((head_folder / "config.json").read_text())["first_acceptance"]

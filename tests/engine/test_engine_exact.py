@@ -187,10 +187,10 @@ def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
 
     target = FrozenTarget(smollm2, torch.float32)
     evaluator = Evaluator(target, load_head(shipped_head()))
-    shape = best_first(8, options.rounds(8), options.width(8), options.cutoffs)
-    outcomes = [
-        evaluator.measure(Answer("", torch.tensor(r["prompt"]), torch.tensor(tokens)), [shape])[0]
+    growth = best_first(8, options.rounds(8), options.width(8), options.cutoffs)
+    replays = [
+        evaluator.replay(Answer("", torch.tensor(r["prompt"]), torch.tensor(tokens)), [growth])[0]
         for r, tokens in zip(requests, answers, strict=True)
     ]
-    evaluated = sum(o.tokens for o in outcomes) / sum(o.steps for o in outcomes)
+    evaluated = sum(r.tokens for r in replays) / sum(r.steps for r in replays)
     assert in_engine == pytest.approx(evaluated, rel=0.02)

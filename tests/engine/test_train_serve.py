@@ -13,7 +13,8 @@ from small import write_answers
 from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.target.frozen import FrozenTarget
-from clover_vllm.train.trainer import TrainSettings, train
+from clover_vllm.train.settings import TrainSettings
+from clover_vllm.train.trainer import train
 
 
 @pytest.mark.engine

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from length import length
 from openai import APIError, OpenAI
+from watched import WatchedServer
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
@@ -327,7 +328,7 @@ def test_broken_requests_leave_good_ones_alone(server: Server, plain_server: Ser
 
 def test_a_killed_engine_ends_the_server(smollm2: Path) -> None:
     """With vLLM's own error, soon, and without a hang."""
-    with Server(str(smollm2), {"model": str(shipped_head())}, FLAGS) as server:
+    with WatchedServer(str(smollm2), {"model": str(shipped_head())}, FLAGS) as server:
         server.wait(300)
         engines = [
             process

@@ -4,7 +4,8 @@ The engine core lives in this process, so that a test may look inside; which req
 depends on nothing but the requests. Keys of what `main` takes:
 
     llm: arguments of vllm.LLM.
-    requests: see `clover_vllm.check.drive`.
+    requests: see `clover_vllm.check.scripted.drive`; also with "lora": folder of an adapter, and "embeds": a .pt file
+        of embeddings that stand for the prompt.
     scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
         those answers among random siblings in random shapes and sizes. "share": of the drafts (all).
     restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
@@ -31,8 +32,8 @@ def main(spec: Json) -> Json:
     import torch
     from vllm import LLM
 
-    from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
     from clover_vllm.check.restless import Restless
+    from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
     from clover_vllm.engine.metrics import SOURCES
 
     if spec.get("amx"):
@@ -41,13 +42,15 @@ def main(spec: Json) -> Json:
     runner = runner_of(llm)
     scripted = None
     if "scripted" in spec:
-        scripted = ScriptedTrees(runner, spec["scripted"]["seed"], spec["scripted"].get("share", 1.0))
-        scripted.know(spec["scripted"]["answers"])
+        scripted = Remembered(runner)
+        share = spec["scripted"].get("share", 1.0)
+        ScriptedTrees(runner, spec["scripted"]["seed"], share=share).know(spec["scripted"]["answers"])
     restless = Restless(runner, spec["restless"]) if "restless" in spec else None
-    probe = CacheProbe(runner) if spec.get("check_cache") else None
+    probe = CacheProbe(runner, llm.llm_engine) if spec.get("check_cache") else None
     head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
     verified = Verified(runner)
-    result = drive(llm, spec["requests"], probe.look if probe else None)
+    add_lora_and_embeds(llm.llm_engine, spec["requests"])
+    result = drive(llm, [{"prompt": [], **request} for request in spec["requests"]])
     stats: Json = result["stats"]
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
     stats["verified_by_request"] = verified.by_request
@@ -91,13 +94,50 @@ def fallbacks(runner: Any) -> dict[str, float]:
     return {reason: count for reason, count in found.items() if count}
 
 
+def add_lora_and_embeds(engine: Any, requests: list[Json]) -> None:
+    """Make an engine take these of what `drive` does not know, by the requests' index."""
+    import torch
+    from vllm.inputs import EmbedsPrompt
+    from vllm.lora.request import LoRARequest
+
+    add = engine.add_request
+
+    def add_with_more(name: str, prompt: Any, params: Any, **more: Any) -> None:
+        request = requests[int(name)] if name.isdigit() else {}
+        if "embeds" in request:
+            prompt = EmbedsPrompt(prompt_embeds=torch.load(request["embeds"]))
+        if lora := request.get("lora"):
+            more["lora_request"] = LoRARequest(lora, len(lora), lora)
+        add(name, prompt, params, **more)
+
+    engine.add_request = add_with_more
+
+
+class Remembered:
+    """Counts what a runner remembers as drafted.
+
+    Attributes:
+        nodes, branching: nodes so far, and trees that were no chains.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self.nodes = self.branching = 0
+        self._original = runner._remember
+        runner._remember = self._remember
+
+    def _remember(self, trees: Any, *args: Any) -> Any:
+        self.nodes += sum(map(len, trees.values()))
+        self.branching += sum(not tree.is_chain for tree in trees.values())
+        return self._original(trees, *args)
+
+
 class Verified:
     """Counts the drafts of steps as they are verified, and as they are grown.
 
     Attributes:
         chains, branching: drafts verified, by kind, of all requests.
         by_request: the same two, by the request's index in what `main` takes.
-        before: output tokens that a request had before its last draft was verified, likewise.
+        before: output tokens that a request had before its last draft was verified, by the same index.
         in_vain: drafts verified for a request with one token to go.
         grown: drafts grown.
     """
@@ -147,7 +187,7 @@ class HeadProbe:
         errors: largest difference, relative to the largest value if that is above 1, by what was computed:
             augmenting outputs of a prompt's beginning ("prefill"), of later parts of it ("chunk"), of accepted
             rows ("decode"), and what is drafted from them ("first", "expand").
-        rows: compared, likewise.
+        rows: compared, by what was computed.
     """
 
     def __init__(self, runner: Any, folder: str) -> None:
@@ -232,13 +272,20 @@ class HeadProbe:
 class CacheProbe:
     """Reads the target's key/value rows of running requests, and again after a plain prefill."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, engine: Any) -> None:
         self.runner = runner
+        self._engine, self._engine_step = engine, engine.step
+        engine.step = self._step
         drafts = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
         context = runner.compilation_config.static_forward_context
         self.layers = [context[name] for name in sorted(context) if name not in drafts]
         self.seen: dict[str, tuple[list[int], Any]] = {}
         self.rows = 0
+
+    def _step(self) -> Any:
+        outputs = self._engine_step()
+        self.look()
+        return outputs
 
     def look(self) -> None:
         """Remember each running request's tokens and cached rows, as of now."""
@@ -269,6 +316,7 @@ class CacheProbe:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
+        self._engine.step = self._engine_step
         assert llm.reset_prefix_cache(), "rows would be compared with themselves"
         seen, self.seen, worst = self.seen, {}, 0.0
         for request_id, (tokens, rows) in seen.items():

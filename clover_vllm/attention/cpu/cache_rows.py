@@ -40,8 +40,8 @@ class CacheRows:
         """Copy keys and values of slots to other slots, in order, in all layers.
 
         Args:
-            sources: slots, block * block size + offset.
-            destinations: likewise. One may be a later source only if that source was read before.
+            sources: slots (block * block size + offset).
+            destinations: slots. One may be the source of another copy only if that copy comes first.
         """
         if not sources:
             return

@@ -66,7 +66,7 @@ def tree_attention(
         key: [N, kv heads, D], the step's own keys, rotated.
         value: [N, kv heads, D].
         key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
-        value_cache: likewise.
+        value_cache: of the same form.
         inputs: of this step.
         scale: of the scores; the layer's.
         output: [N, heads, D], written where a request has rows.

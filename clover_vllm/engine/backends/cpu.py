@@ -209,7 +209,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         return output
 
     def check_trees(self) -> None:
-        """As the builder's, for what only the layer knows.
+        """The same as the builder's method, for what only the layer knows.
 
         Raises:
             UserError: the layer attends in a way that the tree kernel does not know.

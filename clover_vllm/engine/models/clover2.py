@@ -256,7 +256,7 @@ class SharedLmHead(nn.Module):
         vocab = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_vocab", vocab, persistent=False)
         self.draft_vocab: torch.Tensor | None
-        # The target's; plain attributes, lest they count as the head's own weights.
+        # The target's; plain attributes, so that they do not count as the head's own weights.
         self._lm_head: VocabParallelEmbedding | None = None
         self._draft_head: RowSlice | None = None
         self._logits_processor = LogitsProcessor(config.vocab_size)

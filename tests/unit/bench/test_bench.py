@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import Work
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.compare import parse_list, read_prompts, share_out, split_prompts
+from clover_vllm.bench.compare import read_prompts, share_out, split_prompts
 from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
 from clover_vllm.bench.plots import digest as digest_of
@@ -254,13 +254,6 @@ def test_no_prompt_is_asked_twice_while_there_are_enough() -> None:
     assert {i for portion in portions for (i,) in portion} == set(range(14))
     assert warm_up == prompts
     assert share_out(prompts[:3], [5, 5]) == ([prompts[:3], prompts[:3]], prompts[:3])
-
-
-def test_lists_of_numbers() -> None:
-    assert parse_list("4,1,4") == [1, 4]
-    with pytest.raises(UserError) as caught:
-        parse_list("1;2")
-    one_sentence(caught.value)
 
 
 @pytest.mark.parametrize(

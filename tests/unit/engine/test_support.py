@@ -24,7 +24,7 @@ def test_every_refusal_is_one_sentence_that_says_what_to_do() -> None:
 
 
 def test_a_detail_stands_behind_the_name() -> None:
-    assert "with the KV cache type fp8 yet" in str(refuse_trees("the KV cache type", "fp8"))
+    assert "with the KV cache type fp8;" in str(refuse_trees("the KV cache type", "fp8"))
 
 
 def test_what_is_not_in_the_table_cannot_be_refused() -> None:

@@ -12,10 +12,10 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.eval.evaluate import (
     Answer,
     Evaluator,
+    Growth,
     Prepared,
-    Shape,
     best_first,
-    default_shapes,
+    default_growths,
     greedy_answers,
 )
 from clover_vllm.heads.clover2 import Clover2DraftModel
@@ -97,14 +97,14 @@ def test_drafted_trees_equal_recomputation_from_nothing(
 
 
 @pytest.mark.parametrize("kind", ["clover", "eagle"])
-def test_outcome_equals_a_real_draft_and_verify_loop(
+def test_replay_equals_a_real_draft_and_verify_loop(
     kind: str, request: pytest.FixtureRequest, frozen: FrozenTarget, answers: list[Answer]
 ) -> None:
     """Chains drafted with the head alone and verified by running the target on them."""
     head = request.getfixturevalue(kind)
-    shape = Shape("chain", lambda drafter: grow_fixed(drafter, chain(3)))
+    growth = Growth("chain", lambda drafter: grow_fixed(drafter, chain(3)))
     for answer in answers[:4]:
-        (outcome,) = Evaluator(frozen, head).measure(answer, [shape])
+        (found,) = Evaluator(frozen, head).replay(answer, [growth])
         ids = torch.cat([answer.prompt_ids, answer.answer_ids[:1]])
         end = len(answer.prompt_ids) + len(answer.answer_ids)
         steps = tokens = 0
@@ -122,7 +122,7 @@ def test_outcome_equals_a_real_draft_and_verify_loop(
                 ids = torch.cat([ids, torch.tensor(emitted)])
                 steps, tokens = steps + 1, tokens + len(emitted)
         assert ids[len(answer.prompt_ids) :].tolist() == answer.answer_ids.tolist()
-        assert (outcome.steps, outcome.tokens) == (steps, tokens)
+        assert (found.steps, found.tokens) == (steps, tokens)
 
 
 def test_a_perfect_drafter_accepts_everything(frozen: FrozenTarget, answers: list[Answer]) -> None:
@@ -151,10 +151,10 @@ def test_a_perfect_drafter_accepts_everything(frozen: FrozenTarget, answers: lis
 
     oracle = Oracle(frozen, Clover2DraftModel(config_for_target(frozen.config)))
     for answer in answers:
-        outcome = oracle.measure(answer, [Shape("c", lambda d: grow_fixed(d, chain(5)))])[0]
+        found = oracle.replay(answer, [Growth("c", lambda d: grow_fixed(d, chain(5)))])[0]
         tokens = len(answer.answer_ids) - 1
-        assert outcome.tokens == tokens
-        assert outcome.steps == -(-tokens // 6)
+        assert found.tokens == tokens
+        assert found.steps == -(-tokens // 6)
 
 
 def test_answers_of_another_model_are_refused(
@@ -168,8 +168,8 @@ def test_answers_of_another_model_are_refused(
     one_sentence(caught.value)
 
 
-def test_default_shapes_are_those_of_the_model_card() -> None:
-    assert [s.name for s in default_shapes()] == [
+def test_default_growths_are_those_of_the_model_card() -> None:
+    assert [g.name for g in default_growths()] == [
         "chain of 5",
         "tree of 4",
         "tree of 8",

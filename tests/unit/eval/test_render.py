@@ -17,9 +17,9 @@ from clover_vllm.bench.report import Comparison, write
 from clover_vllm.bench.worker import Run
 from clover_vllm.check import torture
 from clover_vllm.cli import app
-from clover_vllm.eval.evaluate import Outcome
+from clover_vllm.eval.evaluate import Replay
 from clover_vllm.eval.render import pages, render, rendered, stale
-from clover_vllm.eval.report import ShapeResult, write_report
+from clover_vllm.eval.report import Evaluation, write_report
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -39,8 +39,8 @@ def root(tmp_path: Path) -> Path:
     header: dict[str, Any] = {"swept": True, "engine": {"model": "m", "dtype": "bfloat16"}}
     write(comparison, results, header | {"temperature": 0, "max_tokens": 96})
     torture.write(torture.TortureOutcome(requests=1100, compared=1000, tokens=20_000), results)
-    outcomes = [Outcome("kind", 12, 4, [3, 2]), Outcome("kind", 10, 5, [2, 1])]
-    write_report([ShapeResult("head", "tree of 8", outcomes)], results)
+    replays = [Replay("kind", 12, 4, [3, 2]), Replay("kind", 10, 5, [2, 1])]
+    write_report([Evaluation("head", "tree of 8", replays)], results)
     (tmp_path / "docs").mkdir()
     for name, page in (("bench", "README.md"), ("torture", "docs/a.md"), ("eval", "docs/b.md")):
         text = f"before\n\n<!-- generated: {name} -->\nformer text\n<!-- /generated -->\n\nafter\n"
@@ -82,6 +82,18 @@ def test_blocks_without_a_result_say_which_command_is_missing(tmp_path: Path) ->
     text = "<!-- generated: bench -->\n<!-- /generated -->\n"
     assert "`bench`, told to write its output to `results`" in rendered(text, tmp_path)
     assert rendered("no block", tmp_path) == "no block"
+
+
+def test_without_an_evaluation_the_shipped_heads_is_shown(tmp_path: Path) -> None:
+    found = rendered("<!-- generated: eval -->\n<!-- /generated -->\n", tmp_path)
+    assert "| tree of 8 | 3.13 ± 0.11 | 2.16 ± 0.05 |" in found
+    assert "clover-vllm eval" in found
+
+
+def test_tables_of_the_code_are_filled() -> None:
+    text = "<!-- generated: {} -->\n<!-- /generated -->\n"
+    assert "| `draft_min_joint` | `0.3` |" in rendered(text.format("options"), Path())
+    assert "| refused |" in rendered(text.format("refused"), Path())
 
 
 def test_damaged_results_and_unknown_blocks_are_refused(root: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.eval.evaluate import Evaluator, best_first, greedy_answers
-from clover_vllm.eval.report import ShapeResult
+from clover_vllm.eval.report import Evaluation
 from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
@@ -33,16 +33,16 @@ def test_tokens_per_step_are_those_of_the_model_card(target: FrozenTarget) -> No
     answers = greedy_answers([folder / "held-out.jsonl.gz"], target, ANSWERS)
     evaluator = Evaluator(target, head)
     evaluator.check_answers(answers)
-    shapes = [best_first(8), best_first(25)]
-    outcomes = [evaluator.measure(answer, shapes) for answer in answers]
+    growths = [best_first(8), best_first(25)]
+    replays = [evaluator.replay(answer, growths) for answer in answers]
     card = {
-        (row["head"], row["shape"]): row["tokens_per_step"]
-        for row in json.loads((folder / "eval.json").read_text())
+        (row["head"], row["growth"]): row["tokens_per_step"]
+        for row in json.loads((folder / "eval.json").read_text())["results"]
     }
-    for column, shape in enumerate(shapes):
-        found = ShapeResult("", shape.name, [row[column] for row in outcomes]).tokens_per_step
-        promised = card[folder.name, shape.name]
-        assert found > 0.9 * promised, f"{shape.name}: {found:.2f} tokens per step, card says {promised:.2f}"
+    for column, growth in enumerate(growths):
+        found = Evaluation("", growth.name, [row[column] for row in replays]).tokens_per_step
+        promised = card[folder.name, growth.name]
+        assert found > 0.9 * promised, f"{growth.name}: {found:.2f} tokens per step, card says {promised:.2f}"
 
 
 def test_shipped_files_are_complete_and_small() -> None:

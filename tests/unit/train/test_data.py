@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.prompts import Prompt, read_prompts
-from clover_vllm.train.generate import DataSettings, generate
+from clover_vllm.train.generate import generate
+from clover_vllm.train.settings import DataSettings
 
 KILLS = length(4, 10)
 LIMIT = 18 * KILLS
@@ -69,7 +70,8 @@ def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
 _WORKER = """
 import json, sys
 from pathlib import Path
-from clover_vllm.train.generate import DataSettings, generate
+from clover_vllm.train.generate import generate
+from clover_vllm.train.settings import DataSettings
 if __name__ == "__main__":
     a = json.loads(sys.argv[1])
     a["prompts"] = [Path(p) for p in a["prompts"]]

@@ -21,8 +21,8 @@ from small import one_sentence, tiny_llama
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.eagle1.checkpoint import load_eagle1
-from clover_vllm.train.objective import LossWeights
-from clover_vllm.train.trainer import TrainSettings, train, whole_checkpoint
+from clover_vllm.train.settings import TrainSettings
+from clover_vllm.train.trainer import train, whole_checkpoint
 
 
 def settings(target: Path, answers: Path, output: Path, **changes: Any) -> TrainSettings:
@@ -108,8 +108,8 @@ def test_draft_vocabulary_is_the_most_frequent_tokens(
 _WORKER = """
 import sys, json
 from pathlib import Path
-from clover_vllm.train.objective import LossWeights
-from clover_vllm.train.trainer import TrainSettings, train
+from clover_vllm.train.settings import TrainSettings
+from clover_vllm.train.trainer import train
 a = json.loads(sys.argv[1])
 a["data"] = [Path(p) for p in a["data"]]
 for name in ("output", "cache"):
@@ -262,7 +262,8 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from accelerate import PartialState
-from clover_vllm.train.trainer import TrainSettings, _Checkpoints, agreed_checkpoint
+from clover_vllm.train.settings import TrainSettings
+from clover_vllm.train.trainer import _Checkpoints, agreed_checkpoint
 
 PartialState(cpu=True)
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -315,9 +316,8 @@ def test_foreign_checkpoints_are_left_alone(tiny_target: Path, tiny_answers: Pat
 def test_divergence_is_an_error_and_no_head_is_written(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
-    overflowing = LossWeights(regression=1e39)
     with pytest.raises(UserError, match="diverged") as caught:
-        train(settings(tiny_target, tiny_answers, tmp_path / "run", weights=overflowing))
+        train(settings(tiny_target, tiny_answers, tmp_path / "run", regression_weight=1e39))
     one_sentence(caught.value)
     assert not (tmp_path / "run" / "head").exists()
 

@@ -1,33 +1,28 @@
-"""Runs requests through an engine core of this process, step by step, with scripted arrivals and trees."""
+"""An engine core of this process, with scripted arrivals and scripted trees."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
 from typing import Any
 
 Json = dict[str, Any]
 
 
-def drive(llm: Any, requests: list[Json], after_step: Callable[[], None] | None = None) -> Json:
+def drive(llm: Any, requests: list[Json]) -> Json:
     """Run requests until all are done.
 
     Args:
         llm: a vllm.LLM whose engine core lives in this process.
         requests: [{"prompt": token ids, "params": SamplingParams arguments, "step": arrives before this
-            engine step (0), "abort": aborted at this step (never), "lora": folder of an adapter (none),
-            "embeds": give the prompt as embeddings of this .pt file (no), "priority": (0)}].
-        after_step: called after every engine step.
+            engine step (0), "abort": aborted at this step (never), "priority": (0)}].
 
     Returns:
         {"outputs": [[{"tokens", "text", "finish", "stop", "logprobs", "prompt_logprobs"} per sequence] per
         request], "stats": {"steps", "preempted", "cached_tokens", "leaked_blocks"}}.
     """
-    import torch
     from vllm import SamplingParams
-    from vllm.inputs import EmbedsPrompt, TokensPrompt
-    from vllm.lora.request import LoRARequest
+    from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
     engine = llm.llm_engine
@@ -49,15 +44,10 @@ def drive(llm: Any, requests: list[Json], after_step: Callable[[], None] | None 
                 params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
             if "repetition_detection" in params:
                 params["repetition_detection"] = RepetitionDetectionParams(**params["repetition_detection"])
-            prompt: Any = TokensPrompt(prompt_token_ids=request.get("prompt", []))
-            if "embeds" in request:
-                prompt = EmbedsPrompt(prompt_embeds=torch.load(request["embeds"]))
-            lora = request.get("lora")
             engine.add_request(
                 str(i),
-                prompt,
+                TokensPrompt(prompt_token_ids=request["prompt"]),
                 SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY),
-                lora_request=LoRARequest(lora, len(lora), lora) if lora else None,
                 priority=request.get("priority", 0),
             )
         for name in [name for name, at in aborts.items() if at <= step]:
@@ -76,8 +66,6 @@ def drive(llm: Any, requests: list[Json], after_step: Callable[[], None] | None 
                 }
                 for o in done.outputs
             ]
-        if after_step is not None:
-            after_step()
         preempted = max(preempted, sum(r.num_preemptions for r in core.scheduler.requests.values()))
         step += 1
     pool = core.scheduler.kv_cache_manager.block_pool
@@ -103,20 +91,15 @@ def _logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:
 
 
 class ScriptedTrees:
-    """Replaces a runner's drafts by trees that hide known continuations in scattered rows.
+    """Replaces a runner's drafts by trees that hide known continuations in scattered rows."""
 
-    Attributes:
-        nodes, branching: nodes drafted so far, and trees that were no chains.
-    """
-
-    def __init__(self, runner: Any, seed: int, share: float = 1.0) -> None:
+    def __init__(self, runner: Any, seed: int, share: float) -> None:
         """
         Args:
             runner: a `CloverRunner`.
             seed: of the trees' shapes.
             share: how many drafts are replaced; the others stay the head's.
         """
-        self.nodes = self.branching = 0
         self._known: dict[str, list[list[int]]] = {}
         self._rng = random.Random(seed)
         self._runner = runner
@@ -159,8 +142,6 @@ class ScriptedTrees:
                 made[r] = Tree.chain(right[:good] + wrong)
             else:
                 made[r] = Tree(*hide(rng, right, nodes, vocab))
-            self.nodes += len(made[r])
-            self.branching += not made[r].is_chain
         return self._original(made, requests)
 
 

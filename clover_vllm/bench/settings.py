@@ -1,0 +1,165 @@
+"""What `clover-vllm bench` and `kernel` are asked for. Light: the command line reads it first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clover_vllm.base.command_line import Parsed, names, numbers
+from clover_vllm.base.errors import UserError
+
+
+@dataclass
+class BenchSettings:
+    """What `clover-vllm bench` was asked for.
+
+    Args:
+        methods: Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover,
+            clover-N (N nodes).
+        sweep: Choose each method's settings on prompts set aside for that.
+        concurrency: Requests at a time, for example 1,4,16.
+        repetitions: Runs per method and concurrency.
+        server: Through `vllm serve` and `vllm bench serve` instead of LLM.
+        target: Target; by default smollm2-135m.
+        head: Clover-2 head; by default the shipped one.
+        eagle_head: EAGLE head; by default the shipped one.
+        prompts: families, text-heavy or prompt-heavy, or JSON lines with prompt_ids, messages or prompt; by default
+            held out of the training answers.
+        num_prompts: Prompts per run [three times the concurrency, at least 8].
+        max_tokens: Longest answer, tokens.
+        temperature: 0 is greedy; else every request has a seed.
+        dtype: auto, bfloat16, float16 or float32.
+        enforce_eager: Without torch.compile.
+        max_model_len: Longest prompt plus answer, tokens.
+        output: JSON file, or a folder for bench.json; plots go beside it.
+    """
+
+    methods: Annotated[list[str], Parsed(names)] = field(
+        default_factory=lambda: ["plain", "ngram", "eagle", "clover-chain", "clover"]
+    )
+    sweep: bool = False
+    concurrency: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [1, 4, 16])
+    repetitions: int = 3
+    server: bool = False
+    target: str | None = None
+    head: str | None = None
+    eagle_head: str | None = None
+    prompts: str | None = None
+    num_prompts: int | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    dtype: str = "bfloat16"
+    enforce_eager: bool = False
+    max_model_len: int = 2048
+    output: Path | None = None
+
+    def per_run(self, concurrency: int) -> int:
+        """Prompts of a run: enough to keep `concurrency` requests running for three answers each, and at least 8."""
+        return self.num_prompts or max(8, 3 * concurrency)
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a setting is impossible.
+        """
+        for name in ("max_tokens", "repetitions", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise UserError("--concurrency must be 1 or more.")
+        if self.num_prompts is not None and self.num_prompts < max(self.concurrency):
+            raise UserError(
+                f"--num-prompts is {self.num_prompts}; it must be at least the largest --concurrency, "
+                f"{max(self.concurrency)}, better three times that."
+            )
+        if self.temperature < 0:
+            raise UserError("--temperature must be 0 or more.")
+        check_dtype(self.dtype, "auto")
+
+
+@dataclass
+class ClimbSettings:
+    """What `clover-vllm climb` was asked for.
+
+    Args:
+        highest: Requests at a time at the top; the load doubles up to it and halves again.
+        seconds: Length of a phase.
+        repetitions: Climbs per method.
+        target: Target; by default smollm2-135m.
+        head: Clover-2 head; by default the shipped one.
+        prompts: As for `bench`.
+        max_tokens: Longest answer, tokens.
+        temperature: 0 is greedy; else every request has a seed.
+        dtype: auto, bfloat16, float16 or float32.
+        max_model_len: Longest prompt plus answer, tokens.
+        output: JSON file, or a folder for climb.json; a plot goes beside it.
+    """
+
+    highest: int = 64
+    seconds: float = 10.0
+    repetitions: int = 3
+    target: str | None = None
+    head: str | None = None
+    prompts: str | None = None
+    max_tokens: int = 96
+    temperature: float = 0.0
+    dtype: str = "bfloat16"
+    max_model_len: int = 2048
+    output: Path | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a setting is impossible.
+        """
+        for name in ("highest", "repetitions", "max_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if self.seconds <= 0:
+            raise UserError("--seconds must be more than 0.")
+        if self.temperature < 0:
+            raise UserError("--temperature must be 0 or more.")
+        check_dtype(self.dtype, "auto")
+
+
+@dataclass
+class KernelSettings:
+    """What `clover-vllm kernel` was asked for.
+
+    Args:
+        requests: Requests in the step, for example 1,4,16.
+        contexts: Tokens in the cache per request.
+        rows: Root and nodes of each request.
+        dtype: bfloat16, float16 or float32.
+        output: JSON file for the result.
+    """
+
+    requests: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [1, 4, 16])
+    contexts: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [100, 300, 1000, 2000])
+    rows: Annotated[int, typer.Option(min=1, max=64)] = 9
+    dtype: str = "bfloat16"
+    output: Path | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a setting is impossible.
+        """
+        check_dtype(self.dtype)
+        for name in ("requests", "contexts"):
+            if min(getattr(self, name)) < 1:
+                raise UserError(f"--{name} must be 1 or more.")
+
+
+def check_dtype(dtype: str, *more: str) -> None:
+    """Refuse what is no dtype of a target.
+
+    Raises:
+        UserError: it is none of float32, bfloat16, float16 and `more`.
+    """
+    known = ("float32", "bfloat16", "float16", *more)
+    if dtype not in known:
+        raise UserError(f"--dtype is {dtype!r}; choose from {', '.join(known)}.")

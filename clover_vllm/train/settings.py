@@ -1,0 +1,128 @@
+"""What `clover-vllm data` and `train` are asked for. Light: the command line reads it first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clover_vllm.base.command_line import HIDDEN
+from clover_vllm.heads.registry import HEADS
+
+
+@dataclass
+class DataSettings:
+    """What `clover-vllm data` was asked for.
+
+    A prompt's temperature is 0 for `greedy_share` of the prompts, else drawn evenly between
+    `min_temperature` and `max_temperature`; both draws depend on the prompt alone. `engine` holds more arguments
+    of vllm.LLM.
+
+    Args:
+        target: Target model folder or hub name.
+        prompts: JSON lines with prompt, messages or turns (the first is asked).
+        output: Folder for the answer shards; resumes what is there.
+        max_tokens: Longest answer, tokens.
+        greedy_share: Share of prompts answered greedily.
+        min_temperature: Lowest temperature of the others.
+        max_temperature: Highest temperature of the others.
+        limit: Use at most this many prompts.
+        skip: Leave out this many prompts at the beginning.
+        held_out: Answer the held-out 2% of prompts instead of the rest.
+        shard_size: Prompts per shard; a kill loses at most one.
+        max_num_seqs: Requests that run at once.
+        max_model_len: Longest prompt plus answer, tokens.
+        dtype: auto, bfloat16, float16 or float32.
+        seed: Seed of temperatures and of sampling.
+    """
+
+    target: str
+    prompts: list[Path]
+    output: Path
+    max_tokens: int = 256
+    greedy_share: float = 0.5
+    min_temperature: float = 0.7
+    max_temperature: float = 1.0
+    limit: int | None = None
+    skip: int = 0
+    held_out: bool = False
+    shard_size: int = 512
+    max_num_seqs: int = 96
+    max_model_len: int = 2048
+    dtype: str = "auto"
+    seed: int = 0
+    engine: Annotated[dict[str, Any], HIDDEN] = field(default_factory=dict)
+
+
+def _published(weight: str) -> str:
+    """A loss weight of every method."""
+    return ", ".join(f"{getattr(kind, weight):g} for {kind.method}" for kind in HEADS.values())
+
+
+@dataclass
+class TrainSettings:
+    """What `clover-vllm train` was asked for.
+
+    Args:
+        target: Target model folder or hub name; it is frozen.
+        data: Answer files, or folders of them.
+        output: Folder for head, checkpoints and log; resumes.
+        init_from: Continue from this head of the same method, in its shape.
+        epochs: Passes over the answers; may be a fraction.
+        batch_tokens: Answer tokens per micro-batch, about.
+        accumulate: Micro-batches per step and GPU.
+        optimizer: adamw (as published) or muon.
+        learning_rate: Peak learning rate.
+        schedule: cosine, linear or constant, after the warm-up.
+        warmup: Share of the steps that warm up.
+        depth_decay: A head's loss weighs this much less per depth.
+        clip_value: Clip gradients at this value; 0 does not.
+        weight_decay: AdamW's weight decay.
+        draft_vocab: Draft only this many tokens, the most frequent of the answers.
+        num_heads: Draft depths that are trained.
+        scale_inputs: Bring both inputs to RMS 1; off, as published.
+        max_length: Longest prompt plus answer, tokens.
+        limit_tokens: Stop after this many answer tokens.
+        cache_gib: Disk for hidden states, GiB; pays from the second epoch on.
+        cache: Folder for them [in CLOVER_HOME].
+        save_every: Steps between checkpoints.
+        log_every: Steps between log entries.
+        seed: Of first weights and order.
+        dtype: bfloat16 (autocast) or float32.
+    """
+
+    target: str
+    data: list[Path]
+    output: Path
+    method: Annotated[str, typer.Option(help=f"Kind of head: {', '.join(HEADS)}.")] = "clover2"
+    init_from: Path | None = None
+    epochs: float = 4.0
+    batch_tokens: int = 2048
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: Annotated[float, typer.Option(min=0, max=1)] = 0.04
+    regression_weight: Annotated[
+        float | None, typer.Option(help=f"Weight of SmoothL1, as published: {_published('regression')}.")
+    ] = None
+    vocabulary_weight: Annotated[
+        float | None,
+        typer.Option(help=f"Weight of the cross entropy, as published: {_published('vocabulary')}."),
+    ] = None
+    depth_decay: float = 0.7
+    clip_value: float = 0.5
+    weight_decay: float = 0.0
+    draft_vocab: int | None = None
+    num_heads: int = 5
+    scale_inputs: bool = True
+    max_length: int = 2048
+    limit_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    cache_gib: float = 0.0
+    cache: Path | None = None
+    save_every: Annotated[int, typer.Option(min=1)] = 100
+    log_every: Annotated[int, typer.Option(min=1)] = 10
+    seed: Annotated[int, typer.Option(min=0)] = 0
+    dtype: str = "bfloat16"

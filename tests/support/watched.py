@@ -1,0 +1,29 @@
+"""A server whose end can be watched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from clover_vllm.launch.server import Server
+
+
+class WatchedServer(Server):
+    """`Server` with what only tests ask for."""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self, seconds: float) -> bool:
+        """Whether the server ends by itself within some seconds."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def log(self) -> str:
+        """All that the server printed."""
+        descriptor = self._log.fileno()  # the server's own place in the file stays where it is
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
