@@ -39,9 +39,9 @@ def climb(settings: ClimbSettings) -> None:
     )
     room = settings.max_model_len - settings.max_tokens
     prompts, _ = split_prompts(read_prompts(prompt_file(settings.prompts), 1000, room, target))
-    params = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+    params: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     requests = [
-        {"prompt": prompt, "params": {**params, **({"seed": i} if settings.temperature else {})}}
+        {"prompt": prompt, "params": params | ({"seed": i} if settings.temperature else {})}
         for i, prompt in enumerate(prompts)
     ]
     prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ GRID = np.array(
     dtype=np.float64,
 )
 """Rows at which curves have a point of their own."""
+
+_ROWS = GRID.tolist()
 
 LEARNING = 0.1
 """Share of a surprise by which a curve's nearest points move."""
@@ -40,7 +43,11 @@ class Curve:
             slope = (values[-1] - values[-2]) / (rows[-1] - rows[-2])
             points += np.maximum(GRID - rows[-1], 0.0) * slope
         self._points = points
-        self._shown = points
+        self._show()
+
+    def _show(self) -> None:
+        self._shown = _monotone(self._points)
+        self._list = self._shown.tolist()
 
     def __call__(self, rows: Floats) -> Floats:
         """Milliseconds, [N], of [N] numbers of rows; 0 rows cost as much as 1."""
@@ -52,17 +59,19 @@ class Curve:
 
     def at(self, rows: float) -> float:
         """Milliseconds of one number of rows."""
-        return float(self(np.array([rows], dtype=np.float64))[0])
+        right = min(max(bisect_right(_ROWS, rows), 1), len(_ROWS) - 1)
+        low, high = self._list[right - 1], self._list[right]
+        share = (rows - _ROWS[right - 1]) / (_ROWS[right] - _ROWS[right - 1])
+        return low + max(share, 0.0) * (high - low)
 
     def learn(self, rows: float, surprise: float, learning: float = LEARNING) -> None:
         """Move towards what was observed: `surprise` milliseconds more than `at(rows)`."""
-        right = int(np.clip(np.searchsorted(GRID, rows), 1, len(GRID) - 1))
+        right = min(max(bisect_right(_ROWS, rows), 1), len(_ROWS) - 1)
         left = right - 1
-        share = float(np.clip((rows - GRID[left]) / (GRID[right] - GRID[left]), 0.0, 1.0))
-        self._points[left] += learning * (1.0 - share) * surprise
-        self._points[right] += learning * share * surprise
-        self._points = np.maximum(self._points, 1e-3)
-        self._shown = _monotone(self._points)
+        share = min(max((rows - _ROWS[left]) / (_ROWS[right] - _ROWS[left]), 0.0), 1.0)
+        for point, part in ((left, 1.0 - share), (right, share)):
+            self._points[point] = max(1e-3, self._points[point] + learning * part * surprise)
+        self._show()
 
     def points(self) -> dict[float, float]:
         """As `__init__` takes them."""

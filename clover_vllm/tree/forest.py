@@ -7,7 +7,7 @@ nodes expanded in a level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -125,31 +125,30 @@ class Forest:
     def __len__(self) -> int:
         return len(self.token)
 
-    def retrieve(self, request: int, found: Retrieved) -> None:
-        """Add retrieved continuations of a request, before anything of the head."""
-        entries: list[int] = []
-        joint = [1.0, *found.probabilities]
-        calibration, first = self.calibrations[request], len(self)
-        parents: list[int] = []
-        tokens: list[int] = []
-        depths: list[int] = []
+    def retrieve(self, found: Mapping[int, Retrieved]) -> None:
+        """Add retrieved continuations, by request, before anything of the head."""
+        rows: list[tuple[int, int, int, int, int]] = []  # request, parent, token, depth, kind
         shares: list[float] = []
-        for i, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
-            above = ROOT if parent == ROOT else entries[parent]
-            depth = 1 if parent == ROOT else depths[parent] + 1
-            entries.append(first + i)
-            parents.append(above)
-            tokens.append(token)
-            depths.append(depth)
-            shares.append(found.probabilities[i] / max(joint[parent + 1], 1e-6))
-            self._retrieved[request, above, token] = first + i
-        kinds = np.array([retrieved_kind(found.match, d) for d in depths], dtype=np.int64)
-        odds = log_odds(np.log(np.clip(np.array(shares), 0.02, 0.98)))
-        self._append(
-            np.full(len(tokens), request), np.array(parents), np.array(tokens), np.array(depths), kinds, odds,
-            calibration(odds, kinds),
-        )  # fmt: skip
-        self._matches[request] = found.match
+        for request, own in found.items():
+            first = len(rows)
+            for token, parent, joint in zip(own.tokens, own.parents, own.probabilities, strict=True):
+                if parent == ROOT:
+                    above, depth, whole = ROOT, 1, 1.0
+                else:
+                    above, depth, whole = (
+                        first + parent,
+                        rows[first + parent][3] + 1,
+                        own.probabilities[parent],
+                    )
+                self._retrieved[request, above, token] = len(rows)
+                rows.append((request, above, token, depth, retrieved_kind(own.match, depth)))
+                shares.append(min(max(joint / max(whole, 1e-6), 0.02), 0.98))
+            self._matches[request] = own.match
+        if not rows:
+            return
+        requests, parents, tokens, depths, kinds = np.array(rows, dtype=np.int64).T
+        odds = log_odds(np.log(np.array(shares)))
+        self._append(requests, parents, tokens, depths, kinds, odds, self._chances(requests, odds, kinds))
         self._multiply()
 
     def grow_head(

@@ -234,10 +234,13 @@ class Speculation:
             return 0.0
         begun = time.perf_counter()
         states = self._runner.requests
+        found = {}
         for i, w in enumerate(wanted):
-            found = self.retrieval.look_up(names[w.r], states[names[w.r]], min(sizer.limit, w.room))
-            if found is not None:
-                forest.retrieve(i, found)
+            name = names[w.r]
+            own = self.retrieval.look_up(name, states[name], min(sizer.limit, w.room))
+            if own is not None:
+                found[i] = own
+        forest.retrieve(found)
         taken = 1e3 * (time.perf_counter() - begun)
         prices.spent += taken
         return taken

@@ -392,7 +392,7 @@ class Clover2DraftModel(nn.Module):
             )
         self.shared.bind(lm_head, self._in_int8)
         for layer, linear in self._int8.items():
-            layer.cpu_linear = linear
+            object.__setattr__(layer, "cpu_linear", linear)
         self._int8 = {}
         probed = torch.linspace(0, self.config.vocab_size - 1, PROBED_ROWS).long()
         check_probe(self.config, probe_lm_head(self.embed(probed.to(weight.device)).cpu()))

@@ -229,9 +229,11 @@ def test_ngram_looks_up_shorter_matches_too() -> None:
 
 
 def test_settings_of_a_grid_differ() -> None:
-    for grid in select(["ngram", "eagle", "clover-chain", "clover"], None, None)[1:]:
+    *swept, adaptive = select(["ngram", "eagle", "clover-chain", "clover"], None, None)[1:]
+    for grid in swept:
         assert len({method.settings for method in grid}) == len(grid) > 1
         assert len({method.name for method in grid}) == 1
+    assert len(adaptive) == 1, "it chooses by itself"
 
 
 def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:

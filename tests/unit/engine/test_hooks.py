@@ -202,7 +202,7 @@ def test_clover_configuration_travels_in_vllms(pair: tuple[Path, Path]) -> None:
     made = configuration(target, {"model": str(head), "draft_width": 3})
     spec = pickle.loads(pickle.dumps(made.speculative_config))
     assert spec.method == "clover2"
-    assert spec.num_speculative_tokens == 8
+    assert spec.num_speculative_tokens == 16
     assert spec.clover.draft_width == 3
     assert spec.use_eagle()
     assert made.num_prefill_lookahead_tokens == 1

@@ -119,7 +119,7 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     _, below = head._after((0, int(order[0])))
     found = forest(1)
     chain = [int(order[0]), int(below[1]), 99]
-    found.retrieve(0, Retrieved(chain, [-1, 0, 1], [0.9, 0.8, 0.7], match=4))
+    found.retrieve({0: Retrieved(chain, [-1, 0, 1], [0.9, 0.8, 0.7], match=4)})
     before = found.gain.copy()
     grow(found, head, [0], prices(0.01))
     tree = found.trees(40)[0]
@@ -138,7 +138,7 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
 
 def test_retrieval_alone_makes_trees() -> None:
     found = forest(2)
-    found.retrieve(1, Retrieved([5, 6, 7, 8], [-1, 0, 0, 1], [0.6, 0.5, 0.1, 0.4], match=9))
+    found.retrieve({1: Retrieved([5, 6, 7, 8], [-1, 0, 0, 1], [0.6, 0.5, 0.1, 0.4], match=9)})
     first, second = found.trees(9)
     assert len(first) == 0
     assert sorted(paths(list(second.tokens), list(second.parents))) == [[5], [5, 6], [5, 6, 8], [5, 7]]
