@@ -18,6 +18,10 @@ CLOVER_CHAINS = (4, 2, 3)
 """Settings that are swept; the first is used where nothing is."""
 
 
+HINDSIGHT = "hindsight"
+"""Adaptive trees whose nodes are chosen with the answers known: a bound, not a method."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way of decoding, with its settings."""
@@ -37,6 +41,7 @@ def known_grids(head: str, eagle_head: str) -> dict[str, list[Method]]:
         [_method("eagle", k, {"method": "eagle", "model": eagle_head}, "chain of {}") for k in EAGLE_CHAINS],
         [_method("clover-chain", k, _clover(head) | {"tree": "chain"}, "chain of {}") for k in CLOVER_CHAINS],
         [_method("clover", 16, _clover(head), "adaptive, at most {} nodes")],
+        [Method(HINDSIGHT, {**_clover(head), "num_speculative_tokens": 16}, "adaptive, answers known")],
     ]
     return {grid[0].name: grid for grid in grids}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clover_vllm.bench.loop import Request
-from clover_vllm.bench.methods import Method
+from clover_vllm.bench.methods import HINDSIGHT, Method
 from clover_vllm.bench.worker import Moment, Run
 from clover_vllm.launch.process import JsonProcess
 
@@ -28,6 +28,7 @@ class BenchEngine(JsonProcess):
         if "VLLM_LOGGING_LEVEL" not in os.environ:
             environment["VLLM_LOGGING_LEVEL"] = "WARNING"
         super().__init__("clover_vllm.bench.worker", method.name, environment)
+        self._in_hindsight = method.name == HINDSIGHT
         settings = dict(llm)
         if method.speculative is not None:
             settings["speculative_config"] = method.speculative
@@ -35,7 +36,9 @@ class BenchEngine(JsonProcess):
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
         """See `worker.run_requests`."""
-        return Run(**self.ask({"requests": list(requests), "concurrency": concurrency}))
+        asked = {"requests": list(requests), "concurrency": concurrency}
+        run = Run(**self.ask(asked))
+        return Run(**self.ask(asked | {"known": run.outputs})) if self._in_hindsight else run
 
     def climb(self, requests: Sequence[Request], phases: Sequence[int], seconds: float) -> list[Moment]:
         """See `worker.run_phases`."""

@@ -51,7 +51,8 @@ def serve(answers: TextIO) -> None:
             made = run_phases(llm, command["requests"], command["phases"], command["seconds"])
             _say(answers, {"moments": [asdict(moment) for moment in made]})
         else:
-            _say(answers, asdict(run_requests(llm, command["requests"], command["concurrency"])))
+            run = run_requests(llm, command["requests"], command["concurrency"], command.get("known"))
+            _say(answers, asdict(run))
 
 
 @dataclass
@@ -65,7 +66,9 @@ class _Answer:
     timed: int = 0  # tokens while the clock ran
 
 
-def run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> Run:
+def run_requests(
+    llm: Any, requests: list[dict[str, Any]], concurrency: int, known: list[list[int]] | None = None
+) -> Run:
     """Keep `concurrency` requests running; the clock stops when no request is left to fill a free place.
 
     So all that is timed or counted happens at the stated concurrency, and the batch that drains at the end
@@ -75,7 +78,18 @@ def run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> 
         llm: a vllm.LLM with its engine core in this process.
         requests: [{"prompt": token ids, "params": SamplingParams arguments}], `concurrency` or more of them.
         concurrency: requests at a time.
+        known: their answers, for a run that chooses nodes in hindsight (`bench.hindsight`).
     """
+    from clover_vllm.bench.hindsight import knowing
+
+    if known is None:
+        return _run_requests(llm, requests, concurrency, "")
+    name = "known"
+    with knowing(_runner(llm), {f"{name}-{i}": answer for i, answer in enumerate(known)}):
+        return _run_requests(llm, requests, concurrency, name)
+
+
+def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, name_of: str) -> Run:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -93,7 +107,7 @@ def run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int) -> 
         begun = time.perf_counter()
         while queue and running < concurrency:
             i, request = queue.pop()
-            name = f"{started}-{i}"
+            name = f"{name_of or started}-{i}"
             answers[name] = _Answer(time.perf_counter())
             engine.add_request(
                 name,
