@@ -24,6 +24,10 @@ PARTS = [
     "clover_vllm/attention/cpu/tree_attention.cpp",
     "clover_vllm/attention/cpu/tree_attention.h",
     *(
+        f"clover_vllm/bench/prompts/{file}"
+        for file in ("families.jsonl.gz", "text-heavy.jsonl.gz", "prompt-heavy.jsonl.gz", "NOTICES.txt")
+    ),
+    *(
         f"clover_vllm/shipped/{head}/{file}"
         for head in ("smollm2-135m-clover2", "smollm2-135m-eagle1")
         for file in ("config.json", "model.safetensors")
