@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def sessions() -> list[dict[str, Any]]:
 
 
 def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
+    """Also where a turn ended with accepted drafts and the session went on from there, for each way to end."""
     engine = {
         "model": str(smollm2),
         "dtype": "float32",
@@ -44,7 +46,28 @@ def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
     asked = sessions()
     plain = run_script("run_sessions", {"engine": engine, "sessions": asked})
     spec = {"model": str(shipped_head()), "draft_min_joint": 0.0}
-    trees = run_script("run_sessions", {"engine": {**engine, "speculative_config": spec}, "sessions": asked})
-    assert all(len(turns) == 4 for turns in plain)
-    assert {turn["finish"] for turns in plain for turn in turns} == {"stop", "length", "repetition"}
-    assert trees == plain
+    trees = run_script(
+        "run_sessions", {"engine": {**engine, "speculative_config": spec}, "sessions": asked, "watch": True}
+    )
+    assert all(len(turns) == 4 for turns in plain["sessions"])
+    assert {t["finish"] for turns in plain["sessions"] for t in turns} == {"stop", "length", "repetition"}
+    assert trees["sessions"] == plain["sessions"]
+    ends: Counter[str] = Counter()
+    for turns, emitted in zip(trees["sessions"], trees["emitted"], strict=True):
+        steps = [split(emitted, len(turn["tokens"])) for turn in turns]
+        assert not emitted, "steps of no turn"
+        for turn, own, following in zip(turns, steps, steps[1:], strict=False):
+            ends[turn["finish"]] += own[-1] > 1
+            ends["accepted again"] += own[-1] > 1 and max(following) > 1
+    print(ends)
+    assert all(ends[finish] > 0 for finish in ("stop", "length", "repetition")), ends
+    assert ends["accepted again"] > len(asked) // 2
+
+
+def split(emitted: list[int], count: int) -> list[int]:
+    """Take from the numbers of tokens of steps those that give one turn, whose tokens they are to the last."""
+    taken: list[int] = []
+    while sum(taken) < count:
+        taken.append(emitted.pop(0))
+    assert sum(taken) == count, "a step's tokens belong to two turns"
+    return taken

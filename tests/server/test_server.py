@@ -101,13 +101,22 @@ def test_streamed_text_equals_that_of_plain_vllm(
     assert 0 < counted[COUNTERS["accepted"]] < counted[COUNTERS["draft_tokens"]]
 
 
-def test_stop_strings_cut_inside_an_accepted_path(client: OpenAI) -> None:
+def test_stop_strings_cut_inside_an_accepted_path(server: Server, client: OpenAI) -> None:
+    """Once at each word of an answer, up to where the word first occurs: most lie behind accepted drafts, and
+    `test_stops_lie_inside_accepted_paths` of the engine's tests has those with accepted drafts behind them."""
     whole = ask(client, QUESTIONS[0]).choices[0].message.content
-    stop = whole.split()[6]
-    cut = ask(client, QUESTIONS[0], stop=[stop]).choices[0]
-    assert cut.finish_reason == "stop"
-    assert whole.startswith(cut.message.content)
-    assert stop not in cut.message.content
+    words = list(dict.fromkeys(whole.split()))[3:13]
+    before = server.counters()
+    with ThreadPoolExecutor(5) as pool:
+        cuts = list(pool.map(lambda word: ask(client, QUESTIONS[0], stop=[word]).choices[0], words))
+    after = server.counters()
+    for word, cut in zip(words, cuts, strict=True):
+        assert cut.finish_reason == "stop"
+        assert cut.message.content == whole[: whole.index(word)]
+    accepted, drafts = (
+        after[name] - before[name] for name in ("clover:accepted_depth_total", "clover:tree_nodes_count")
+    )
+    assert accepted > drafts > 2 * len(words)
 
 
 def test_several_samples_and_logprobs(client: OpenAI) -> None:
@@ -121,18 +130,24 @@ def test_several_samples_and_logprobs(client: OpenAI) -> None:
 
 
 def test_beam_search_equals_that_of_plain_vllm(server: Server, plain_server: Server, client: OpenAI) -> None:
-    """Beams ask for one token at a time; other requests keep their trees."""
-    del server
+    """Beams ask for one token at a time, so nothing is drafted for them; other requests keep their trees."""
     beams = {"n": 3, "max_tokens": 10, "extra_body": {"use_beam_search": True}}
     plain = OpenAI(base_url=f"{plain_server.url}/v1", api_key="none")
     with awake(plain_server):
         alone = ask(plain, QUESTIONS[0], **beams)
+    before = server.counters()
+    undisturbed = ask(client, QUESTIONS[0], **beams)
+    after = server.counters()
+    drafts, requests = COUNTERS["drafts"], "vllm:request_success_total"
+    assert after[drafts] == before[drafts]
+    assert after[requests] - before[requests] >= 1 + 3 * 9  # three beams a token, behind the first
     with ThreadPoolExecutor(3) as pool:
         others = [pool.submit(ask, client, question) for question in QUESTIONS[1:3]]
         found = ask(client, QUESTIONS[0], **beams)
         assert all(other.result().choices[0].message.content for other in others)
-    texts = [[choice.message.content for choice in answer.choices] for answer in (found, alone)]
-    assert texts[0] == texts[1]
+    assert server.counters()[drafts] > after[drafts]
+    texts = [[choice.message.content for choice in answer.choices] for answer in (found, undisturbed, alone)]
+    assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) == 3
 
 

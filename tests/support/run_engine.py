@@ -6,9 +6,10 @@ depends on nothing but the requests. Keys of what `main` takes:
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.check.scripted.drive`; also with "lora": folder of an adapter, and "embeds": a .pt file
         of embeddings that stand for the prompt.
-    scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
-        those answers among random siblings in random shapes and sizes. "share": of the drafts (all).
+    scripted: {"answers": tokens by request and sequence, "seed": int, "share": of the drafts (1)}: trees are
+        not drafted but hide those answers among random siblings in random shapes and sizes.
     restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
+    wrong_scorer: a rule of `wrong_scorers.py` by which drafts are accepted instead.
     check_head: folder of the head: compare all that it computes with the reference model.
     amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
         metadata and each layer takes for the cache's layout.
@@ -31,6 +32,7 @@ def main(spec: Json) -> Json:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM
+    from wrong_scorers import WrongScorer
 
     from clover_vllm.check.restless import Restless
     from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
@@ -46,6 +48,8 @@ def main(spec: Json) -> Json:
         share = spec["scripted"].get("share", 1.0)
         ScriptedTrees(runner, spec["scripted"]["seed"], share=share).know(spec["scripted"]["answers"])
     restless = Restless(runner, spec["restless"]) if "restless" in spec else None
+    if "wrong_scorer" in spec:
+        WrongScorer(runner, spec["wrong_scorer"])
     probe = CacheProbe(runner, llm.llm_engine) if spec.get("check_cache") else None
     head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
     verified = Verified(runner)
@@ -55,11 +59,15 @@ def main(spec: Json) -> Json:
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
     stats["verified_by_request"] = verified.by_request
     stats["tokens_before_last_draft"] = verified.before
+    stats["emitted_by_last_draft"] = verified.emitted
+    stats["accepted_in"] = verified.accepted_in
+    stats["off_first_chain"] = verified.off_first_chain
     stats["grown"], stats["in_vain"] = verified.grown, verified.in_vain
     stats["lookahead"] = llm.llm_engine.engine_core.engine_core.scheduler.num_lookahead_tokens
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
+<<<<<<< HEAD
     if restless is not None:
         sizes = len(restless.sizes)
         stats["restless"] = {"slept": restless.slept, "asked": restless.asked, "sizes": sizes}
@@ -67,6 +75,9 @@ def main(spec: Json) -> Json:
             "nodes": dict(zip(SOURCES, runner.counters.nodes_of.tolist(), strict=True)),
             "accepted": dict(zip(SOURCES, runner.counters.accepted_of.tolist(), strict=True)),
         }
+=======
+    stats["compiled"] = not runner.model_config.enforce_eager and runner.compilation_config.mode != 0
+>>>>>>> w/proofs
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -137,7 +148,14 @@ class Verified:
     Attributes:
         chains, branching: drafts verified, by kind, of all requests.
         by_request: the same two, by the request's index in what `main` takes.
+<<<<<<< HEAD
         before: output tokens that a request had before its last draft was verified, by the same index.
+=======
+        before: output tokens that a request had before its last draft was verified, likewise.
+        emitted: tokens that its last draft gave, likewise: the accepted ones and the bonus.
+        accepted_in: branching trees, and chains, of which something was accepted, by kind.
+        off_first_chain: accepted nodes that do not lie on their tree's path of first children.
+>>>>>>> w/proofs
         in_vain: drafts verified for a request with one token to go.
         grown: drafts grown.
     """
@@ -146,12 +164,20 @@ class Verified:
         self.chains = self.branching = self.in_vain = self.grown = 0
         self.by_request: dict[int, list[int]] = {}
         self.before: dict[int, int] = {}
+        self.emitted: dict[int, int] = {}
+        self.accepted_in = {"chains": 0, "branching": 0}
+        self.off_first_chain = 0
         self._runner = runner
         if hasattr(runner, "_step"):
+<<<<<<< HEAD
             self._original, self._grow = runner._step, runner.drafter.grow
             self._grow_forest = runner.drafter.grow_forest
             runner._step, runner.drafter.grow = self._step, self.grow
             runner.drafter.grow_forest = self.grow_forest
+=======
+            self._original, self._grow, self._end = runner._step, runner.drafter.grow, runner._end_step
+            runner._step, runner.drafter.grow, runner._end_step = self._step, self.grow, self._end_step
+>>>>>>> w/proofs
 
     def _step(self, *args: Any) -> Any:
         step = self._original(*args)
@@ -166,6 +192,17 @@ class Verified:
             self.before[index] = len(self._runner.requests[name].output_token_ids)
         return step
 
+    def _end_step(self, step: Any) -> None:
+        names = self._runner.input_batch.req_ids
+        for name, tree, nodes in zip(names, step.trees, step.accepted, strict=True):
+            if tree is None:
+                continue
+            self.emitted[self._index(name)] = len(nodes) + 1
+            if nodes:
+                self.accepted_in["chains" if tree.is_chain else "branching"] += 1
+            self.off_first_chain += len(set(nodes) - first_chain(tree))
+        self._end(step)
+
     def grow(self, g: Any, num_nodes: int) -> Any:
         self.grown += len(g)
         return self._grow(g, num_nodes)
@@ -178,6 +215,17 @@ class Verified:
     def _index(name: str) -> int:
         """Of a request that vLLM calls [sequence_]index-random."""
         return int(name.rpartition("-")[0].rpartition("_")[2])
+
+
+def first_chain(tree: Any) -> set[int]:
+    """The nodes of a tree's path of first children, which a method without trees would have drafted."""
+    found: set[int] = set()
+    current = -1
+    for node, parent in enumerate(tree.parents):
+        if parent == current:
+            found.add(node)
+            current = node
+    return found
 
 
 class HeadProbe:

@@ -1,7 +1,9 @@
 """Runs streaming sessions (vLLM's `StreamingInput`) in a process of its own; `engines.run_script` starts it.
 
-`main` takes {"engine": arguments of AsyncEngineArgs, "sessions": [{"turns": [token ids], "params": {}}]} and
-returns per session its turns, each {"tokens", "finish"}. A turn is sent when the one before it has ended.
+`main` takes {"engine": arguments of AsyncEngineArgs, "sessions": [{"turns": [token ids], "params": {}}], "watch":
+whether to look at the steps of an engine with trees}. It returns {"sessions": per session its turns, each {"tokens",
+"finish"}, "emitted": per session the numbers of tokens that its steps gave, if watched}. A turn is sent when the
+one before it has ended.
 """
 
 from __future__ import annotations
@@ -11,6 +13,27 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 Json = dict[str, Any]
+
+
+class Watch:
+    """Methods that vLLM adds to the worker: how many tokens the steps of each request give."""
+
+    def watch_steps(self: Any) -> None:
+        runner = self.model_runner
+        self.emitted_by_step = {}
+        end_step = runner._end_step
+
+        def end(step: Any) -> None:
+            for r, (name, nodes) in enumerate(zip(runner.input_batch.req_ids, step.accepted, strict=True)):
+                if r not in step.discarded:  # its prompt goes on
+                    self.emitted_by_step.setdefault(name.partition("-")[0], []).append(len(nodes) + 1)
+            end_step(step)
+
+        runner._end_step = end
+
+    def watched_steps(self: Any) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = self.emitted_by_step
+        return found
 
 
 async def session(engine: Any, name: str, asked: Json) -> list[Json]:
@@ -42,17 +65,26 @@ async def session(engine: Any, name: str, asked: Json) -> list[Json]:
     return turns[:-1]
 
 
-async def sessions(spec: Json) -> list[list[Json]]:
+async def sessions(spec: Json) -> Json:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"]))
+    watch = spec.get("watch", False)
+    more = {"worker_extension_cls": "run_sessions.Watch"} if watch else {}
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec["engine"], **more))
     try:
+        if watch:
+            await engine.collective_rpc("watch_steps")
         asked = enumerate(spec["sessions"])
-        return await asyncio.wait_for(asyncio.gather(*(session(engine, f"s{i}", s) for i, s in asked)), 300)
+        runs = asyncio.gather(*(session(engine, f"s{i}", s) for i, s in asked))
+        found: Json = {"sessions": await asyncio.wait_for(runs, 300)}
+        if watch:
+            (steps,) = await engine.collective_rpc("watched_steps")
+            found["emitted"] = [steps[f"s{i}"] for i in range(len(spec["sessions"]))]
+        return found
     finally:
         engine.shutdown()
 
 
-def main(spec: Json) -> list[list[Json]]:
+def main(spec: Json) -> Json:
     return asyncio.run(sessions(spec))
