@@ -5,8 +5,8 @@ depends on nothing but the requests. Keys of what `main` takes:
 
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.check.drive`.
-    scripted: {"answers": tokens by request and sequence, "seed": int}: trees are not drafted but hide
-        those answers among random siblings in random shapes and sizes.
+    scripted: {"answers": tokens by request and sequence, "seed": int, "share": of the trees (1.0)}: trees are
+        not drafted but hide those answers among random siblings in random shapes and sizes.
     check_head: folder of the head: compare all that it computes with the reference model.
     amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
         metadata and each layer takes for the cache's layout.
@@ -29,6 +29,7 @@ def main(spec: Json) -> Json:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
 
     from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
 
@@ -38,7 +39,7 @@ def main(spec: Json) -> Json:
     runner = runner_of(llm)
     scripted = None
     if "scripted" in spec:
-        scripted = ScriptedTrees(runner, spec["scripted"]["seed"])
+        scripted = ScriptedTrees(runner, spec["scripted"]["seed"], spec["scripted"].get("share", 1.0))
         scripted.know(spec["scripted"]["answers"])
     probe = CacheProbe(runner) if spec.get("check_cache") else None
     head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
@@ -53,6 +54,7 @@ def main(spec: Json) -> Json:
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
+    stats["hooked"] = hasattr(EngineArgs.create_speculative_config, "clover_original")
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -209,7 +211,7 @@ class CacheProbe:
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        drafts = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
+        drafts: set[str] = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
         context = runner.compilation_config.static_forward_context
         self.layers = [context[name] for name in sorted(context) if name not in drafts]
         self.seen: dict[str, tuple[list[int], Any]] = {}
