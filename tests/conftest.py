@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["VLLM_NO_USAGE_STATS"] = "1"  # gathering them takes a second of each engine's start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before torch counts the cores
     cores = sorted(os.sched_getaffinity(0))
