@@ -48,12 +48,11 @@ lint: setup
 docs: setup
 	$(BIN)/clover-vllm render
 
-# Engines on a core for each of two workers, then the servers, which take all cores.
+# A core for each of two workers; engines and servers stay on their worker's.
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: lint
-	$(BIN)/pytest $(PARALLEL) -m 'not server'
-	$(BIN)/pytest -m server
+	$(BIN)/pytest $(PARALLEL)
 
 # What needs no engine.
 test-fast: setup
@@ -61,8 +60,7 @@ test-fast: setup
 
 # The tests of `make test` at full length, for hours.
 soak: lint
-	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL) -m 'not server'
-	CLOVER_TEST_LENGTH=full $(BIN)/pytest -m server
+	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,29 +15,53 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before torch counts the c
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-from small import tiny_llama, write_answers
 
-from clover_vllm.heads.clover2 import Clover2Config, Clover2DraftModel
-from clover_vllm.heads.clover2.init import config_for_target, init_from_target
-from clover_vllm.target.frozen import FrozenTarget
-from clover_vllm.target.make import make_target
+if TYPE_CHECKING:  # imported where they are used, since the process that hands out tests needs none of them
+    from clover_vllm.heads.clover2 import Clover2DraftModel
+    from clover_vllm.target.frozen import FrozenTarget
 
 FOLDERS = {"engine": "engine", "server": "server", "check": "engine", "packaging": "slow"}
 """Marks of the tests in a folder."""
-FIRST = ["test_engine_exact.py", "test_torture.py", "test_train.py", "test_data.py", "test_features.py"]
-"""Files that take longest."""
+LONGEST = [
+    "@test_engine_exact.py",
+    "@test_torture.py",
+    "@test_starts.py",
+    "@test_engine.py",
+    "test_bench_runs_through_servers",
+    "@test_server.py",
+    "@half precision",
+    "@test_features.py",
+    "@test_head_vllm.py",
+    "@test_packaging.py",
+    "test_a_kill_leaves_nothing_or_a_whole_folder",
+    "test_two_ranks_resume",
+    "test_kills_at_random_moments",
+    "@test_patches.py",
+    "@test_sessions.py",
+    "tests/engine/",
+    "test_shipped.py",
+    "test_bench_runs_on_a_tiny_target",
+    "test_two_processes_train",
+    "test_greedy_answers_through_transformers",
+    "test_ranks_agree",
+]
+"""Groups (@) and tests, the longest first, so that none is taken up last, while the other worker has no more to do.
+Those that read the weights of a whole target in every step are kept apart: two of them share the memory's speed."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks; the tests of a file that starts engines share its fixtures, hence a worker; long ones go first."""
+    places: dict[str, int] = {}
     for item in items:
         room = item.path.relative_to(Path(__file__).parent).parts[0]
         if room in FOLDERS:
             item.add_marker(FOLDERS[room])
         if room != "unit" and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+        group = item.get_closest_marker("xdist_group")
+        name = f"{item.nodeid}@{group.args[0]}" if group else item.nodeid
+        places[item.nodeid] = next((i for i, part in enumerate(LONGEST) if part in name), len(LONGEST))
+    items.sort(key=lambda item: places[item.nodeid])
 
 
 @pytest.fixture(autouse=True)
@@ -62,27 +87,41 @@ def _own_home(clover_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real target, in the user's CLOVER_HOME: made once per machine."""
+    from clover_vllm.target.make import make_target
+
     return make_target("smollm2-135m")
 
 
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from small import tiny_llama
+
     return tiny_llama(tmp_path_factory.mktemp("tiny") / "target")
 
 
 @pytest.fixture(scope="session")
 def frozen(tiny_target: Path) -> FrozenTarget:
+    import torch
+
+    from clover_vllm.target.frozen import FrozenTarget
+
     return FrozenTarget(tiny_target, torch.float32)
 
 
 @pytest.fixture(scope="session")
 def tiny_answers(tmp_path_factory: pytest.TempPathFactory, frozen: FrozenTarget) -> Path:
+    from small import write_answers
+
     return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl", frozen, 60)
 
 
 @pytest.fixture
 def head() -> Clover2DraftModel:
     """A random head of the golden checkpoint's sizes."""
+    import torch
+
+    from clover_vllm.heads.clover2 import Clover2Config, Clover2DraftModel
+
     torch.manual_seed(0)
     model = Clover2DraftModel(Clover2Config(num_key_value_heads=2))
     for parameter in model.parameters():
@@ -93,6 +132,6 @@ def head() -> Clover2DraftModel:
 @pytest.fixture
 def fitting_head(frozen: FrozenTarget) -> Clover2DraftModel:
     """An untrained head for the tiny target."""
-    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
-    init_from_target(head, frozen.layers, frozen.norm)
-    return head
+    from small import head_for
+
+    return head_for(frozen)

@@ -17,6 +17,7 @@ from clover_vllm.base.show import print_table
 from clover_vllm.bench import report
 from clover_vllm.bench.loop import Contender, Load, Request, count_runs, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
+from clover_vllm.bench.prompts import PROMPT_SETS, prompt_set
 from clover_vllm.bench.settings import BenchSettings
 from clover_vllm.bench.through_llm import BenchEngine
 from clover_vllm.bench.through_server import BenchServer
@@ -27,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 32
 """Longest answer of a request that is not measured."""
-
-PROMPTS = Path(__file__).parent / "prompts"
-"""Sets of prompts that nothing was trained on."""
 
 DEVELOPMENT = 8
 """One distinct prompt in this many is for choosing settings, never for figures."""
@@ -97,12 +95,10 @@ def prompt_file(name: str | None) -> Path:
     """
     if name is None:
         return shipped_head() / "held-out.jsonl.gz"
-    shipped = PROMPTS / f"{name}.jsonl.gz"
-    if shipped.is_file():
-        return shipped
+    if name in PROMPT_SETS:
+        return prompt_set(name)
     if not Path(name).is_file():
-        known = ", ".join(sorted(file.name.removesuffix(".jsonl.gz") for file in PROMPTS.glob("*.jsonl.gz")))
-        raise UserError(f"--prompts is {name!r}, which is no file and none of {known}.")
+        raise UserError(f"--prompts is {name!r}, which is no file and none of {', '.join(PROMPT_SETS)}.")
     return Path(name)
 
 

@@ -75,7 +75,7 @@ class Server:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
+                time.sleep(0.2)
         raise UserError(f"vllm serve did not answer within {seconds:.0f} s.{self._tail()}")
 
     def counters(self) -> dict[str, float]:

@@ -10,11 +10,13 @@ every node, and trees are chosen before it runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
-Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.int64]
 
 PRICED_ROWS = 4
 """Rows beyond the chosen ones over which the price of a further node is averaged, since costs rise in stairs."""

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,12 +85,18 @@ def allowed(logits: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(probs).scatter(-1, order, probs / probs.sum(-1, keepdim=True))
 
 
-def sample(pair: tuple[Path, Path], requests: int, **more: object) -> tuple[list[Json], Json]:
+def sample(pair: tuple[Path, Path], requests: int, **more: Any) -> tuple[list[Json], Json]:
     """By prompt and kind, the pairs of sequences; and statistics."""
     target, head = pair
-    params = {"temperature": TEMPERATURE, "top_p": TOP_P, "n": 2, "max_tokens": TOKENS, "ignore_eos": True}
+    params: Json = {
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
+        "n": 2,
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+    }
     asked = [
-        {"prompt": prompt, "params": {**params, **({"seed": 2 * i + shift} if seeded else {})}}
+        {"prompt": prompt, "params": params | ({"seed": 2 * i + shift} if seeded else {})}
         for i in range(requests)
         for prompt, shift in zip(PROMPTS, (0, 10**6), strict=True)
         for seeded in (False, True)
@@ -150,11 +157,11 @@ def p_value(counts: Mapping[tuple[int, ...], float], law: Law) -> float:
 
 def test_p_values_are_those_of_the_tables() -> None:
     """Of chi-square, 5% lie above 3.841 with one degree of freedom, above 11.070 with five."""
-    two = Counter({(0,): 50 + 10, (1,): 50 - 10})  # chi-square 4
+    two: Counter[tuple[int, ...]] = Counter({(0,): 50 + 10, (1,): 50 - 10})  # chi-square 4
     assert p_value(two, {(0,): 0.5, (1,): 0.5}) == pytest.approx(0.0455, abs=1e-4)
     assert p_value(two, {(0,): 1.0}) == 0.0
     shift = math.sqrt(11.070 * 600 / 6)
-    six = {(i,): 600 + (shift if i % 2 else -shift) for i in range(6)}
+    six: dict[tuple[int, ...], float] = {(i,): 600 + (shift if i % 2 else -shift) for i in range(6)}
     assert p_value(six, dict.fromkeys(six, 1 / 6)) == pytest.approx(0.05, abs=1e-4)
 
 

@@ -33,7 +33,7 @@ def requests() -> list[Json]:
         rows = [json.loads(line) for _, line in zip(range(COUNT + SPARE), file, strict=False)]
     found = []
     for i, row in enumerate(rows):
-        params = {"temperature": 0.7, "top_p": 0.9, "seed": i} if i % 3 == 2 else {"temperature": 0.0}
+        params: Json = {"temperature": 0.7, "top_p": 0.9, "seed": i} if i % 3 == 2 else {"temperature": 0.0}
         params |= {"max_tokens": TOKENS, "logprobs": 2 if i % 3 < 2 else None}
         found.append({"prompt": row["prompt_ids"], "step": i, "params": params})
     return found

@@ -120,7 +120,17 @@ def test_installs_with_heads_and_kernel(
     for package in (ours / "_distutils_hack", *ours.glob("setuptools*")):
         (tools / package.name).symlink_to(package)
     (site / "tools.pth").write_text(f"{tools}\n")
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+    ]
     run(*pip, "--no-build-isolation", built[kind], cwd=tmp_path)
     report: dict[str, Any] = json.loads(run(python, "-I", "-c", REPORT, cwd=tmp_path))
     assert Path(report["folder"]).is_relative_to(tmp_path)

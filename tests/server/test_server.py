@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +19,8 @@ from length import length
 from openai import APIError, OpenAI
 from watched import WatchedServer
 
-from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.through_server import COUNTERS
-from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.launch.server import Server
 
 FLAGS = ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32"]
@@ -41,18 +36,26 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def server(smollm2: Path) -> Iterator[Server]:
-    with Server(str(smollm2), {"model": str(shipped_head())}, FLAGS, "small") as running:
-        running.wait(300)
+def started(smollm2: Path) -> Iterator[WatchedServer]:
+    with WatchedServer(str(smollm2), {"model": str(shipped_head())}, FLAGS, "small") as running:
+        running.wait(600)
+        running.pause()
         yield running
 
 
+@pytest.fixture
+def server(started: Server) -> Iterator[Server]:
+    """With trees, asleep between tests: idle servers use a core too."""
+    with awake(started):
+        yield started
+
+
 @pytest.fixture(scope="module")
-def plain_server(smollm2: Path, server: Server) -> Iterator[Server]:
-    """Plain vLLM with the same flags, asleep where it is not asked: idle servers use a core too."""
-    del server
+def plain_server(smollm2: Path, started: Server) -> Iterator[Server]:
+    """Plain vLLM with the same flags, asleep where it is not asked."""
+    del started
     with Server(str(smollm2), None, FLAGS, "small") as running:
-        running.wait(300)
+        running.wait(600)
         running.pause()
         yield running
 
@@ -66,7 +69,7 @@ def awake(server: Server) -> Iterator[None]:
         server.pause()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
@@ -341,65 +344,26 @@ def test_broken_requests_leave_good_ones_alone(server: Server, plain_server: Ser
     assert found["vllm:kv_cache_usage_perc"] == 0
 
 
-def test_a_killed_engine_ends_the_server(smollm2: Path) -> None:
-    """With vLLM's own error, soon, and without a hang."""
-    with WatchedServer(str(smollm2), {"model": str(shipped_head())}, FLAGS) as server:
-        server.wait(300)
-        engines = [
-            process
-            for process in psutil.Process(server.pid).children(recursive=True)
-            if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
-        ]
-        assert engines
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-        stream = client.chat.completions.create(
-            model="target",
-            messages=[{"role": "user", "content": "Tell a long story."}],
-            max_tokens=900,
-            stream=True,
-        )
-        assert next(stream)
-        engines[0].kill()
-        with pytest.raises(APIError):
-            list(stream)
-        assert server.ended(60)
-        engines[0].wait(10)
-        assert "EngineDeadError" in server.log()
-
-
-def test_run_batch_takes_the_same_flag(tmp_path: Path) -> None:
-    target, head = make_tiny_pair(tmp_path)
-    messages = [{"role": "user", "content": "the cat"}]
-    body = {"model": str(target), "messages": messages, "max_tokens": 12, "temperature": 0}
-    line = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    asked.write_text(json.dumps(line) + "\n")
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "run-batch",
-        "-i",
-        str(asked),
-        "-o",
-        str(answered),
+def test_a_killed_engine_ends_the_server(started: WatchedServer) -> None:
+    """With vLLM's own error, soon, and without a hang. The last test of the file: the server is gone behind it."""
+    started.resume()
+    engines = [
+        process
+        for process in psutil.Process(started.pid).children(recursive=True)
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
     ]
-    command += ["--model", str(target), "--enforce-eager", "--max-model-len", "128", "--dtype", "float32"]
-    command += ["--chat-template", str(template), "--speculative-config", json.dumps({"model": str(head)})]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = (json.loads(row) for row in answered.read_text().splitlines())
-    assert found["error"] is None
-    assert found["response"]["body"]["usage"]["completion_tokens"] > 0
-
-
-def test_unknown_options_end_the_start_with_one_sentence(
-    smollm2: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    wrong = {"method": "clover2", "model": str(shipped_head()), "draft_deepness": 3}
-    with Server(str(smollm2), wrong, FLAGS) as server, pytest.raises(UserError):
-        server.wait(300)
-    shown = capfd.readouterr().err
-    assert "'draft_deepness' does not exist for Clover-2" in shown
-    assert "Known options" in shown
+    assert engines
+    client = OpenAI(base_url=f"{started.url}/v1", api_key="none", max_retries=0, timeout=60)
+    stream = client.chat.completions.create(
+        model="small",
+        messages=[{"role": "user", "content": "Tell a long story."}],
+        max_tokens=900,
+        stream=True,
+    )
+    assert next(stream)
+    engines[0].kill()
+    with pytest.raises(APIError):
+        list(stream)
+    assert started.ended(60)
+    engines[0].wait(10)
+    assert "EngineDeadError" in started.log()

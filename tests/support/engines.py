@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ IMPORTED = [
     "vllm.model_executor.models.llama",
     "compressed_tensors",
 ]
+READ_LATE = {"VLLM_PLUGINS"}
+"""Variables that vLLM reads as an engine starts, so that a forked process may have its own."""
 
 
 def run_engine(
@@ -49,23 +52,73 @@ def run_engine(
 
 
 def run_script(name: str, spec: Any, timeout: float = 840, env: dict[str, str] | None = None) -> Any:
-    """What a script beside this file answers to `spec`.
+    """What a script beside this file answers to `spec`; see `Script`."""
+    with Script(name, spec, env) as script:
+        return script.answer(timeout)
 
-    Args:
-        name: of the module, which has `main(spec)`.
-        spec: given to it; JSON.
-        timeout: in seconds.
-        env: environment variables to add. With any, Python starts anew.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        given, out, log = (Path(folder) / file for file in ("spec.json", "out.json", "log.txt"))
+
+class Script:
+    """A script beside this file, at work; ended with the context, or by `kill`."""
+
+    def __init__(
+        self, name: str, spec: Any, env: dict[str, str] | None = None, anew: bool | None = None
+    ) -> None:
+        """
+        Args:
+            name: of the module, which has `main(spec)`.
+            spec: given to it; JSON.
+            env: environment variables to add.
+            anew: start Python anew; by default where `env` has a variable that is read during imports.
+        """
+        self._name = name
+        self._folder = tempfile.TemporaryDirectory()
+        given, self._out, self._log = (
+            Path(self._folder.name) / file for file in ("spec.json", "out.json", "log.txt")
+        )
         given.write_text(json.dumps(spec))
+        anew = anew if anew is not None else not READ_LATE.issuperset(env or {})
+        self._process: subprocess.Popen[bytes] | BaseProcess
         with prepared(env or {}):
-            code = (
-                _start_anew(name, given, out, log, timeout) if env else _fork(name, given, out, log, timeout)
-            )
-        assert code == 0, f"{name}: exit code {code}\n{log.read_text()[-8000:]}"
-        return json.loads(out.read_text())
+            self._process = (_start_anew if anew else _fork)(name, given, self._out, self._log)
+
+    def ended(self, seconds: float = 0) -> bool:
+        """Whether it ends within some seconds."""
+        if isinstance(self._process, subprocess.Popen):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+            return self._process.returncode is not None
+        self._process.join(seconds)
+        return self._process.exitcode is not None
+
+    def log(self) -> str:
+        """The end of all that it printed."""
+        return self._log.read_text()[-8000:] if self._log.exists() else ""
+
+    def answer(self, timeout: float = 840) -> Any:
+        """What it answers; `timeout` is in seconds."""
+        self.ended(timeout)
+        process = self._process
+        code = process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
+        assert code == 0, f"{self._name}: exit code {code}\n{self.log()}"
+        return json.loads(self._out.read_text())
+
+    def kill(self) -> None:
+        """End it and all that it has started, as a power cut would."""
+        assert self._process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # should it not lead a group yet
+        if isinstance(self._process, subprocess.Popen):
+            self._process.wait()
+        else:
+            self._process.join()
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._folder.cleanup()
 
 
 @contextmanager
@@ -82,38 +135,18 @@ def prepared(env: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _start_anew(name: str, given: Path, out: Path, log: Path, timeout: float) -> int | None:
+def _start_anew(name: str, given: Path, out: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(FOLDER / "engines.py"), name, str(given), str(out)]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        _kill_group(process.pid)
-        process.wait()
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
 
-def _fork(name: str, given: Path, out: Path, log: Path, timeout: float) -> int | None:
+def _fork(name: str, given: Path, out: Path, log: Path) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engines", *IMPORTED])
     process = context.Process(target=_forked, args=(name, given, out, log, dict(os.environ)))
     process.start()
-    assert process.pid is not None
-    try:
-        process.join(timeout)
-        return process.exitcode
-    finally:
-        _kill_group(process.pid)
-        process.kill()  # should it not lead a group yet
-        process.join()
-
-
-def _kill_group(leader: int) -> None:
-    """End what a script has left behind, and itself if it runs too long."""
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+    return process
 
 
 def _forked(name: str, given: Path, out: Path, log: Path, env: dict[str, str]) -> None:

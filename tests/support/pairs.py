@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from engines import Json
+from small import VOCAB as VOCAB
+from small import head_for
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,12 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.checkpoint import save_head
-from clover_vllm.heads.clover2.init import config_for_target, init_from_target
 from clover_vllm.target.frozen import FrozenTarget
 
-VOCAB = 211
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
@@ -50,10 +49,7 @@ def make_pair(folder: Path, family: str) -> tuple[Path, Path]:
     torch.manual_seed(0)
     config, model, tied = FAMILIES[family]
     model(config(**SIZES, tie_word_embeddings=tied)).float().save_pretrained(folder / "target")
-    frozen = FrozenTarget(folder / "target", torch.float32)
-    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
-    init_from_target(head, frozen.layers, frozen.norm)
-    save_head(head, folder / "head")
+    save_head(head_for(FrozenTarget(folder / "target", torch.float32)), folder / "head")
     return folder / "target", folder / "head"
 
 

@@ -32,6 +32,7 @@ def main(spec: Json) -> Json:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
     from wrong_scorers import WrongScorer
 
     from clover_vllm.check.restless import Restless
@@ -67,7 +68,6 @@ def main(spec: Json) -> Json:
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
-<<<<<<< HEAD
     if restless is not None:
         sizes = len(restless.sizes)
         stats["restless"] = {"slept": restless.slept, "asked": restless.asked, "sizes": sizes}
@@ -75,9 +75,8 @@ def main(spec: Json) -> Json:
             "nodes": dict(zip(SOURCES, runner.counters.nodes_of.tolist(), strict=True)),
             "accepted": dict(zip(SOURCES, runner.counters.accepted_of.tolist(), strict=True)),
         }
-=======
     stats["compiled"] = not runner.model_config.enforce_eager and runner.compilation_config.mode != 0
->>>>>>> w/proofs
+    stats["hooked"] = hasattr(EngineArgs.create_speculative_config, "clover_original")
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -148,14 +147,10 @@ class Verified:
     Attributes:
         chains, branching: drafts verified, by kind, of all requests.
         by_request: the same two, by the request's index in what `main` takes.
-<<<<<<< HEAD
         before: output tokens that a request had before its last draft was verified, by the same index.
-=======
-        before: output tokens that a request had before its last draft was verified, likewise.
-        emitted: tokens that its last draft gave, likewise: the accepted ones and the bonus.
+        emitted: tokens that its last draft gave, by the same index: the accepted ones and the bonus.
         accepted_in: branching trees, and chains, of which something was accepted, by kind.
         off_first_chain: accepted nodes that do not lie on their tree's path of first children.
->>>>>>> w/proofs
         in_vain: drafts verified for a request with one token to go.
         grown: drafts grown.
     """
@@ -169,15 +164,10 @@ class Verified:
         self.off_first_chain = 0
         self._runner = runner
         if hasattr(runner, "_step"):
-<<<<<<< HEAD
-            self._original, self._grow = runner._step, runner.drafter.grow
-            self._grow_forest = runner.drafter.grow_forest
-            runner._step, runner.drafter.grow = self._step, self.grow
-            runner.drafter.grow_forest = self.grow_forest
-=======
             self._original, self._grow, self._end = runner._step, runner.drafter.grow, runner._end_step
+            self._grow_forest = runner.drafter.grow_forest
             runner._step, runner.drafter.grow, runner._end_step = self._step, self.grow, self._end_step
->>>>>>> w/proofs
+            runner.drafter.grow_forest = self.grow_forest
 
     def _step(self, *args: Any) -> Any:
         step = self._original(*args)
@@ -324,7 +314,7 @@ class CacheProbe:
         self.runner = runner
         self._engine, self._engine_step = engine, engine.step
         engine.step = self._step
-        drafts = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
+        drafts: set[str] = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
         context = runner.compilation_config.static_forward_context
         self.layers = [context[name] for name in sorted(context) if name not in drafts]
         self.seen: dict[str, tuple[list[int], Any]] = {}

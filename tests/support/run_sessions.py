@@ -20,7 +20,7 @@ class Watch:
 
     def watch_steps(self: Any) -> None:
         runner = self.model_runner
-        self.emitted_by_step = {}
+        self.emitted_by_step: dict[str, list[int]] = {}
         end_step = runner._end_step
 
         def end(step: Any) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.init import config_for_target, init_from_target
 from clover_vllm.target.frozen import FrozenTarget
 
 DATA = Path(__file__).parents[1] / "data"
@@ -33,6 +35,13 @@ def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, hidden: int = 12
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
     return folder
+
+
+def head_for(frozen: FrozenTarget) -> Clover2DraftModel:
+    """An untrained head for a target."""
+    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
+    init_from_target(head, frozen.layers, frozen.norm)
+    return head
 
 
 def write_answers(path: Path, frozen: FrozenTarget, count: int, seed: int = 0) -> Path:

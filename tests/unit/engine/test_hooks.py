@@ -11,17 +11,18 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import vllm
 from configure import configuration
 from engines import run_script
-from small import one_sentence, tiny_llama
+from small import head_for, one_sentence, tiny_llama
 from vllm.engine.arg_utils import EngineArgs
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine import hooks, plugin
-from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.heads.weights import probe_lm_head
+from clover_vllm.target.frozen import FrozenTarget
 
 
 def test_installed_vllm_is_as_expected() -> None:
@@ -180,17 +181,9 @@ def test_registering_twice_is_harmless() -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The tiny target, and an untrained head for another one."""
-    import torch
-
-    from clover_vllm.heads.clover2.init import config_for_target, init_from_target
-    from clover_vllm.target.frozen import FrozenTarget
-
     folder = tmp_path_factory.mktemp("pair")
     target = tiny_llama(folder / "target")
-    frozen = FrozenTarget(target, torch.float32)
-    head = Clover2DraftModel(config_for_target(frozen.config, target="tiny"))
-    init_from_target(head, frozen.layers, frozen.norm)
-    save_head(head, folder / "head")
+    save_head(head_for(FrozenTarget(target, torch.float32)), folder / "head")
     return target, folder / "head"
 
 
@@ -344,7 +337,6 @@ def test_head_of_a_target_of_the_same_sizes_is_refused_before_the_engine_starts(
     pair: tuple[Path, Path], tmp_path: Path, tied: bool
 ) -> None:
     """By a few rows of the lm_head in the target's files; its own target, and one that does not show them, pass."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     target, head = shutil.copytree(pair[0], tmp_path / "own"), shutil.copytree(pair[1], tmp_path / "head")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from clover_vllm.engine import metrics
@@ -81,7 +83,7 @@ def exported() -> str:
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The temporary folder of this test, without PROMETHEUS_MULTIPROC_DIR."""
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
@@ -140,13 +142,13 @@ def test_several_api_servers_read_the_files_by_prometheus_own_mode(
 
 def test_collectors_see_only_files_that_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """prometheus_client cannot read an empty file."""
-    original = metrics.MmapedDict.read_value
+    original = MmapedDict.read_value
 
     def look(self: Any, key: str) -> Any:
         assert not list(tmp_path.glob("*.db"))
         return original(self, key)
 
-    monkeypatch.setattr(metrics.MmapedDict, "read_value", look)
+    monkeypatch.setattr(MmapedDict, "read_value", look)
     metrics.MetricsFile(str(tmp_path), "counter", metrics._counters(2, {"engine": "0"}))
     (made,) = tmp_path.iterdir()
     assert made.name.startswith("counter_")
@@ -178,7 +180,7 @@ def test_without_a_folder_nothing_breaks(
     def full(**_: Any) -> Any:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(metrics.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
     monkeypatch.setattr(metrics.logger, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="vllm.clover"):
         assert metrics.export_counters(Config()) == ""

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2 import Clover2Config
 from clover_vllm.heads.clover2.init import config_for_target, measure_scales
-from clover_vllm.heads.clover2.model import Rotary
+from clover_vllm.heads.layers import Rotary
 
 
 @pytest.mark.parametrize(

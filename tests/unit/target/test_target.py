@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import run_script
 from length import length
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,30 +69,9 @@ def test_folder_is_complete(smollm2: Path) -> None:
     assert json.loads((smollm2 / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
-_VLLM = """
-import json, sys
-from clover_vllm.train.generate import start_engine
-if __name__ == "__main__":
-    from vllm import SamplingParams
-    target, prompts = sys.argv[1], json.loads(sys.argv[2])
-    llm = start_engine(target, dtype="float32", max_model_len=512, max_num_seqs=8, enforce_eager=True)
-    chats = [[{"role": "user", "content": p}] for p in prompts]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)
-    print("ANSWERS" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
-"""
-
-
 @pytest.mark.engine
-def test_greedy_answers_through_transformers_and_vllm_are_the_same(smollm2: Path, tmp_path: Path) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(_VLLM)
-    done = subprocess.run(
-        [sys.executable, str(worker), str(smollm2), json.dumps(PROMPTS)], capture_output=True, text=True
-    )
-    line = next((x for x in done.stdout.splitlines() if x.startswith("ANSWERS")), None)
-    assert line, done.stderr[-3000:]
-    through_vllm = json.loads(line.removeprefix("ANSWERS"))
-
+def test_greedy_answers_through_transformers_and_vllm_are_the_same(smollm2: Path) -> None:
+    through_vllm = run_script("run_chat", {"target": str(smollm2), "prompts": PROMPTS})
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     for prompt, answer in zip(PROMPTS, through_vllm, strict=True):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import Script
 from length import length
 from small import one_sentence
 from tokenizers import Tokenizer
@@ -67,35 +65,6 @@ def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
     }
 
 
-_WORKER = """
-import json, sys
-from pathlib import Path
-from clover_vllm.train.generate import generate
-from clover_vllm.train.settings import DataSettings
-if __name__ == "__main__":
-    a = json.loads(sys.argv[1])
-    a["prompts"] = [Path(p) for p in a["prompts"]]
-    a["output"] = Path(a["output"])
-    generate(DataSettings(**a))
-"""
-
-
-def _start(worker: Path, values: dict[str, Any]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, str(worker), json.dumps(values)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    import os
-
-    os.killpg(process.pid, signal.SIGKILL)  # the engine's processes too, as a power cut would
-    process.wait()
-
-
 def shards(output: Path) -> list[Path]:
     return sorted(output.glob("answers-*.jsonl.gz"))
 
@@ -109,39 +78,34 @@ def rows(output: Path) -> list[dict[str, Any]]:
 def test_kills_at_random_moments_leave_the_same_answers(
     spoken_target: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(_WORKER)
-    whole = arguments(spoken_target, prompt_file, tmp_path / "whole")
-    started = time.monotonic()
-    process = _start(worker, whole)
-    while process.poll() is None and not shards(tmp_path / "whole"):
-        time.sleep(0.05)
-    startup = time.monotonic() - started
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
+    with Script(
+        "run_generate", arguments(spoken_target, prompt_file, tmp_path / "whole"), anew=True
+    ) as whole:
+        whole.answer()
     count = len(shards(tmp_path / "whole"))
     assert count >= 4 * KILLS  # kills, a few shards each, never come near the end
 
     broken = arguments(spoken_target, prompt_file, tmp_path / "broken")
     rng = random.Random(3)
+    startup = 0.0
     for kill in range(KILLS):
-        process = _start(worker, broken)
-        done = len(shards(tmp_path / "broken"))
-        # Odd ones while it starts (or at its first shard, should this start be a quick one), even ones while it
-        # generates or writes.
-        latest = time.monotonic() + rng.uniform(0.05, 0.9) * startup if kill % 2 else float("inf")
-        while (
-            time.monotonic() < latest and process.poll() is None and len(shards(tmp_path / "broken")) <= done
-        ):
-            time.sleep(0.002)
-        if not kill % 2:
-            time.sleep(rng.uniform(0.0, 0.05))
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        _kill(process)
+        done, started = len(shards(tmp_path / "broken")), time.monotonic()
+        with Script("run_generate", broken) as script:
+            # Odd ones while it starts (or at its first shard, should this start be a quick one), even ones while it
+            # generates or writes.
+            latest = started + rng.uniform(0.05, 0.9) * startup if kill % 2 else float("inf")
+            while (
+                time.monotonic() < latest and not script.ended() and len(shards(tmp_path / "broken")) <= done
+            ):
+                time.sleep(0.002)
+            startup = startup or time.monotonic() - started
+            if not kill % 2:
+                time.sleep(rng.uniform(0.0, 0.05))
+            assert not script.ended(), script.log()
+            script.kill()
     assert 0 < len(shards(tmp_path / "broken")) < count
-    process = _start(worker, broken)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
+    with Script("run_generate", broken) as script:
+        script.answer()
     for one, two in zip(shards(tmp_path / "whole"), shards(tmp_path / "broken"), strict=True):
         assert one.read_bytes() == two.read_bytes()
 

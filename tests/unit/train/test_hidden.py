@@ -60,6 +60,7 @@ def test_a_kept_sequence_is_computed_once_whatever_stands_beside_it(tmp_path: Pa
     source = states(target, tmp_path, sum(LENGTHS[:3]))
     assert source.kept == 3
     seen: dict[int, torch.Tensor] = {}
+    indices: tuple[int, ...]
     for indices in ((0, 4), (1, 2), (3, 5)):
         batch = batch_of(*indices)
         seen |= dict(zip(indices, real(source(batch), batch), strict=True))

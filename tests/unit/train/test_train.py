@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from engines import Script
 from length import length
 from safetensors.torch import load_file
 from small import one_sentence, tiny_llama
@@ -105,27 +105,6 @@ def test_draft_vocabulary_is_the_most_frequent_tokens(
     assert int(counts[vocab].min()) >= int(left_out.max())
 
 
-_WORKER = """
-import sys, json
-from pathlib import Path
-from clover_vllm.train.settings import TrainSettings
-from clover_vllm.train.trainer import train
-a = json.loads(sys.argv[1])
-a["data"] = [Path(p) for p in a["data"]]
-for name in ("output", "cache"):
-    a[name] = Path(a[name])
-train(TrainSettings(**a))
-"""
-
-
-def _start(arguments: dict[str, Any]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _WORKER, json.dumps(arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def _steps(output: Path) -> int:
     """Steps of the newest whole checkpoint."""
     return max((int(p.parent.name.split("-")[1]) for p in output.glob("checkpoint-*/complete")), default=0)
@@ -148,34 +127,33 @@ def test_kills_at_random_moments_leave_the_same_curve_and_head(
         "optimizer": "muon",
     }
     whole = arguments | {"output": str(tmp_path / "whole"), "cache": str(tmp_path / "c1")}
-    started = time.monotonic()
-    process = _start(whole)
-    while process.poll() is None and not _steps(tmp_path / "whole"):
-        time.sleep(0.02)
-    startup = time.monotonic() - started
-    assert process.wait() == 0
+    with Script("run_train", whole, anew=True) as script:
+        script.answer()
     total = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
     broken = arguments | {"output": str(tmp_path / "broken"), "cache": str(tmp_path / "c2")}
     rng = random.Random(7)
     kills = length(4, 10)
+    startup = 0.0
     for kill in range(kills):
-        process = _start(broken)
-        done = _steps(tmp_path / "broken")
-        if kill % 2:  # from the imports to the first step, should this start be a quick one
-            latest = time.monotonic() + rng.uniform(0.05, 0.9) * startup
-            while (
-                time.monotonic() < latest and process.poll() is None and _steps(tmp_path / "broken") <= done
-            ):
-                time.sleep(0.002)
-        else:  # between steps, or while a checkpoint is written
-            while process.poll() is None and _steps(tmp_path / "broken") < (kill + 1) * total // (kills + 2):
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0.0, 0.05))
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        done, started = _steps(tmp_path / "broken"), time.monotonic()
+        with Script("run_train", broken) as script:
+            if kill % 2:  # from its start to the first step, should this start be a quick one
+                latest = started + rng.uniform(0.05, 0.9) * startup
+                while (
+                    time.monotonic() < latest and not script.ended() and _steps(tmp_path / "broken") <= done
+                ):
+                    time.sleep(0.002)
+            else:  # between steps, or while a checkpoint is written
+                wanted = (kill + 1) * total // (kills + 2)
+                while not script.ended() and _steps(tmp_path / "broken") < wanted:
+                    time.sleep(0.002)
+                startup = startup or time.monotonic() - started
+                time.sleep(rng.uniform(0.0, 0.05))
+            assert not script.ended(), f"the run ended before it could be killed\n{script.log()}"
+            script.kill()
     assert 0 < _steps(tmp_path / "broken") < total
-    assert _start(broken).wait() == 0
+    with Script("run_train", broken) as script:
+        script.answer()
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one = load_file(tmp_path / "whole" / "head" / "model.safetensors")
     two = load_file(tmp_path / "broken" / "head" / "model.safetensors")

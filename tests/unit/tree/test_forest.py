@@ -44,7 +44,8 @@ class RandomHead:
         return self._all(new)
 
     def joint(self, request: int, tokens: list[int]) -> float:
-        path, total = (request,), 0.0
+        path: tuple[int, ...] = (request,)
+        total = 0.0
         for token in tokens:
             log_probs, order = self._after(path)
             total += log_probs[order.tolist().index(token)]
