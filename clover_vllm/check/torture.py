@@ -129,7 +129,7 @@ def engine_settings(rng: random.Random) -> Json:
     block = rng.choice([32, 64, 128])
     max_num_seqs = rng.choice([1, 2, 4, 8, 16])
     one = -(-(max_model_len + nodes + 2) // block)  # blocks that the longest request needs
-    tree: Any = rng.choice(["best_first"] * 3 + ["chain", "published", [[0], [1], [0, 0], [1, 0], [0, 0, 0]]])
+    tree: Any = rng.choice(["adaptive"] * 4 + ["best_first"] * 3 + ["chain", "published", [[0], [1], [0, 0], [1, 0], [0, 0, 0]]])
     return {
         "max_model_len": max_model_len,
         "block_size": block,
@@ -144,6 +144,8 @@ def engine_settings(rng: random.Random) -> Json:
             "tree": tree,
             "draft_min_joint": rng.choice([0.0, 0.0, 0.05, 0.3]),
             "draft_min_share": rng.choice([0.0, 0.0, 0.25]),
+            "retrieval": rng.choice(["all", "all", "own", "off"]),
+            "backlog_mib": rng.choice([1, 64]),
         },
     }
 

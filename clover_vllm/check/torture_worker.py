@@ -24,6 +24,7 @@ def serve(answers: TextIO) -> None:
     import psutil
     from vllm import LLM
 
+    from clover_vllm.check.restless import Restless
     from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
 
     settings = json.loads(sys.stdin.readline())
@@ -31,7 +32,10 @@ def serve(answers: TextIO) -> None:
     script = None
     if settings["script"] is not None:
         # Half of the trees are the head's own, half hide the right answer, whatever the head is worth.
-        script = ScriptedTrees(runner_of(llm), settings["script"], share=0.5)
+        runner = runner_of(llm)
+        script = ScriptedTrees(runner, settings["script"], share=0.5)
+        if runner.speculation.sizer is not None:  # adaptive: sizes, sleep and waking at random
+            Restless(runner, settings["script"])
     _say(answers, {"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
