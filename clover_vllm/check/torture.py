@@ -129,7 +129,9 @@ def engine_settings(rng: random.Random) -> Json:
     block = rng.choice([32, 64, 128])
     max_num_seqs = rng.choice([1, 2, 4, 8, 16])
     one = -(-(max_model_len + nodes + 2) // block)  # blocks that the longest request needs
-    tree: Any = rng.choice(["adaptive"] * 4 + ["best_first"] * 3 + ["chain", "published", [[0], [1], [0, 0], [1, 0], [0, 0, 0]]])
+    tree: Any = rng.choice(
+        ["adaptive"] * 4 + ["best_first"] * 3 + ["chain", "published", [[0], [1], [0, 0], [1, 0], [0, 0, 0]]]
+    )
     return {
         "max_model_len": max_model_len,
         "block_size": block,

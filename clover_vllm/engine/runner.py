@@ -189,13 +189,19 @@ class CloverRunner(GPUModelRunner):
         del spec_decode_metadata, slot_mappings
         assert isinstance(sampled_token_ids, list)
         assert aux_hidden_states is not None
-        step = self.current.value
-        with self.timer.measure("draft"):
-            trees = self.speculation.draft(
-                step, sampled_token_ids, aux_hidden_states[0], common_attn_metadata
-            )
-        with self.timer.measure("python"):
-            return self._remember(trees, len(step.rows))
+        self.speculation.scored(
+            self.current.value, sampled_token_ids, aux_hidden_states[0], common_attn_metadata
+        )
+        return [[] for _ in sampled_token_ids]
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Drafts only now, as the engine asks for drafts: the tokens of the step are on their way already."""
+        if self.speculation.is_due:
+            with self.timer.measure("draft"):
+                trees, requests = self.speculation.draft()
+            with self.timer.measure("python"):
+                self._draft_token_ids = self._remember(trees, requests)
+        return super().take_draft_token_ids()
 
     def _remember(self, trees: dict[int, Tree], requests: int) -> list[list[int]]:
         """Keep the drafts until they are verified, and tell the scheduler their tokens, by request."""

@@ -57,6 +57,7 @@ class Speculation:
         self.going: list[int] = []  # requests of the last step that can use a draft
         self._kinds: dict[str, int] = {}
         self._begun = self._ended = 0.0
+        self._due: tuple[Step, list[list[int]], torch.Tensor, CommonAttentionMetadata, float] | None = None
 
     def initialize(self) -> None:
         """Once the cache is known."""
@@ -105,20 +106,41 @@ class Speculation:
         """By request, `GREEDY`, `SAMPLED` or `SPECIAL`."""
         return [self._kinds.get(name, SPECIAL) for name in names]
 
-    def draft(
+    def scored(
         self, step: Step, sampled: list[list[int]], hidden: torch.Tensor, common: CommonAttentionMetadata
-    ) -> dict[int, Tree]:
-        """Drafts for the next step, by request of the batch.
+    ) -> None:
+        """A step has been scored.
 
         Args:
-            step: scored.
+            step: with what it accepted.
             sampled: tokens by request, none where a prompt goes on.
             hidden: [rows, D], the target's pre-norm hidden states.
             common: vLLM's metadata of the step.
         """
+        # The scheduler cuts the lists of requests that end.
+        self._due = (step, [list(own) for own in sampled], hidden, common, time.perf_counter())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a step has been scored for which nothing was drafted so far."""
+        return self._due is not None
+
+    def draft(self) -> tuple[dict[int, Tree], int]:
+        """Drafts for the next step, by request of the batch, and the number of requests in it."""
+        assert self._due is not None
+        (step, sampled, hidden, common, done), self._due = self._due, None
+        return self._draft(step, sampled, hidden, common, done), len(step.rows)
+
+    def _draft(
+        self,
+        step: Step,
+        sampled: list[list[int]],
+        hidden: torch.Tensor,
+        common: CommonAttentionMetadata,
+        done: float,
+    ) -> dict[int, Tree]:
         runner, backlog = self._runner, self.backlog
         assert backlog is not None
-        done = time.perf_counter()
         batch = runner.input_batch
         count = len(step.rows)
         names = list(batch.req_ids[:count])
