@@ -23,20 +23,21 @@ if TYPE_CHECKING:  # imported where they are used, since the process that hands 
 FOLDERS = {"engine": "engine", "server": "server", "check": "engine", "packaging": "slow"}
 """Marks of the tests in a folder."""
 LONGEST = [
-    "test_engine_exact.py",
-    "test_server.py",
-    "test_torture.py",
-    "test_starts.py",
-    "test_engine.py",
+    "@test_engine_exact.py",
+    "@test_torture.py",
+    "@test_starts.py",
+    "@test_engine.py",
     "test_bench_runs_through_servers",
-    "test_features.py",
-    "test_head_vllm.py",
-    "test_packaging.py",
+    "@test_server.py",
+    "@half precision",
+    "@test_features.py",
+    "@test_head_vllm.py",
+    "@test_packaging.py",
     "test_a_kill_leaves_nothing_or_a_whole_folder",
     "test_two_ranks_resume",
     "test_kills_at_random_moments",
-    "test_patches.py",
-    "test_sessions.py",
+    "@test_patches.py",
+    "@test_sessions.py",
     "tests/engine/",
     "test_shipped.py",
     "test_bench_runs_on_a_tiny_target",
@@ -44,18 +45,23 @@ LONGEST = [
     "test_greedy_answers_through_transformers",
     "test_ranks_agree",
 ]
-"""Files and tests, the longest first: a worker that takes up a long one last keeps the other waiting."""
+"""Groups (@) and tests, the longest first, so that none is taken up last, while the other worker has no more to do.
+Those that read the weights of a whole target in every step are kept apart: two of them share the memory's speed."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks; the tests of a file that starts engines share its fixtures, hence a worker; long ones go first."""
+    places: dict[str, int] = {}
     for item in items:
         room = item.path.relative_to(Path(__file__).parent).parts[0]
         if room in FOLDERS:
             item.add_marker(FOLDERS[room])
         if room != "unit" and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: next((i for i, n in enumerate(LONGEST) if n in item.nodeid), len(LONGEST)))
+        group = item.get_closest_marker("xdist_group")
+        name = f"{item.nodeid}@{group.args[0]}" if group else item.nodeid
+        places[item.nodeid] = next((i for i, part in enumerate(LONGEST) if part in name), len(LONGEST))
+    items.sort(key=lambda item: places[item.nodeid])
 
 
 @pytest.fixture(autouse=True)
