@@ -8,6 +8,7 @@ depends on nothing but the requests. Keys of what `main` takes:
     scripted: {"answers": tokens by request and sequence, "seed": int, "share": of the trees (1.0)}: trees are
         not drafted but hide those answers among random siblings in random shapes and sizes.
     check_head: folder of the head: compare all that it computes with the reference model.
+    threads: that compute; by default as many as the process has cores.
     amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
         metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
@@ -33,6 +34,8 @@ def main(spec: Json) -> Json:
 
     from clover_vllm.check.drive import ScriptedTrees, drive, runner_of
 
+    if "threads" in spec:
+        torch.set_num_threads(spec["threads"])
     if spec.get("amx"):
         torch.cpu._is_amx_tile_supported = lambda: True
     llm = LLM(**{"disable_log_stats": True, **spec["llm"]})
@@ -54,6 +57,7 @@ def main(spec: Json) -> Json:
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
     stats["fallbacks"] = fallbacks(runner)
+    stats["threads"] = torch.get_num_threads()
     stats["hooked"] = hasattr(EngineArgs.create_speculative_config, "clover_original")
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
