@@ -60,6 +60,21 @@ def test_every_shape_drafts_and_changes_nothing(
     assert run["stats"]["verified"]["chains" if tree == "chain" else "branching"] > 10
 
 
+def test_two_threads_change_nothing(llama: tuple[Path, Path], plain_dozen: Json) -> None:
+    """Other tests compute with one, since each worker has one core."""
+    target, head = llama
+    run = run_engine(
+        llm(target, speculative_config=speculative(head)),
+        random_requests(12),
+        scripted={"answers": tokens_of(plain_dozen), "seed": 6},
+        threads=2,
+    )
+    assert run["stats"]["threads"] == 2
+    assert differing(plain_dozen, run) == 0
+    assert run["stats"]["verified"]["branching"] > 10
+    assert run["stats"]["accepted"] > 10
+
+
 def test_where_vllm_takes_amx_all_layers_take_the_layout_that_trees_read(llama: tuple[Path, Path]) -> None:
     """Not the instructions, which the processor need not have: whoever writes and reads agrees on "vec"."""
     target, head = llama

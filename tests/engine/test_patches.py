@@ -38,7 +38,7 @@ def patched_copy(folder: Path) -> Path:
 def test_patched_vllm_needs_no_hooks(tmp_path: Path) -> None:
     assert len(PATCHES) == 6
     copy = patched_copy(tmp_path / "site")
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    first = {"PYTHONPATH": os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])])}
     check = (
         "import vllm; from vllm.engine.arg_utils import EngineArgs; from clover_vllm.engine import hooks, plugin;"
         f"assert vllm.__file__.startswith({str(copy)!r}), vllm.__file__; plugin.register(); plugin.register();"
@@ -52,17 +52,16 @@ def test_patched_vllm_needs_no_hooks(tmp_path: Path) -> None:
         "assert not hasattr(VllmConfig._get_v2_model_runner_unsupported_features, 'clover_original');"
         "from vllm.config.speculative import speculative_config_factories as found; assert len(found) == 1"
     )
-    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", check], env={**os.environ, **first}, check=True)
     target, head = make_pair(tmp_path, "llama tied")
-    settings = llm(target, speculative_config=speculative(head))
-    requests = random_requests(6, min_p=0.1, temperature=0.8, seed=1, logit_bias={7: 3.0})
+    settings = llm(target, speculative_config=speculative(head), logits_processors=["processors:PerRequest"])
+    requests = random_requests(12, min_p=0.1, temperature=0.8, seed=1, logit_bias={7: 3.0})
+    for request in requests[6:]:
+        request["params"]["extra_args"] = {"every_other": True}
     hooked = run_engine(settings, requests)
-    patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
+    patched = run_engine(settings, requests, env=first)
+    assert (hooked["stats"]["hooked"], patched["stats"]["hooked"]) == (True, False)
     assert patched["stats"]["worker"] == "CloverCPUWorker"
     assert differing(hooked, patched) == 0
-    settings["logits_processors"] = ["processors:PerRequest"]
-    for request in requests:
-        request["params"]["extra_args"] = {"every_other": True}
-    patched = run_engine(settings, requests, env={"PYTHONPATH": str(copy)})
-    for sequences in tokens_of(patched):
+    for sequences in tokens_of(patched)[6:]:
         assert all(token % 2 == 1 - i % 2 for i, token in enumerate(sequences[0]))

@@ -11,6 +11,7 @@ depends on nothing but the requests. Keys of what `main` takes:
     restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
     wrong_scorer: a rule of `wrong_scorers.py` by which drafts are accepted instead.
     check_head: folder of the head: compare all that it computes with the reference model.
+    threads: that compute; by default as many as the process has cores.
     amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
         metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
@@ -39,6 +40,8 @@ def main(spec: Json) -> Json:
     from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
     from clover_vllm.engine.metrics import SOURCES
 
+    if "threads" in spec:
+        torch.set_num_threads(spec["threads"])
     if spec.get("amx"):
         torch.cpu._is_amx_tile_supported = lambda: True
     llm = LLM(**{"disable_log_stats": True, **spec["llm"]})
@@ -76,6 +79,7 @@ def main(spec: Json) -> Json:
             "accepted": dict(zip(SOURCES, runner.counters.accepted_of.tolist(), strict=True)),
         }
     stats["compiled"] = not runner.model_config.enforce_eager and runner.compilation_config.mode != 0
+    stats["threads"] = torch.get_num_threads()
     stats["hooked"] = hasattr(EngineArgs.create_speculative_config, "clover_original")
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
