@@ -58,7 +58,7 @@ def test_method_is_inferred_from_the_head_and_compiled_targets_and_heads_work(tm
     prompts in chunks, which end plain vLLM 0.32.0."""
     requests = random_requests(24)
     requests += random_requests(8, temperature=0.9, seed=5)
-    spec = {"draft_min_joint": 0.0}
+    spec = {"draft_min_joint": 0.0, "tree": "best_first", "num_speculative_tokens": 8}
     found = compare(tmp_path, "llama tied", 90, requests, 0.5, enforce_eager=False, speculative_config=spec)
     assert found["run"]["stats"]["worker"] == "CloverCPUWorker"
     assert found["run"]["stats"]["verified"]["branching"] > 100
