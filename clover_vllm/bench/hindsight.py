@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 
 @contextmanager
 def knowing(runner: Any, answers: Mapping[str, Sequence[int]]) -> Iterator[None]:
@@ -31,9 +29,8 @@ def knowing(runner: Any, answers: Mapping[str, Sequence[int]]) -> Iterator[None]
 
         def right_ones(count: int) -> Any:
             del count
-            made.chance = _truth(made, rest)
-            made._multiply()
-            return trees(int((made.gain[made.order()] > 0.5).sum()))
+            _tell(made, rest)
+            return trees(sum(c.gain > 0.5 for c in made.best()))
 
         made.trees = right_ones
         return made
@@ -51,11 +48,9 @@ def _rest(runner: Any, name: str, answers: Mapping[str, Sequence[int]]) -> Seque
     return known[len(runner.requests[name].output_token_ids) :]
 
 
-def _truth(grown: Any, rest: Sequence[Sequence[int]]) -> np.ndarray:
-    """1 for nodes that will be accepted, 0 for others."""
-    found = np.zeros(len(grown))
-    for i in range(len(grown)):
-        own, above, depth = rest[grown.request[i]], int(grown.parent[i]), int(grown.depth[i])
-        right_above = above < 0 or found[above] > 0.5
-        found[i] = float(right_above and depth <= len(own) and own[depth - 1] == grown.token[i])
-    return found
+def _tell(forest: Any, rest: Sequence[Sequence[int]]) -> None:
+    """Gains become 1 for nodes that will be accepted and 0 for others."""
+    for c in forest.candidates:
+        above = 1.0 if c.parent is None else c.parent.gain
+        known = rest[c.request]
+        c.gain = above * float(c.depth <= len(known) and known[c.depth - 1] == c.token)

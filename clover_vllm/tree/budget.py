@@ -9,6 +9,7 @@ every node, and trees are chosen before it runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,28 +32,22 @@ class Budget:
     price: float  # probability that a further node needs to pay for its row
 
 
-def choose_budget(gains: Floats, sampling: float, milliseconds: Floats) -> Budget:
+def choose_budget(
+    gains: Iterable[float], sampling: float, milliseconds: Sequence[float], spent: float = 0.0
+) -> Budget:
     """The number of nodes with the most expected tokens per millisecond.
 
     Args:
         gains: [N], probabilities that nodes are accepted, falling.
         sampling: requests that sample a token whatever is drafted.
-        milliseconds: [N + 1] or more, of a whole step that verifies 0, 1, 2, ... nodes, never falling.
+        milliseconds: [N + 1] or more, of a step that verifies 0, 1, 2, ... nodes, never falling.
+        spent: milliseconds of drafting, which are added to all.
     """
-    tokens = sampling + np.concatenate(([0.0], np.cumsum(gains)))
-    rates = tokens / milliseconds[: len(tokens)]
-    best = int(np.argmax(rates))
+    tokens, best, rate = sampling, 0, sampling / (milliseconds[0] + spent)
+    for count, gain in enumerate(gains, start=1):
+        tokens += gain
+        if tokens > rate * (milliseconds[count] + spent):
+            best, rate = count, tokens / (milliseconds[count] + spent)
     after = min(best + PRICED_ROWS, len(milliseconds) - 1)
     slope = (milliseconds[after] - milliseconds[best]) / max(1, after - best)
-    return Budget(best, float(rates[best]), float(rates[best] * slope))
-
-
-def ranks(groups: Ints) -> Ints:
-    """How many earlier entries belong to the same group, [N] of [N]."""
-    order = np.argsort(groups, kind="stable")
-    ordered = groups[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if len(groups) else order
-    sizes = np.diff(np.append(starts, len(groups)))
-    found = np.empty_like(order)
-    found[order] = np.arange(len(groups)) - np.repeat(starts, sizes)
-    return found
+    return Budget(best, rate, rate * slope)

@@ -7,13 +7,14 @@ nodes expanded in a level.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from clover_vllm.tree.budget import Budget, Floats, Ints, choose_budget, ranks
+from clover_vllm.tree.budget import Budget, Floats, choose_budget
 from clover_vllm.tree.calibration import Calibration, log_odds
 from clover_vllm.tree.draft import ROOT, Tree
 
@@ -66,11 +67,13 @@ def first_intercepts() -> Floats:
 class LevelDrafter(Protocol):
     """The head, level by level. States are numbered: 0 to R - 1 the roots', then those of `expand`, in order."""
 
-    def first(self) -> tuple[Floats, Ints]:
+    def first(self) -> tuple[list[list[float]], list[list[int]]]:
         """Log-probabilities, falling, and tokens behind the roots, each [R, K]."""
         ...
 
-    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
+    def expand(
+        self, parents: Sequence[int], tokens: Sequence[int]
+    ) -> tuple[list[list[float]], list[list[int]]]:
         """The same, [M, K], behind nodes given by their parents' states and their tokens, each [M]."""
         ...
 
@@ -90,73 +93,72 @@ class Prices:
     """What decides whether a level is drafted and a node verified."""
 
     sampling: int  # requests of the next step that sample a token
-    of_nodes: Callable[[int], Floats]  # milliseconds of a step with 0, 1, ... nodes
+    of_nodes: Callable[
+        [int], Sequence[float]
+    ]  # milliseconds of a step with 0, 1, ... nodes, to this number or more
     of_level: Callable[[int], float]  # milliseconds of a level that expands so many nodes
     spent: float = 0.0  # milliseconds of drafting so far
 
 
-@dataclass
+@dataclass(slots=True)
+class Candidate:
+    """A node that may be verified."""
+
+    request: int
+    parent: Candidate | None  # None: the root
+    token: int
+    depth: int
+    kind: int
+    odds: float
+    chance: float  # of acceptance if its parent is accepted
+    gain: float  # of its whole path
+    state: int = -1  # of the head, once it is expanded
+    best_child: float = 0.0  # chance of the likeliest child that the head gave
+
+
 class Forest:
-    """Candidates of all requests, flat and parents first; entry -1 is a request's root.
+    """Candidates of all requests, parents first."""
 
-    Attributes:
-        limits: int64 [R], most nodes per request.
-        room: int64 [R], greatest depth of use per request.
-        calibrations: by request, the calibration that speaks for it.
-    """
-
-    limits: Ints
-    room: Ints
-    calibrations: Sequence[Calibration]
-    request: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    parent: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    token: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    depth: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    kind: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    odds: Floats = field(default_factory=lambda: np.zeros(0))
-    chance: Floats = field(default_factory=lambda: np.zeros(0))  # if its parent is accepted
-    gain: Floats = field(default_factory=lambda: np.zeros(0))  # of the whole path
-    state: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # of the head; -1: not expanded
-    _retrieved: dict[tuple[int, int, int], int] = field(
-        default_factory=dict
-    )  # request, parent, token -> entry
-    _matches: dict[int, int] = field(default_factory=dict)  # by request
-
-    def __len__(self) -> int:
-        return len(self.token)
+    def __init__(
+        self, limits: Sequence[int], room: Sequence[int], calibrations: Sequence[Calibration]
+    ) -> None:
+        """
+        Args:
+            limits: [R], most nodes per request.
+            room: [R], greatest depth of use per request.
+            calibrations: [R], which of them speaks for a request.
+        """
+        self._limits, self._room, self._calibrations = limits, room, calibrations
+        self.candidates: list[Candidate] = []
+        self._retrieved: dict[tuple[int, int, int], Candidate] = {}  # request, parent's id, token
+        self._children: dict[int, list[Candidate]] = {}  # retrieved ones by their parent's id
+        self._matches: dict[int, int] = {}  # by request
 
     def retrieve(self, found: Mapping[int, Retrieved]) -> None:
         """Add retrieved continuations, by request, before anything of the head."""
-        rows: list[tuple[int, int, int, int, int]] = []  # request, parent, token, depth, kind
-        shares: list[float] = []
         for request, own in found.items():
-            first = len(rows)
+            made: list[Candidate] = []
+            calibration = self._calibrations[request]
             for token, parent, joint in zip(own.tokens, own.parents, own.probabilities, strict=True):
-                if parent == ROOT:
-                    above, depth, whole = ROOT, 1, 1.0
-                else:
-                    above, depth, whole = (
-                        first + parent,
-                        rows[first + parent][3] + 1,
-                        own.probabilities[parent],
-                    )
-                self._retrieved[request, above, token] = len(rows)
-                rows.append((request, above, token, depth, retrieved_kind(own.match, depth)))
-                shares.append(min(max(joint / max(whole, 1e-6), 0.02), 0.98))
+                above = None if parent == ROOT else made[parent]
+                depth, whole, gain = 1, 1.0, 1.0
+                if above is not None:
+                    depth, whole, gain = above.depth + 1, own.probabilities[parent], above.gain
+                share = min(max(joint / max(whole, 1e-6), 0.02), 0.98)
+                odds, kind = log_odds(math.log(share)), retrieved_kind(own.match, depth)
+                chance = calibration(odds, kind)
+                made.append(Candidate(request, above, token, depth, kind, odds, chance, gain * chance))
+                self._retrieved[request, id(above), token] = made[-1]
+                self._children.setdefault(id(above), []).append(made[-1])
             self._matches[request] = own.match
-        if not rows:
-            return
-        requests, parents, tokens, depths, kinds = np.array(rows, dtype=np.int64).T
-        odds = log_odds(np.log(np.array(shares)))
-        self._append(requests, parents, tokens, depths, kinds, odds, self._chances(requests, odds, kinds))
-        self._multiply()
+            self.candidates += made
 
     def grow_head(
         self,
         drafter: LevelDrafter,
-        requests: Ints,
+        requests: Sequence[int],
         prices: Prices,
-        following: Floats,
+        following: Sequence[float],
         levels: int,
         width: int = 4,
     ) -> None:
@@ -164,146 +166,118 @@ class Forest:
 
         Args:
             drafter: the head, whose roots are these requests.
-            requests: int64 [R].
+            requests: ascending.
             prices: of nodes and levels; what is spent here is added.
             following: by depth, the usual chance of a node's best child.
             levels: most levels.
             width: most nodes that a level expands, per request on average.
         """
         log_probs, tokens = drafter.first()
-        self._extend(np.full(len(requests), ROOT), requests, log_probs, tokens, 1)
-        states, most = len(requests), width * len(requests)
-        rooted = np.zeros(len(self.limits), dtype=bool)
-        rooted[requests] = True
+        for request, own, ids in zip(requests, log_probs, tokens, strict=True):
+            self._extend(request, None, own, ids)
+        states, roots = len(requests), {request: i for i, request in enumerate(requests)}
+        last = len(following) - 1
         for _ in range(levels - 1):
             budget = self.budget(prices)
-            open_ = (self.state < 0) & (self.depth < self.room[self.request])
-            known = np.where(self.parent == ROOT, rooted[self.request], self.state[self.parent] >= 0)
-            surplus = self.gain * following[np.minimum(self.depth, len(following) - 1)] - budget.price
-            chosen = np.flatnonzero(open_ & known & (surplus > 0.0))
-            if len(chosen) > most:
-                chosen = np.sort(chosen[np.argsort(-surplus[chosen], kind="stable")[:most]])
+            chosen: list[tuple[float, Candidate]] = []
+            for c in self.candidates:
+                if c.state >= 0 or c.depth >= self._room[c.request]:
+                    continue
+                surplus = c.gain * following[min(c.depth, last)] - budget.price
+                known = c.request in roots if c.parent is None else c.parent.state >= 0
+                if surplus > 0.0 and known:
+                    chosen.append((surplus, c))
+            if len(chosen) > width * len(requests):
+                chosen = sorted(chosen, key=lambda pair: -pair[0])[: width * len(requests)]
             cost = prices.of_level(len(chosen))
-            if not len(chosen) or surplus[chosen].sum() <= budget.rate * cost:
+            if not chosen or sum(surplus for surplus, _ in chosen) <= budget.rate * cost:
                 return
             prices.spent += cost
-            above = self.parent[chosen]
-            roots = np.searchsorted(requests, self.request[chosen])
-            parents = np.where(above == ROOT, roots, self.state[above])
-            log_probs, tokens = drafter.expand(parents, self.token[chosen])
-            self.state[chosen] = states + np.arange(len(chosen))
-            states += len(chosen)
-            self._extend(chosen, self.request[chosen], log_probs, tokens, None)
+            level = [c for _, c in chosen]
+            parents = [roots[c.request] if c.parent is None else c.parent.state for c in level]
+            log_probs, tokens = drafter.expand(parents, [c.token for c in level])
+            for state, (c, own, ids) in enumerate(zip(level, log_probs, tokens, strict=True), start=states):
+                c.state = state
+                self._extend(c.request, c, own, ids)
+            states += len(level)
 
     def _extend(
-        self, above: Ints, requests: Ints, log_probs: Floats, tokens: Ints, depth: int | None
+        self, request: int, parent: Candidate | None, log_probs: Sequence[float], tokens: Sequence[int]
     ) -> None:
-        """Add the head's children, [M, K], of entries [M] of some requests; NaNs add none."""
-        k = len(tokens.T)
-        depths = np.ones(len(above), dtype=np.int64) if depth else self.depth[above] + 1
-        odds = log_odds(log_probs).ravel()
-        kinds = np.repeat(np.minimum(depths, DEPTHS) - 1, k)
-        flat, owners, parents = tokens.ravel(), np.repeat(requests, k), np.repeat(above, k)
-        agreed = self._agreed(owners, parents, flat) if self._retrieved else None
-        fresh = np.ones(len(flat), dtype=bool)
-        if agreed:
-            for i, entry in agreed:
-                kinds[i] = _BOTH + _match(self._matches[int(owners[i])])
-                fresh[i] = False
-                self.kind[entry], self.odds[entry] = kinds[i], odds[i]
-        chances = self._chances(owners, odds, kinds)
-        if agreed:
-            for i, entry in agreed:
-                self.chance[entry] = max(chances[i], self.chance[entry])
-            self._multiply()
-        gains = chances * np.where(parents == ROOT, 1.0, self.gain[parents] if len(self) else 1.0)
-        keep = np.flatnonzero(
-            fresh & (gains >= FLOOR) & np.repeat(np.isfinite(log_probs).all(1), k)
-            & (np.repeat(depths, k) <= self.room[owners])
-        )  # fmt: skip
-        self._append(
-            owners[keep],
-            parents[keep],
-            flat[keep],
-            np.repeat(depths, k)[keep],
-            kinds[keep],
-            odds[keep],
-            chances[keep],
-        )
-        self.gain = np.concatenate((self.gain[: len(self) - len(keep)], gains[keep]))
+        """Add the head's children, [K], likeliest first. A NaN adds none."""
+        depth, whole = (1, 1.0) if parent is None else (parent.depth + 1, parent.gain)
+        if depth > self._room[request] or not math.isfinite(sum(log_probs)):
+            return
+        calibration, kind = self._calibrations[request], head_kind(depth)
+        for log_prob, token in zip(log_probs, tokens, strict=True):
+            odds = log_odds(log_prob)
+            agreed = self._retrieved.get((request, id(parent), token)) if self._retrieved else None
+            if agreed is not None:
+                self._agree(agreed, odds)
+                chance = agreed.chance
+            else:
+                chance = calibration(odds, kind)
+                gain = whole * chance
+                if gain < FLOOR:
+                    continue
+                self.candidates.append(Candidate(request, parent, token, depth, kind, odds, chance, gain))
+            if parent is not None and chance > parent.best_child:
+                parent.best_child = chance
 
-    def _agreed(self, owners: Ints, parents: Ints, tokens: Ints) -> list[tuple[int, int]]:
-        """Which of the head's children are retrieved already: their place, and the entry."""
-        of = set(self._matches)
-        places = [i for i, owner in enumerate(owners.tolist()) if owner in of]
-        found = ((i, self._retrieved.get((int(owners[i]), int(parents[i]), int(tokens[i])))) for i in places)
-        return [(i, entry) for i, entry in found if entry is not None]
+    def _agree(self, candidate: Candidate, odds: float) -> None:
+        """The head proposes a retrieved node too."""
+        candidate.kind = _BOTH + _match(self._matches[candidate.request])
+        candidate.odds = odds
+        chance = self._calibrations[candidate.request](odds, candidate.kind)
+        if chance > candidate.chance:
+            candidate.chance = chance
+            self._multiply(candidate)
 
-    def _chances(self, owners: Ints, odds: Floats, kinds: Ints) -> Floats:
-        speakers = {id(c): c for c in self.calibrations}
-        if len(speakers) == 1:
-            return self.calibrations[0](odds, kinds)
-        chances = np.zeros(len(odds))
-        for speaker in speakers.values():
-            own = np.array([c is speaker for c in self.calibrations])[owners]
-            chances[own] = speaker(odds[own], kinds[own])
-        return chances
+    def _multiply(self, candidate: Candidate) -> None:
+        """Gains anew from a node downwards, where so far there are retrieved nodes only."""
+        candidate.gain = candidate.chance * (1.0 if candidate.parent is None else candidate.parent.gain)
+        for child in self._children.get(id(candidate), ()):
+            self._multiply(child)
 
-    def _append(
-        self, request: Ints, parent: Ints, token: Ints, depth: Ints, kind: Ints, odds: Floats, chance: Floats
-    ) -> None:
-        self.request = np.concatenate((self.request, request.astype(np.int64)))
-        self.parent = np.concatenate((self.parent, parent.astype(np.int64)))
-        self.token = np.concatenate((self.token, token.astype(np.int64)))
-        self.depth = np.concatenate((self.depth, depth.astype(np.int64)))
-        self.kind = np.concatenate((self.kind, kind))
-        self.odds = np.concatenate((self.odds, odds))
-        self.chance = np.concatenate((self.chance, chance))
-        self.state = np.concatenate((self.state, np.full(len(token), -1, dtype=np.int64)))
-
-    def _multiply(self) -> None:
-        """Gains anew from the chances along all paths."""
-        self.gain = self.chance.copy()
-        for depth in range(2, int(self.depth.max(initial=1)) + 1):
-            own = np.flatnonzero(self.depth == depth)
-            self.gain[own] = self.chance[own] * self.gain[self.parent[own]]
-
-    def order(self) -> Ints:
-        """Entries by falling gain, parents first, no more of a request than its limit."""
-        usable = np.flatnonzero((self.depth <= self.room[self.request]) & (self.gain >= FLOOR))
-        order = usable[np.argsort(-self.gain[usable], kind="stable")]
-        owners = self.request[order]
-        return order[ranks(owners) < self.limits[owners]]
+    def best(self) -> list[Candidate]:
+        """Candidates by falling gain, parents first, no more of a request than its limit."""
+        usable = [c for c in self.candidates if c.gain >= FLOOR and c.depth <= self._room[c.request]]
+        usable.sort(key=_falling)  # stable
+        counts = [0] * len(self._limits)
+        found = []
+        for c in usable:
+            if counts[c.request] < self._limits[c.request]:
+                counts[c.request] += 1
+                found.append(c)
+        return found
 
     def budget(self, prices: Prices) -> Budget:
         """The best number of nodes, given what has been spent."""
-        gains = self.gain[self.order()]
-        return choose_budget(gains, prices.sampling, prices.of_nodes(len(gains)) + prices.spent)
+        gains = [c.gain for c in self.best()]
+        return choose_budget(gains, prices.sampling, prices.of_nodes(len(gains)), prices.spent)
 
     def saved_by_retrieval(self, budget: Budget) -> float:
         """Milliseconds that the chosen nodes save which only retrieval proposes."""
-        order = self.order()[: budget.nodes]
-        alone = order[(self.kind[order] >= _RETRIEVED) & (self.kind[order] < _BOTH)]
-        return float(np.maximum(self.gain[alone] - budget.price, 0.0).sum()) / budget.rate
+        own = (c.gain - budget.price for c in self.best()[: budget.nodes] if _RETRIEVED <= c.kind < _BOTH)
+        return sum(max(0.0, surplus) for surplus in own) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:
         """The best `count` nodes as one tree per request."""
-        order = self.order()[:count]
-        tokens: list[list[int]] = [[] for _ in self.limits]
-        parents: list[list[int]] = [[] for _ in self.limits]
-        gains: list[list[float]] = [[] for _ in self.limits]
-        signals: list[list[tuple[int, float]]] = [[] for _ in self.limits]
-        position = {ROOT: ROOT}
-        for entry, r, above, token, gain, kind, odds in zip(
-            order.tolist(), self.request[order].tolist(), self.parent[order].tolist(), self.token[order].tolist(),
-            self.gain[order].tolist(), self.kind[order].tolist(), self.odds[order].tolist(), strict=True,
-        ):  # fmt: skip
-            position[entry] = len(tokens[r])
-            tokens[r].append(token)
-            parents[r].append(position[above])
-            gains[r].append(gain)
-            signals[r].append((kind, odds))
+        by_request: list[list[Candidate]] = [[] for _ in self._limits]
+        position = {id(None): ROOT}
+        for c in self.best()[:count]:
+            position[id(c)] = len(by_request[c.request])
+            by_request[c.request].append(c)
         return [
-            Tree(*parts) if parts[0] else Tree([], [])
-            for parts in zip(tokens, parents, gains, signals, strict=True)
+            Tree(
+                [c.token for c in own],
+                [position[id(c.parent)] for c in own],
+                [c.gain for c in own],
+                [(c.kind, c.odds) for c in own],
+            )
+            for own in by_request
         ]
+
+
+def _falling(candidate: Candidate) -> float:
+    return -candidate.gain

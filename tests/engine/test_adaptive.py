@@ -35,7 +35,7 @@ def test_text_stays_the_same_whatever_is_drafted(sampled: bool, tmp_path: Path) 
     assert stats["restless"]["sizes"] > 5
     assert stats["accepted"] > 100
     assert stats["sources"]["nodes"]["head"] > 50
-    assert stats["sources"]["nodes"]["retrieved"] > 50
+    assert stats["sources"]["nodes"]["retrieved"] > 10
 
 
 def test_the_head_reads_all_that_it_slept_through(tmp_path: Path) -> None:

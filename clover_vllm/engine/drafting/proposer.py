@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -22,7 +21,6 @@ from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
 from clover_vllm.engine.options import ADAPTIVE_WIDTH, CloverOptions
 from clover_vllm.tree import Tree, grow_best_first, grow_fixed
-from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.forest import Forest, Prices
 
 
@@ -71,20 +69,22 @@ class HeadLevels:
         """
         self._head, self._states, self._learn = head, g, learn
 
-    def first(self) -> tuple[Floats, Ints]:
+    def first(self) -> tuple[list[list[float]], list[list[int]]]:
         begun = time.perf_counter()
         log_probs, tokens = self._head.first(self._states)
-        found = log_probs.cpu().numpy().astype(np.float64), tokens.cpu().numpy()
+        found = log_probs.tolist(), tokens.tolist()
         self._learn("first", len(tokens), 1e3 * (time.perf_counter() - begun))
         return found
 
-    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
+    def expand(
+        self, parents: Sequence[int], tokens: Sequence[int]
+    ) -> tuple[list[list[float]], list[list[int]]]:
         begun = time.perf_counter()
         device = self._states.device
-        above = self._states[torch.from_numpy(parents).to(device)]
-        states, log_probs, children = self._head.expand(above, torch.from_numpy(tokens).to(device))
+        above = self._states[torch.tensor(parents, device=device)]
+        states, log_probs, children = self._head.expand(above, torch.tensor(tokens, device=device))
         self._states = torch.cat((self._states, states))
-        found = log_probs.cpu().numpy().astype(np.float64), children.cpu().numpy()
+        found = log_probs.tolist(), children.tolist()
         self._learn("level", len(tokens), 1e3 * (time.perf_counter() - begun))
         return found
 
@@ -207,7 +207,7 @@ class Clover2Proposer(EagleProposer):
             prices.spent += self.sizer.costs.of_first(len(asked))
             levels = HeadLevels(self.model, self._roots(g, accepted, asked), learn)
             most = self.options.draft_rounds or MOST_LEVELS
-            forest.grow_head(levels, np.array(places), prices, self.sizer.following, most, ADAPTIVE_WIDTH)
+            forest.grow_head(levels, places, prices, self.sizer.following, most, ADAPTIVE_WIDTH)
 
     def _augment(self, accepted: AcceptedRows) -> torch.Tensor:
         embeds = self.model.embed(accepted.next_tokens)

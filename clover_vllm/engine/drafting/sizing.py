@@ -7,6 +7,7 @@ a request now and then. See `tree.budget`, `tree.calibration` and `tree.costs` f
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clover_vllm.tree import ROOT, Tree
-from clover_vllm.tree.budget import Floats, choose_budget
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
 from clover_vllm.tree.forest import KINDS, Forest, Prices, first_intercepts
@@ -25,7 +25,7 @@ SAMPLES = 48
 LOOK = 24
 """Steps at the start in which some requests are drafted for whatever it costs, to see what that gives."""
 
-RETHINK_EVERY = 8
+RETHINK_EVERY = 16
 """Steps after which the choice to draft or to sleep is made anew, if the batch stays the same."""
 
 RETRIEVE_EVERY = 16
@@ -107,10 +107,12 @@ class Sizer:
     limit: int
     greedy: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
     sampling: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
-    following: Floats = field(default_factory=lambda: np.full(MOST_LEVELS + 2, 0.6))
+    following: list[float] = field(default_factory=lambda: [0.6] * (MOST_LEVELS + 2))
     decision: Decision = field(default_factory=Decision)
     retrieving: Habit = field(default_factory=Habit)
-    _samples: deque[Floats] = field(default_factory=lambda: deque(maxlen=SAMPLES))  # [n, 2]: gain and depth
+    _samples: deque[list[tuple[float, int]]] = field(
+        default_factory=lambda: deque(maxlen=SAMPLES)
+    )  # gain, depth
     _steps: int = 0
     _thought: tuple[int, int] = (0, -(10**9))  # requests and step of the last decision
     _probed: int = 0
@@ -122,9 +124,7 @@ class Sizer:
     def forest(self, wanted: Sequence[Wanted]) -> Forest:
         """An empty forest for these requests."""
         return Forest(
-            np.full(len(wanted), self.limit),
-            np.array([w.room for w in wanted], dtype=np.int64),
-            [self.calibration(w) for w in wanted],
+            [self.limit] * len(wanted), [w.room for w in wanted], [self.calibration(w) for w in wanted]
         )
 
     def prices(self, wanted: Sequence[Wanted], sampling: int, prompt_rows: int, cached: int) -> Prices:
@@ -138,12 +138,12 @@ class Sizer:
         """
         size = StepSize(sampling + prompt_rows, sampling, cached)
         context = sum(w.cached for w in wanted) / max(1, len(wanted))
-        known: list[Floats] = []
+        known: list[float] = []
 
-        def of_nodes(count: int) -> Floats:
-            if not known or len(known[-1]) < count + 1:
-                known.append(self.costs.of_nodes(size, max(64, count + 8), context))
-            return known[-1]
+        def of_nodes(count: int) -> list[float]:
+            if len(known) < count + 1:
+                known[:] = self.costs.of_nodes(size, max(64, 2 * count), context).tolist()
+            return known
 
         return Prices(sampling, of_nodes, self.costs.of_level)
 
@@ -175,33 +175,38 @@ class Sizer:
 
     def _sure(self, forest: Forest) -> set[int]:
         """Requests of which so much was retrieved that the head would add little."""
-        if not len(forest):
+        promised: dict[int, float] = {}
+        for c in forest.candidates:
+            promised[c.request] = promised.get(c.request, 0.0) + c.gain
+        if not promised:
             return set()
-        usual = float(np.mean([own[:, 0].sum() for own in self._samples]))
-        promised = np.bincount(forest.request, forest.gain, len(forest.limits))
-        return set(np.flatnonzero(promised > max(1.0, SURE * usual)).tolist())
+        usual = sum(sum(gain for gain, _ in own) for own in self._samples) / len(self._samples)
+        return {request for request, sum_ in promised.items() if sum_ > max(1.0, SURE * usual)}
 
     def _think(self, requests: int, forest: Forest, prices: Prices) -> None:
         """Compare the best that drafting would give with what there is without."""
         without = forest.budget(prices)
-        found = np.concatenate(list(self._samples))
+        found = np.array([node for own in self._samples for node in own] or [(0.0, 1)])
         found = found[np.argsort(-found[:, 0], kind="stable")]
         share = requests / len(self._samples)
         base = self.costs.of_augmenting(requests) + self.costs.of_first(requests)
         best = (0.0, 0.0, 0.0)
         deepest = int(found[:, 1].max(initial=1))
         levels_ms = 0.0
+        costs = np.array(prices.of_nodes(int(share * len(found)) + 1))
+        places = np.arange(len(costs))
         for levels in range(1, deepest + 1):
             if levels > 1:
                 width = share * int((found[:, 1] == levels - 1).sum()) * 0.5
                 levels_ms += self.costs.of_level(max(1.0, width))
-            usable = found[found[:, 1] <= levels]
-            nodes = share * np.arange(len(usable) + 1)
-            costs = prices.of_nodes(int(nodes[-1]) + 1)
-            milliseconds = np.interp(nodes, np.arange(len(costs)), costs) + base + levels_ms
-            budget = choose_budget(usable[:, 0] * share, prices.sampling, milliseconds)
-            spent = float(milliseconds[budget.nodes])
-            best = max(best, (budget.rate, spent, budget.rate * spent))
+                if levels not in (2, 3, deepest):
+                    continue
+            usable = found[found[:, 1] <= levels, 0]
+            milliseconds = np.interp(share * np.arange(len(usable) + 1), places, costs) + base + levels_ms
+            earned = prices.sampling + share * np.concatenate(([0.0], np.cumsum(usable)))
+            rates = earned / milliseconds
+            i = int(np.argmax(rates))
+            best = max(best, (float(rates[i]), float(milliseconds[i]), float(earned[i])))
         rate, spent, tokens = best
         gained = rate / without.rate
         self.decision.asleep = gained < (WAKE if self.decision.asleep else SLEEP)
@@ -223,19 +228,15 @@ class Sizer:
             forest: grown.
             asked: its requests that the head was asked for.
         """
-        order = forest.order()
-        owners, gains, depths = forest.request[order], forest.gain[order], forest.depth[order]
-        for r in asked[:8]:
-            own = np.flatnonzero(owners == r)[:16]
-            self._samples.append(np.column_stack((gains[own], depths[own])))
-        expanded = np.flatnonzero(forest.state >= 0)
-        if len(expanded):
-            best = np.zeros(len(forest))
-            below = np.flatnonzero(forest.parent != ROOT)
-            np.maximum.at(best, forest.parent[below], forest.chance[below])
-            for depth in np.unique(forest.depth[expanded]).tolist():
-                own = expanded[forest.depth[expanded] == depth]
-                self.following[depth:] += 0.05 * (float(best[own].mean()) - self.following[depth:])
+        own: dict[int, list[tuple[float, int]]] = {r: [] for r in asked[:8]}
+        for c in forest.candidates:
+            if c.request in own:
+                own[c.request].append((c.gain, c.depth))
+            if c.state >= 0:
+                for depth in range(c.depth, len(self.following)):
+                    self.following[depth] += 0.02 * (c.best_child - self.following[depth])
+        for nodes in own.values():
+            self._samples.append(heapq.nlargest(12, nodes))
 
     def learn_outcomes(
         self, trees: Sequence[Tree | None], accepted: Sequence[Sequence[int]], kinds: Sequence[int]
@@ -247,18 +248,10 @@ class Sizer:
             accepted: nodes, by request.
             kinds: by request: 0 took the most likely tokens, 1 sampled, -1 says nothing.
         """
-        for kind, calibration in enumerate((self.greedy, self.sampling)):
-            odds, kinds_of, labels = [], [], []
-            for tree, nodes, own in zip(trees, accepted, kinds, strict=True):
-                if tree is None or own != kind or not tree.signals:
-                    continue
-                right = set(nodes)
-                for node, (parent, (kind_of, value)) in enumerate(
-                    zip(tree.parents, tree.signals, strict=True)
-                ):
-                    if parent == ROOT or parent in right:
-                        odds.append(value)
-                        kinds_of.append(kind_of)
-                        labels.append(float(node in right))
-            if odds:
-                calibration.learn(np.array(odds), np.array(kinds_of, dtype=np.int64), np.array(labels))
+        for tree, nodes, own in zip(trees, accepted, kinds, strict=True):
+            if tree is None or own < 0 or not tree.signals:
+                continue
+            calibration = self.sampling if own else self.greedy
+            for node, (parent, (kind, odds)) in enumerate(zip(tree.parents, tree.signals, strict=True)):
+                if parent == ROOT or parent in nodes:
+                    calibration.learn(odds, kind, node in nodes)

@@ -240,7 +240,7 @@ class Speculation:
                     accepted, [wanted[i].r for i in places], places, common, forest, prices
                 )
                 sizer.learn_draft(forest, places)
-        if not len(forest) and not looked_up:
+        if not forest.candidates and not looked_up:
             return {}
         budget = forest.budget(prices)
         if looked_up:

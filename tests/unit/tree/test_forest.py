@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.forest import KINDS, Forest, Prices, Retrieved, source_of
 
 K = 4
+Level = tuple[list[list[float]], list[list[int]]]
 
 
 class RandomHead:
@@ -30,16 +32,16 @@ class RandomHead:
         order = np.argsort(-log_probs)[:K]
         return log_probs[order], order
 
-    def _all(self, paths: list[tuple[int, ...]]) -> tuple[Floats, Ints]:
+    def _all(self, paths: list[tuple[int, ...]]) -> Level:
         self.levels.append(len(paths))
         found = [self._after(path) for path in paths]
-        return np.array([f[0] for f in found]), np.array([f[1] for f in found], dtype=np.int64)
+        return [f[0].tolist() for f in found], [f[1].tolist() for f in found]
 
-    def first(self) -> tuple[Floats, Ints]:
+    def first(self) -> Level:
         return self._all(self._paths)
 
-    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
-        new = [(*self._paths[p], t) for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
+    def expand(self, parents: Sequence[int], tokens: Sequence[int]) -> Level:
+        new = [(*self._paths[p], t) for p, t in zip(parents, tokens, strict=True)]
         self._paths += new
         return self._all(new)
 
@@ -55,18 +57,18 @@ class RandomHead:
 
 def forest(requests: int, limit: int = 16, room: int = 99) -> Forest:
     one = Calibration(KINDS)
-    return Forest(np.full(requests, limit), np.full(requests, room), [one] * requests)
+    return Forest([limit] * requests, [room] * requests, [one] * requests)
 
 
 def prices(row: float, level: float = 0.0, base: float = 10.0, sampling: int = 1) -> Prices:
-    def of_nodes(count: int) -> Floats:
-        return base + row * np.arange(count + 1.0)
+    def of_nodes(count: int) -> list[float]:
+        return [base + row * i for i in range(count + 1)]
 
     return Prices(sampling, of_nodes, lambda _: level)
 
 
 def grow(found: Forest, head: RandomHead, asked: list[int], at: Prices, levels: int = 8) -> None:
-    found.grow_head(head, np.array(asked), at, np.full(14, 0.8), levels)
+    found.grow_head(head, asked, at, [0.8] * 14, levels)
 
 
 def paths(tokens: list[int], parents: list[int]) -> list[list[int]]:
@@ -101,7 +103,7 @@ def test_an_expensive_row_or_level_is_not_taken() -> None:
 
 
 def test_limits_and_room_hold_per_request() -> None:
-    found = Forest(np.array([2, 16]), np.array([9, 1]), [Calibration(KINDS)] * 2)
+    found = Forest([2, 16], [9, 1], [Calibration(KINDS)] * 2)
     grow(found, RandomHead(2), [0, 1], prices(0.01))
     first, second = found.trees(99)
     assert len(first) == 2
@@ -121,7 +123,7 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     found = forest(1)
     chain = [int(order[0]), int(below[1]), 99]
     found.retrieve({0: Retrieved(chain, [-1, 0, 1], [0.9, 0.8, 0.7], match=4)})
-    before = found.gain.copy()
+    before = [c.gain for c in found.candidates]
     grow(found, head, [0], prices(0.01))
     tree = found.trees(40)[0]
     routes = paths(list(tree.tokens), list(tree.parents))
@@ -130,7 +132,8 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     assert sources[chain[0],] == "both"
     assert sources[tuple(chain[:2])] == "both"
     assert sources[tuple(chain)] == "retrieved"
-    assert (found.gain[:3] >= before - 1e-12).all()
+    after = [c.gain for c in found.candidates[:3]]
+    assert all(new >= old - 1e-12 for new, old in zip(after, before, strict=True))
     parent_gains = {tuple(route): gain for route, gain in zip(routes, tree.probabilities, strict=True)}
     assert all(
         len(route) == 1 or parent_gains[route] <= parent_gains[route[:-1]] + 1e-12 for route in parent_gains
@@ -145,12 +148,13 @@ def test_retrieval_alone_makes_trees() -> None:
     assert sorted(paths(list(second.tokens), list(second.parents))) == [[5], [5, 6], [5, 6, 8], [5, 7]]
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x * np.nan, lambda x: np.where(x < x.max(), x, np.nan)])
-def test_a_head_that_gives_nans_drafts_nothing(spoil: Callable[[Floats], Floats]) -> None:
+@pytest.mark.parametrize("spoiled", [range(K), [K - 1], [0]])
+def test_a_head_that_gives_nans_drafts_nothing(spoiled: Sequence[int]) -> None:
     class Broken(RandomHead):
-        def first(self) -> tuple[Floats, Ints]:
+        def first(self) -> Level:
             log_probs, tokens = super().first()
-            log_probs[1] = spoil(log_probs[1])
+            for i in spoiled:
+                log_probs[1][i] = math.nan
             return log_probs, tokens
 
     found = forest(2)
