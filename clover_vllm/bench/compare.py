@@ -134,7 +134,7 @@ def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompt
                 f"{source} holds {len(prompts)} distinct prompts {use} with, fewer than the --concurrency of {widest}."
             )
     runs = settings.repetitions * len(settings.concurrency)
-    if wanted - widest > len(figures):
+    if settings.server and wanted - widest > len(figures):  # engines of our own forget between runs
         logger.warning(
             "%s runs repeat the %s prompts of %s: methods that remember earlier answers (suffix) gain from that.",
             runs,

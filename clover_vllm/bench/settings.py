@@ -28,7 +28,7 @@ class BenchSettings:
         eagle_head: EAGLE head; by default the shipped one.
         prompts: families, text-heavy or prompt-heavy, or JSON lines with prompt_ids, messages or prompt; by default
             held out of the training answers.
-        num_prompts: Prompts per run [three times the concurrency, at least 8].
+        num_prompts: Prompts per run [at least 8, three times the concurrency, at most 64 beyond it].
         max_tokens: Longest answer, tokens.
         temperature: 0 is greedy; else every request has a seed.
         dtype: auto, bfloat16, float16 or float32.
@@ -57,8 +57,8 @@ class BenchSettings:
     output: Path | None = None
 
     def per_run(self, concurrency: int) -> int:
-        """Prompts of a run: enough to keep `concurrency` requests running for three answers each, and at least 8."""
-        return self.num_prompts or max(8, 3 * concurrency)
+        """Prompts of a run: at least 8, three times the concurrency, and no more than 64 beyond it."""
+        return self.num_prompts or max(8, min(3 * concurrency, concurrency + 64))
 
     def check(self) -> None:
         """

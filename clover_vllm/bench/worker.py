@@ -95,7 +95,7 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
     from vllm.sampling_params import RequestOutputKind
 
     assert len(requests) >= concurrency, (len(requests), concurrency)
-    llm.reset_prefix_cache()
+    _forget(llm)
     engine, run = llm.llm_engine, Run()
     core = engine.engine_core.engine_core
     before, parts = _counters(llm), _parts(llm)
@@ -168,7 +168,7 @@ def run_phases(
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
-    llm.reset_prefix_cache()
+    _forget(llm)
     engine = llm.llm_engine
     runner = _runner(llm)
     sizer = getattr(getattr(runner, "speculation", None), "sizer", None)
@@ -279,6 +279,18 @@ def _parts(llm: Any) -> dict[str, float]:
 def _runner(llm: Any) -> Any:
     """The model runner of an engine core in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def _forget(llm: Any) -> None:
+    """No run gains from what earlier ones have left: prompts in the cache, answers to draft from."""
+    llm.reset_prefix_cache()
+    runner = _runner(llm)
+    cache = getattr(getattr(runner, "drafter", None), "suffix_cache", None)
+    if cache is not None:
+        runner.drafter.suffix_cache = type(cache)(cache.max_tree_depth, cache.max_cached_requests)
+    speculation = getattr(runner, "speculation", None)
+    if speculation is not None:
+        speculation.begin_retrieval()
 
 
 def _say(answers: TextIO, answer: dict[str, Any]) -> None:

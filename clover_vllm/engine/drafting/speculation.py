@@ -75,9 +75,13 @@ class Speculation:
         runner = self._runner
         if runner.drafter.is_adaptive and runner.kv_caches:
             self.sizer = Sizer(costs_of(runner), runner.num_spec_tokens)
-            cache = suffix_cache(runner.drafter.options.retrieval)
-            self.retrieval = Retrieval(cache) if cache is not None else None
+            self.begin_retrieval()
             runner.drafter.sizer = self.sizer
+
+    def begin_retrieval(self) -> None:
+        """With no text to look up so far."""
+        cache = suffix_cache(self._runner.drafter.options.retrieval) if self.sizer is not None else None
+        self.retrieval = Retrieval(cache) if cache is not None else None
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         """Before a step: who comes and goes."""
