@@ -37,8 +37,12 @@ SURE = 1.2
 PROBE_EVERY = 48
 """Steps between two tries while asleep."""
 
-WAKE, SLEEP = 1.02, 1.0
-"""Expected speed over that without the head at which drafting begins, and below which it ends."""
+WAKE, SLEEP = 1.06, 1.03
+"""Expected speed over that without the head at which drafting begins, and below which it ends: prompts that the head
+must read are not in it."""
+
+READING_PAYS = 2.0
+"""What drafting for a request must save over the price of reading its backlog: it may end sooner than it could."""
 
 LIFE = 48
 """Steps over which the price of reading a backlog is spread, at most."""
@@ -219,7 +223,7 @@ class Sizer:
         if wanted.pending <= 8:
             return True
         cost = self.costs.of_augmenting(wanted.pending) - self.costs.of_augmenting(1)
-        return self.decision.saved * min(LIFE, wanted.room) > cost
+        return self.decision.saved * min(LIFE, wanted.room) > READING_PAYS * cost
 
     def learn_draft(self, forest: Forest, asked: Sequence[int]) -> None:
         """Keep what drafting has found as a sample of what it finds.

@@ -33,6 +33,8 @@ class Int8Linear:
         rows = x.reshape(-1, x.shape[-1])
         quantised, scales, _ = ops.onednn_scaled_int8_quant(rows)
         out = torch.empty(rows.shape[0], self._size, dtype=x.dtype, device=x.device)
+        if bias is not None:
+            bias = bias.to(x.dtype)  # vLLM keeps it in float32 for its AMX kernels
         ops.onednn_scaled_mm(self._handler, quantised, out, scales, None, None, bias)
         return out.view(*x.shape[:-1], self._size)
 

@@ -22,8 +22,11 @@ class Played:
         self.clock = clock
         self.requests: dict[str, Any] = {}
         self.batches: list[int] = []
+        worker = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace()))
         core = SimpleNamespace(
-            scheduler=SimpleNamespace(requests=self.requests), batch_queue=[] if asynchronous else None
+            scheduler=SimpleNamespace(requests=self.requests),
+            batch_queue=[] if asynchronous else None,
+            model_executor=SimpleNamespace(driver_worker=worker),
         )
         self.llm_engine = self
         self.engine_core = SimpleNamespace(engine_core=core)
