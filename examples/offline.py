@@ -18,7 +18,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=8, help="most tree nodes per request and step")
-    parser.add_argument("--tree", default="best_first", help="chain on a GPU")
+    parser.add_argument("--tree", default="adaptive", help="chain on a GPU")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer, tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     return parser.parse_args(arguments)
