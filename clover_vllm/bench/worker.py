@@ -197,7 +197,7 @@ def run_phases(
                 if output.finished and output.request_id in running:
                     running.remove(output.request_id)
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            asleep = sizer is not None and sizer.decision.asleep
+            asleep = sizer is not None and sizer.asleep
             moments.append(Moment(time.perf_counter() - started, wanted, tokens, nodes[0], asleep))
         for name in running:
             engine.abort_request([name])

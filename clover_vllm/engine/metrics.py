@@ -34,7 +34,7 @@ logger = init_logger("vllm.clover")
 PARTS = ("verify", "sample", "move", "draft", "python")
 """Parts of a step whose seconds are counted (see `base.timing`)."""
 
-REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft")
+REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft", "unread_text")
 """Why a request got a chain, a shorter tree or no draft in a step."""
 
 SOURCES = ("head", "retrieved", "both")
@@ -150,9 +150,13 @@ class Counters:
                     self.nodes_of[source] += 1
                 for node in nodes:
                     self.accepted_of[sources[node]] += 1
+        self.count_seconds(seconds)
+        self._write()
+
+    def count_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by part; they are written with the next step."""
         for i, part in enumerate(PARTS):
             self.seconds[i] += seconds.get(part, 0.0)
-        self._write()
 
     def count_reckoning(self, expected: float, observed: float, asleep: float) -> None:
         """Add seconds by `RECKONING`."""

@@ -64,6 +64,7 @@ class CloverRunner(GPUModelRunner):
         self._pending = PendingDrafts(self.counters.count_fallback)
         self.speculation = Speculation(self)
         self._layers: TargetLayers | None = None  # where trees may branch
+        self._decoded_only = True  # in the latest step
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -129,6 +130,7 @@ class CloverRunner(GPUModelRunner):
         return output
 
     def _end_step(self, step: Step) -> None:
+        self._decoded_only = step.decodes_only
         seconds = self.timer.finish_step(step.decodes_only)
         with self.timer.measure("python"):  # of the next step, as the seconds of this one are being counted
             batch = self.input_batch
@@ -202,6 +204,7 @@ class CloverRunner(GPUModelRunner):
                 trees, requests = self.speculation.draft()
             with self.timer.measure("python"):
                 self._draft_token_ids = self._remember(trees, requests)
+            self.counters.count_seconds(self.timer.finish_step(self._decoded_only))
         return super().take_draft_token_ids()
 
     def _remember(self, trees: dict[int, Tree], requests: int) -> list[list[int]]:

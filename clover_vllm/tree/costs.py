@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,18 +105,11 @@ class Costs:
     crossed: float  # per pair of a node and a cached token
     outside: float = 1.0  # between two steps: scheduling, output
     speed: float = 1.0  # of the machine now, over what the curves say
-    recent: deque[tuple[float, float]] = field(
-        default_factory=lambda: deque(maxlen=256)
-    )  # predicted, observed
     _usual: Floats | None = None  # what steps read, on average: cached and crossed
     _spread: Floats = field(default_factory=lambda: np.zeros(2))
 
     def of_step(self, size: StepSize) -> float:
-        """Milliseconds of a step, from one to the next, without drafting."""
-        return self.of_inner(size) + self.outside
-
-    def of_inner(self, size: StepSize) -> float:
-        """Milliseconds of a step itself."""
+        """Milliseconds of a step itself, without drafting and what passes between two steps."""
         return self.speed * self._inner(size)
 
     def _inner(self, size: StepSize) -> float:
@@ -159,8 +151,7 @@ class Costs:
 
     def learn_step(self, size: StepSize, milliseconds: float) -> None:
         """A step took this long, time outside of it left out."""
-        expected = self.of_inner(size)
-        self.recent.append((expected, milliseconds))
+        expected = self.of_step(size)
         observed = min(milliseconds, 2.0 * expected)  # a hiccup of the machine is no cost of rows
         self.speed *= float(np.clip(observed / expected, 0.5, 2.0)) ** DRIFT
         surprise = observed / self.speed - self._inner(size)
@@ -205,7 +196,7 @@ class Costs:
         forward, logits, augment, first, level = (
             Curve({float(r): float(v) for r, v in saved["curves"][name].items()}) for name in _CURVES
         )
-        return cls(
+        made = cls(
             forward,
             logits,
             augment,
@@ -215,6 +206,9 @@ class Costs:
             crossed=float(saved["crossed"]),
             outside=float(saved["outside"]),
         )
+        if not np.isfinite(made.of_nodes(StepSize(1, 1, 1, 1.0), 4096, 1.0)).all():
+            raise ValueError("a cost is not a number")
+        return made
 
 
 _CURVES: Sequence[str] = ("forward", "logits", "augment", "first", "level")

@@ -16,7 +16,7 @@ DEPTH = 24
 """Longest match and longest continuation, in tokens, as vLLM's method `suffix` has it."""
 
 ANSWERS = 512
-"""Earlier answers that are kept; the oldest goes first. Each token of one takes about a kilobyte."""
+"""Earlier answers that are kept; the oldest goes first. Each token of one takes about 330 bytes."""
 
 LEAST_SHARE = 0.1
 """A continuation that followed more rarely than this is not proposed."""

@@ -62,7 +62,6 @@ class Wanted:
     cached: int  # positions in its cache
     pending: int | None  # of them, those that the head has not read; None: it cannot
     sampled: bool  # rather than the most likely token
-    plain: bool  # whether its outcomes say something of others
 
 
 @dataclass
@@ -89,22 +88,14 @@ class Habit:
 
 
 @dataclass
-class Decision:
-    """What the last reckoning said, for metrics."""
-
-    asleep: bool = False
-    expected_rate: float = 0.0  # tokens per millisecond with drafts
-    plain_rate: float = 0.0  # and without
-    saved: float = 0.0  # milliseconds per drafted request and step
-
-
-@dataclass
 class Sizer:
     """Learns costs and chances, and decides.
 
     Attributes:
         costs: of the engine.
         limit: most nodes per request.
+        asleep: whether the head is not asked, but now and then.
+        saved: milliseconds that drafting saves per request and step, as last reckoned.
     """
 
     costs: Costs
@@ -112,7 +103,8 @@ class Sizer:
     greedy: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
     sampling: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
     following: list[float] = field(default_factory=lambda: [0.6] * (MOST_LEVELS + 2))
-    decision: Decision = field(default_factory=Decision)
+    asleep: bool = False
+    saved: float = 0.0
     retrieving: Habit = field(default_factory=Habit)
     _samples: deque[list[tuple[float, int]]] = field(
         default_factory=lambda: deque(maxlen=SAMPLES)
@@ -163,13 +155,13 @@ class Sizer:
         able = [i for i, w in enumerate(wanted) if w.pending is not None]
         if not able:
             return []
-        if self._steps <= LOOK:
+        if self._steps <= LOOK or not self._samples:
             return able[:8]
         requests, step = self._thought
         if len(able) != requests or self._steps - step >= RETHINK_EVERY:
             self._thought = (len(able), self._steps)
             self._think(len(able), forest, prices)
-        if self.decision.asleep:
+        if self.asleep:
             if self._steps - self._probed < PROBE_EVERY:
                 return []
             self._probed = self._steps
@@ -213,9 +205,8 @@ class Sizer:
             best = max(best, (float(rates[i]), float(milliseconds[i]), float(earned[i])))
         rate, spent, tokens = best
         gained = rate / without.rate
-        self.decision.asleep = gained < (WAKE if self.decision.asleep else SLEEP)
-        self.decision.expected_rate, self.decision.plain_rate = rate, without.rate
-        self.decision.saved = max(0.0, tokens / without.rate - spent) / requests
+        self.asleep = gained < (WAKE if self.asleep else SLEEP)
+        self.saved = max(0.0, tokens / without.rate - spent) / requests
 
     def _is_worth_reading(self, wanted: Wanted) -> bool:
         """Whether drafting for a request saves more, until it ends, than reading what the head has missed."""
@@ -223,7 +214,7 @@ class Sizer:
         if wanted.pending <= 8:
             return True
         cost = self.costs.of_augmenting(wanted.pending) - self.costs.of_augmenting(1)
-        return self.decision.saved * min(LIFE, wanted.room) > READING_PAYS * cost
+        return self.saved * min(LIFE, wanted.room) > READING_PAYS * cost
 
     def learn_draft(self, forest: Forest, asked: Sequence[int]) -> None:
         """Keep what drafting has found as a sample of what it finds.

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from clover_vllm.engine.drafting.backlog import Backlog
+from clover_vllm.engine.drafting.backlog import AcceptedRows, Backlog
 from clover_vllm.engine.drafting.measure import costs_of
 from clover_vllm.engine.drafting.retrieval import Retrieval, suffix_cache
 from clover_vllm.engine.drafting.sizing import LONG_PROMPT, Sizer, Wanted
 from clover_vllm.engine.options import DEFAULT_NODES
+from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
 from clover_vllm.tree.forest import Forest, Prices
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from clover_vllm.engine.runner import CloverRunner
+
+logger = init_logger("vllm.clover")
 
 GREEDY, SAMPLED, SPECIAL = 0, 1, -1
 """What a request's outcomes teach: about those that take the most likely token, those that sample, or nobody."""
@@ -43,7 +49,50 @@ def kind_of(params: SamplingParams | None) -> int:
     )  # fmt: skip
     if changed:
         return SPECIAL
-    return GREEDY if params.temperature < 1e-5 else SAMPLED
+    return GREEDY if params.temperature < GREEDY_TEMPERATURE else SAMPLED
+
+
+@dataclass
+class Scored:
+    """A step that has been scored, and for which nothing has been drafted so far. Legend: R requests.
+
+    Attributes:
+        step: with what it accepted.
+        sampled: tokens by request, none where a prompt goes on.
+        hidden: [rows, D], the target's pre-norm hidden states.
+        common: vLLM's metadata of the step.
+        names: of the requests.
+        computed: int [R], positions cached before the step.
+        table: int [R or more, blocks], vLLM's block table.
+        at: when it was scored, by `time.perf_counter`.
+    """
+
+    step: Step
+    sampled: list[list[int]]
+    hidden: torch.Tensor
+    common: CommonAttentionMetadata
+    names: list[str]
+    computed: np.ndarray
+    table: np.ndarray
+    at: float = field(default_factory=time.perf_counter)
+
+    @cached_property
+    def going(self) -> list[int]:
+        """Requests that can use a draft in the next step."""
+        endings = self.step.endings
+        return [r for r, own in enumerate(self.sampled) if own and endings.get(r, NEVER).leaves_room(own)]
+
+    def has_ended(self, r: int) -> bool:
+        """Whether a request that sampled has come to its end."""
+        return self.step.endings.get(r, NEVER).at(self.sampled[r])
+
+    def was_prompt(self, r: int) -> bool:
+        """Whether rows of a request's prompt were in the step."""
+        return self.step.root_rows[r] > self.step.first_rows[r]
+
+    def cached(self, r: int) -> int:
+        """Positions of a request that are cached now."""
+        return int(self.computed[r]) + self.step.root_rows[r] - self.step.first_rows[r] + len(self.sampled[r])
 
 
 class Speculation:
@@ -57,7 +106,7 @@ class Speculation:
         self.going: list[int] = []  # requests of the last step that can use a draft
         self._kinds: dict[str, int] = {}
         self._begun = self._ended = 0.0
-        self._due: tuple[Step, list[list[int]], torch.Tensor, CommonAttentionMetadata, float] | None = None
+        self._due: Scored | None = None
 
     def initialize(self) -> None:
         """Once the cache is known."""
@@ -77,6 +126,11 @@ class Speculation:
             self.sizer = Sizer(costs_of(runner), runner.num_spec_tokens)
             self.begin_retrieval()
             runner.drafter.sizer = self.sizer
+        elif runner.drafter.options.tree == "adaptive" and runner.kv_caches:
+            logger.info(
+                "Clover-2 drafts trees of %d nodes: with several ranks, trees are not sized by what they cost and earn.",
+                min(runner.num_spec_tokens, DEFAULT_NODES),
+            )
 
     def begin_retrieval(self) -> None:
         """With no text to look up so far."""
@@ -121,8 +175,16 @@ class Speculation:
             hidden: [rows, D], the target's pre-norm hidden states.
             common: vLLM's metadata of the step.
         """
-        # The scheduler cuts the lists of requests that end.
-        self._due = (step, [list(own) for own in sampled], hidden, common, time.perf_counter())
+        batch, count = self._runner.input_batch, len(step.rows)
+        self._due = Scored(
+            step,
+            [list(own) for own in sampled],  # the scheduler cuts the lists of requests that end
+            hidden if hidden.device.type == "cpu" else hidden.clone(),
+            common,
+            list(batch.req_ids[:count]),
+            batch.num_computed_tokens_cpu[:count].copy(),
+            batch.block_table[0].block_table.np,
+        )
 
     @property
     def is_due(self) -> bool:
@@ -131,118 +193,81 @@ class Speculation:
 
     def draft(self) -> tuple[dict[int, Tree], int]:
         """Drafts for the next step, by request of the batch, and the number of requests in it."""
-        assert self._due is not None
-        (step, sampled, hidden, common, done), self._due = self._due, None
-        return self._draft(step, sampled, hidden, common, done), len(step.rows)
-
-    def _draft(
-        self,
-        step: Step,
-        sampled: list[list[int]],
-        hidden: torch.Tensor,
-        common: CommonAttentionMetadata,
-        done: float,
-    ) -> dict[int, Tree]:
-        runner, backlog = self._runner, self.backlog
+        done, backlog = self._due, self.backlog
+        assert done is not None
         assert backlog is not None
-        batch = runner.input_batch
-        count = len(step.rows)
-        names = list(batch.req_ids[:count])
-        computed = batch.num_computed_tokens_cpu[:count].copy()
-        table = batch.block_table[0].block_table.np
-        kept = hidden if hidden.device.type == "cpu" else hidden.clone()
-        backlog.note(kept, names, step, computed, table)
-        going = self.going = [
-            r for r, own in enumerate(sampled) if own and step.endings.get(r, NEVER).leaves_room(own)
-        ]
+        self._due = None
+        backlog.note(done.hidden, done.names, done.step, done.computed, done.table)
+        self.going = done.going
         if self.sizer is None:
-            return self._of_one_size(backlog, names, going, table, common)
-        self._learn(self.sizer, step, sampled, names, computed, done)
-        made = self._adaptive(self.sizer, backlog, step, sampled, names, computed, going, table, common)
-        self._ended = time.perf_counter()
-        return made
+            made = self._of_one_size(backlog, done)
+        else:
+            self._learn(self.sizer, done)
+            made = self._adaptive(self.sizer, backlog, done)
+            self._ended = time.perf_counter()
+        return made, len(done.names)
 
-    def _of_one_size(
-        self,
-        backlog: Backlog,
-        names: Sequence[str],
-        going: Sequence[int],
-        table: np.ndarray,
-        common: CommonAttentionMetadata,
-    ) -> dict[int, Tree]:
+    def _of_one_size(self, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         """Everything is read as it comes."""
         runner = self._runner
-        accepted = backlog.take(range(len(names)), names, runner.requests, table, runner.max_num_tokens)
-        backlog.sweep()
+        accepted = self._take(backlog, done, range(len(done.names)))
         if accepted is None:
             return {}
-        drafting = [r for r in going if r in accepted.complete]
+        drafting = [r for r in done.going if r in accepted.complete]
         nodes = runner.num_spec_tokens
         if runner.drafter.options.tree == "adaptive":
             nodes = min(nodes, DEFAULT_NODES)
-        trees = runner.drafter.draft(accepted, drafting, common, nodes)
+        trees = runner.drafter.draft(accepted, drafting, done.common, nodes)
         return dict(zip(drafting, trees, strict=bool(trees)))
 
-    def _learn(
-        self,
-        sizer: Sizer,
-        step: Step,
-        sampled: list[list[int]],
-        names: Sequence[str],
-        computed: np.ndarray,
-        done: float,
-    ) -> None:
+    def _take(self, backlog: Backlog, done: Scored, requests: Sequence[int]) -> AcceptedRows | None:
+        """What some requests have for the head to read."""
+        runner = self._runner
+        accepted = backlog.take(requests, done.names, runner.requests, done.table, runner.max_num_tokens)
+        backlog.sweep()
+        return accepted
+
+    def _learn(self, sizer: Sizer, done: Scored) -> None:
         """Costs and chances from a step that has just been scored."""
+        step = done.step
         nodes = np.array([len(tree) if tree is not None else 0 for tree in step.trees])
         size = StepSize(
-            sum(step.rows), len(step.rows) + int(nodes.sum()), int(computed.sum()), float(nodes @ computed)
+            rows=sum(step.rows),
+            sampled=len(step.rows) + int(nodes.sum()),
+            cached=int(done.computed.sum()),
+            crossed=float(nodes @ done.computed),
         )
-        taken = done - self._begun
+        taken = done.at - self._begun
         self._runner.counters.count_reckoning(
-            1e-3 * sizer.costs.of_inner(size), taken, taken if sizer.decision.asleep else 0.0
+            1e-3 * sizer.costs.of_step(size), taken, taken if sizer.asleep else 0.0
         )
         sizer.costs.learn_step(size, 1e3 * taken)
         if nodes.any():
-            kinds = self.kinds(names)
-            for r, own in enumerate(sampled):
-                if not own or step.endings.get(r, NEVER).at(own):
+            kinds = self.kinds(done.names)
+            for r, own in enumerate(done.sampled):
+                if not own or done.has_ended(r):
                     kinds[r] = SPECIAL  # where it ends says nothing of the nodes behind
             sizer.learn_outcomes(step.trees, step.accepted, kinds)
 
-    def _adaptive(
-        self,
-        sizer: Sizer,
-        backlog: Backlog,
-        step: Step,
-        sampled: list[list[int]],
-        names: Sequence[str],
-        computed: np.ndarray,
-        going: Sequence[int],
-        table: np.ndarray,
-        common: CommonAttentionMetadata,
-    ) -> dict[int, Tree]:
+    def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
-        wanted = self._wanted(backlog, step, sampled, names, computed, going)
+        wanted = self._wanted(sizer, backlog, done)
         if not wanted:
             return {}
-        sampling, prompts, cached = self._next_step(step, sampled, computed, names)
-        prices = sizer.prices(wanted, sampling, prompts, cached)
+        prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
-        looked_up = self._retrieve(sizer, wanted, names, forest, prices)
+        looked_up = self._retrieve(sizer, wanted, done.names, forest, prices)
         places = [
             i for i in sizer.choose(wanted, forest, prices)
-            if not (wanted[i].pending or 0) > LONG_PROMPT or wanted[i].r not in self._first_tokens(step, going)
+            if not (wanted[i].pending or 0) > LONG_PROMPT or not done.was_prompt(wanted[i].r)
         ]  # fmt: skip
         if places:
-            asked = [wanted[i].r for i in places]
-            ended = self._rests(backlog, sampled, names, computed, going) if not sizer.decision.asleep else []
-            accepted = backlog.take([*asked, *ended], names, runner.requests, table, runner.max_num_tokens)
-            backlog.sweep()
+            ended = [] if sizer.asleep else self._rests(backlog, done)
+            accepted = self._take(backlog, done, [*(wanted[i].r for i in places), *ended])
             if accepted is not None:
                 places = [i for i in places if wanted[i].r in accepted.complete]
-                runner.drafter.grow_forest(
-                    accepted, [wanted[i].r for i in places], places, common, forest, prices
-                )
+                asked = [wanted[i].r for i in places]
+                runner.drafter.grow_forest(accepted, asked, places, done.common, forest, prices)
                 sizer.learn_draft(forest, places)
         if not forest.candidates and not looked_up:
             return {}
@@ -271,69 +296,42 @@ class Speculation:
         prices.spent += taken
         return taken
 
-    def _first_tokens(self, step: Step, going: Sequence[int]) -> set[int]:
-        """Requests whose prompt has ended in this step."""
-        return {r for r in going if step.root_rows[r] > step.first_rows[r]}
-
-    def _wanted(
-        self,
-        backlog: Backlog,
-        step: Step,
-        sampled: list[list[int]],
-        names: Sequence[str],
-        computed: np.ndarray,
-        going: Sequence[int],
-    ) -> list[Wanted]:
+    def _wanted(self, sizer: Sizer, backlog: Backlog, done: Scored) -> list[Wanted]:
+        endings, sampled = done.step.endings, done.sampled
         found = []
-        for r in going:
-            prompt = step.root_rows[r] - step.first_rows[r]
-            cached = int(computed[r]) + prompt + len(sampled[r])
-            kind = self._kinds.get(names[r], SPECIAL)
-            found.append(
-                Wanted(
-                    r,
-                    room=step.endings.get(r, NEVER).remaining - len(sampled[r]) - 1,
-                    cached=cached,
-                    pending=backlog.pending(names[r], cached),
-                    sampled=kind == SAMPLED,
-                    plain=kind != SPECIAL,
-                )
-            )
+        for r in done.going:
+            name, cached = done.names[r], done.cached(r)
+            pending = backlog.pending(name, cached)
+            if pending is None and not sizer.asleep:
+                self._runner.counters.count_fallback("unread_text")
+            room = endings.get(r, NEVER).remaining - len(sampled[r]) - 1
+            found.append(Wanted(r, room, cached, pending, self._kinds.get(name, SPECIAL) == SAMPLED))
         return found
 
-    def _next_step(
-        self, step: Step, sampled: list[list[int]], computed: np.ndarray, names: Sequence[str]
-    ) -> tuple[int, int, int]:
+    def _next_step(self, done: Scored) -> tuple[int, int, int]:
         """Requests that will sample, rows of prompts beside them, and positions that are read."""
         states = self._runner.requests
         sampling = prompts = 0
         budget = self._runner.max_num_tokens
-        for r, own in enumerate(sampled):
+        for r, own in enumerate(done.sampled):
             if own:
-                sampling += not step.endings.get(r, NEVER).at(own)
+                sampling += not done.has_ended(r)
                 continue
-            left = states[names[r]].num_prompt_tokens - int(computed[r]) - step.rows[r]
+            left = states[done.names[r]].num_prompt_tokens - int(done.computed[r]) - done.step.rows[r]
             taken = max(0, min(left, budget - prompts - sampling))
             prompts += taken
             sampling += taken == left
-        return max(1, sampling), prompts, int(computed.sum()) + sum(step.rows)
+        return max(1, sampling), prompts, int(done.computed.sum()) + sum(done.step.rows)
 
-    def _rests(
-        self,
-        backlog: Backlog,
-        sampled: list[list[int]],
-        names: Sequence[str],
-        computed: np.ndarray,
-        going: Sequence[int],
-    ) -> list[int]:
+    def _rests(self, backlog: Backlog, done: Scored) -> list[int]:
         """Requests that end, whose last positions others may share."""
         if not self._runner.vllm_config.cache_config.enable_prefix_caching:
             return []
-        able = set(going)
+        able = set(done.going)
         found = []
-        for r, own in enumerate(sampled):
+        for r, own in enumerate(done.sampled):
             if own and r not in able:
-                pending = backlog.pending(names[r], int(computed[r]) + len(own))
+                pending = backlog.pending(done.names[r], int(done.computed[r]) + len(own))
                 if pending is not None and 0 < pending <= SHORT_REST:
                     found.append(r)
         return found

@@ -1,0 +1,103 @@
+"""Who is drafted for, and when drafting sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clover_vllm.engine.drafting.sizing import LIFE, LOOK, PROBE_EVERY, Sizer, Wanted
+from clover_vllm.tree.costs import Costs, Curve
+from clover_vllm.tree.forest import Prices
+
+
+class _Head:
+    """Two candidates behind every node, of which the first is likely or not."""
+
+    def __init__(self, likely: float) -> None:
+        self._row = ([likely, likely - 3.0], [7, 8])
+
+    def first(self) -> tuple[list[list[float]], list[list[int]]]:
+        return [self._row[0]], [self._row[1]]
+
+    def expand(
+        self, parents: Sequence[int], tokens: Sequence[int]
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        return [self._row[0] for _ in tokens], [self._row[1] for _ in tokens]
+
+
+def _sizer(per_row: float, reading: float = 0.01) -> Sizer:
+    """Where a step costs 10 ms and so many more per row, and the head half a millisecond."""
+    rows = {float(r): 10.0 + per_row * r for r in (1, 64, 512)}
+    augment = {float(r): 0.2 + reading * r for r in (1, 512)}
+    flat = {1.0: 0.15, 64.0: 0.3}
+    none = {1.0: 0.0, 64.0: 0.0}
+    made = Costs(Curve(rows), Curve(none), Curve(augment), Curve(flat), Curve(flat), cached=0.0, crossed=0.0)
+    return Sizer(made, 8)
+
+
+def _wanted(count: int, pending: int | None = 1, room: int = 100) -> list[Wanted]:
+    return [Wanted(r, room, 50, pending, sampled=False) for r in range(count)]
+
+
+def _step(sizer: Sizer, wanted: Sequence[Wanted], likely: float = -0.2) -> list[int]:
+    """One step: who is asked for, after which the head answers."""
+    forest, prices = sizer.forest(wanted), sizer.prices(wanted, len(wanted), 0, 0)
+    places = sizer.choose(wanted, forest, prices)
+    for place in places[:1]:
+        free = Prices(prices.sampling, prices.of_nodes, lambda _: 0.0)
+        forest.grow_head(_Head(likely), [place], free, sizer.following, 3)
+        sizer.learn_draft(forest, [place])
+    return places
+
+
+def _after(sizer: Sizer, wanted: Sequence[Wanted], steps: int, likely: float = -0.2) -> list[int]:
+    return [len(_step(sizer, wanted, likely)) for _ in range(steps)]
+
+
+def test_all_are_drafted_for_while_rows_cost_little() -> None:
+    sizer = _sizer(per_row=0.05)
+    assert _after(sizer, _wanted(12), LOOK + 30)[-10:] == [12] * 10
+    assert not sizer.asleep
+
+
+def test_sleeps_where_rows_cost_what_tokens_earn_and_probes_one_request() -> None:
+    sizer = _sizer(per_row=8.0)
+    asked = _after(sizer, _wanted(12), LOOK + 3 * PROBE_EVERY)[LOOK + 1 :]
+    assert sizer.asleep
+    assert set(asked) == {0, 1}
+    assert 2 <= sum(asked) <= 4
+
+
+def test_sleeps_where_the_head_knows_nothing_and_wakes_for_few_requests() -> None:
+    sizer = _sizer(per_row=2.0)
+    _after(sizer, _wanted(32), LOOK + 60)
+    assert sizer.asleep
+    assert _after(sizer, _wanted(1), 40)[-10:] == [1] * 10
+    assert not sizer.asleep
+    _after(sizer, _wanted(1), 200, likely=-6.0)
+    assert sizer.asleep
+
+
+def test_decides_nothing_before_it_has_seen_a_draft() -> None:
+    """Requests that end before the head has read their long prompts leave no draft behind."""
+    sizer = _sizer(per_row=0.05)
+    wanted = _wanted(12)
+    for _ in range(LOOK + 40):
+        assert sizer.choose(wanted, sizer.forest(wanted), sizer.prices(wanted, 12, 0, 0)) == [*range(8)]
+
+
+def test_a_request_that_the_head_has_lost_is_not_asked_for() -> None:
+    sizer = _sizer(per_row=0.05)
+    _after(sizer, _wanted(4), LOOK + 10)
+    lost = [*_wanted(3), Wanted(3, 100, 50, None, sampled=False)]
+    assert _step(sizer, lost) == [0, 1, 2]
+    assert _step(sizer, _wanted(2, pending=None)) == []
+
+
+def test_long_texts_are_read_only_for_requests_that_go_on() -> None:
+    sizer = _sizer(per_row=0.05, reading=0.05)
+    _after(sizer, _wanted(2), LOOK + 20)
+    enough = int(sizer.saved * LIFE / 2 / 0.05)
+    assert enough > 20
+    assert _step(sizer, _wanted(2, pending=enough // 2)) == [0, 1]
+    assert _step(sizer, _wanted(2, pending=enough * 2)) == []
+    assert _step(sizer, _wanted(2, pending=enough // 2, room=2)) == []
