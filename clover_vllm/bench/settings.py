@@ -28,7 +28,7 @@ class BenchSettings:
         eagle_head: EAGLE head; by default the shipped one.
         prompts: families, text-heavy or prompt-heavy, or JSON lines with prompt_ids, messages or prompt; by default
             held out of the training answers.
-        num_prompts: Prompts per run [at least 8, three times the concurrency, at most 64 beyond it].
+        num_prompts: Prompts per run [at least 8, four times the concurrency].
         max_tokens: Longest answer, tokens.
         temperature: 0 is greedy; else every request has a seed.
         dtype: auto, bfloat16, float16 or float32.
@@ -57,8 +57,8 @@ class BenchSettings:
     output: Path | None = None
 
     def per_run(self, concurrency: int) -> int:
-        """Prompts of a run: at least 8, three times the concurrency, and no more than 64 beyond it."""
-        return self.num_prompts or max(8, min(3 * concurrency, concurrency + 64))
+        """Prompts of a run: at least 8, and four times the concurrency, of which two are timed."""
+        return self.num_prompts or max(8, 4 * concurrency)
 
     def check(self) -> None:
         """
@@ -70,10 +70,10 @@ class BenchSettings:
                 raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
         if not self.concurrency or min(self.concurrency) < 1:
             raise UserError("--concurrency must be 1 or more.")
-        if self.num_prompts is not None and self.num_prompts < max(self.concurrency):
+        if self.num_prompts is not None and self.num_prompts < 2 * max(self.concurrency):
             raise UserError(
-                f"--num-prompts is {self.num_prompts}; it must be at least the largest --concurrency, "
-                f"{max(self.concurrency)}, better three times that."
+                f"--num-prompts is {self.num_prompts}; it must be at least twice the largest --concurrency, "
+                f"{max(self.concurrency)}, better four times."
             )
         if self.temperature < 0:
             raise UserError("--temperature must be 0 or more.")

@@ -144,8 +144,8 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
 def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:
     """Seconds at the stated concurrency, and tokens in them.
 
-    The clock stops when the first request ends after the last has begun, as in `worker.run_requests`: the
-    batch that drains then is no part of it.
+    The clock starts when as many requests have ended as run at a time, and stops when the first request ends after the
+    last has begun: as in `worker.run_requests`, neither the batch that fills nor the one that drains is part of it.
 
     Args:
         found: a detailed result of `vllm bench serve`: lists `start_times`, `ttfts`, `itls` (seconds between
@@ -157,11 +157,11 @@ def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:
     """
     begins = found["start_times"]
     ends = sorted(begin + latency for begin, latency in zip(begins, found["latencies"], strict=True))
-    stop = ends[len(ends) - min(concurrency, len(ends))]
+    start, stop = ends[concurrency - 1], ends[-concurrency]
     tokens = 0.0
     for begin, ttft, itl, count in zip(
         begins, found["ttfts"], found["itls"], found["output_lens"], strict=True
     ):
         pieces = [begin + at for at in accumulate(itl, initial=ttft)]
-        tokens += count * sum(at <= stop for at in pieces) / len(pieces)
-    return stop - min(begins), tokens
+        tokens += count * sum(start < at <= stop for at in pieces) / len(pieces)
+    return stop - start, tokens

@@ -69,22 +69,25 @@ class _Answer:
 def run_requests(
     llm: Any, requests: list[dict[str, Any]], concurrency: int, known: list[list[int]] | None = None
 ) -> Run:
-    """Keep `concurrency` requests running; the clock stops when no request is left to fill a free place.
+    """Keep `concurrency` requests running, and time the steady part.
 
-    So all that is timed or counted happens at the stated concurrency, and the batch that drains at the end
-    is no part of it. What still runs then is finished without the clock, so that `outputs` are whole.
+    The first requests, as many as run at a time, are given answers of different lengths, so that later ones begin one
+    by one. The clock runs from the end of the last of these until no request is left to fill a free place. So all that is
+    timed happens at the stated concurrency, and for every answer timed a prompt is; neither the batch that
+    fills nor the one that drains is part of it. What still runs then is finished, so that `outputs` are whole.
 
     Args:
         llm: a vllm.LLM with its engine core in this process.
-        requests: [{"prompt": token ids, "params": SamplingParams arguments}], `concurrency` or more of them.
+        requests: [{"prompt": token ids, "params": SamplingParams arguments, with `max_tokens`}], more than
+            `concurrency`.
         concurrency: requests at a time.
         known: their answers, for a run that chooses nodes in hindsight (`bench.hindsight`).
     """
     from clover_vllm.bench.hindsight import knowing
 
+    name = str(time.perf_counter())
     if known is None:
-        return _run_requests(llm, requests, concurrency, "")
-    name = "known"
+        return _run_requests(llm, requests, concurrency, name)
     with knowing(_runner(llm), {f"{name}-{i}": answer for i, answer in enumerate(known)}):
         return _run_requests(llm, requests, concurrency, name)
 
@@ -94,33 +97,42 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
-    assert len(requests) >= concurrency, (len(requests), concurrency)
+    assert len(requests) > concurrency, (len(requests), concurrency)
     _forget(llm)
     engine, run = llm.llm_engine, Run()
     core = engine.engine_core.engine_core
     before, parts = _counters(llm), _parts(llm)
+    first = {f"{name_of}-{i}" for i in range(concurrency)}
     answers: dict[str, _Answer] = {}
     queue = list(enumerate(requests))[::-1]
-    running, prefilled, timing = 0, False, True
-    started = time.perf_counter()
+    running, prefilled, timing = 0, False, False
+    started = 0.0
     while queue or running:
         begun = time.perf_counter()
         while queue and running < concurrency:
             i, request = queue.pop()
-            name = f"{name_of or started}-{i}"
+            name, params = f"{name_of}-{i}", request["params"]
+            if i < concurrency:
+                params = {**params, "max_tokens": -(-params["max_tokens"] * (i + 1) // concurrency)}
             answers[name] = _Answer(time.perf_counter())
             engine.add_request(
                 name,
                 TokensPrompt(prompt_token_ids=request["prompt"]),
-                SamplingParams(**request["params"], output_kind=RequestOutputKind.DELTA),
+                SamplingParams(**params, output_kind=RequestOutputKind.DELTA),
             )
             running += 1
         prefills = is_prefilling(core.scheduler)
         for output in engine.step():
             answer = answers[output.request_id]
             _take(answer, output.outputs[0].token_ids, time.perf_counter(), run if timing else None)
-            running -= output.finished
+            if output.finished:
+                running -= 1
+                first.discard(output.request_id)
         if not timing:
+            prefilled = prefills
+            if not first and queue and not started:
+                timing, started = True, time.perf_counter()
+                before, parts = _counters(llm), _parts(llm)
             continue
         run.steps += 1
         # Under async scheduling a step waits for the forward of the one before.
@@ -239,7 +251,8 @@ def _take(answer: _Answer, tokens: Sequence[int], now: float, run: Run | None) -
             run.itl.append(now - answer.last)
         else:
             answer.first = now
-            run.ttft.append(now - answer.arrived)
+            if not answer.tokens:
+                run.ttft.append(now - answer.arrived)
         answer.last = now
         answer.timed += len(tokens)
     answer.tokens += tokens

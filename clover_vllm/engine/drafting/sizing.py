@@ -126,6 +126,9 @@ class Sizer:
     def prices(self, wanted: Sequence[Wanted], sampling: int, prompt_rows: int, cached: int) -> Prices:
         """What nodes and levels cost in the next step.
 
+        What its prompts cost is left out: it is spent whatever is drafted, and time that drafts save is worth what it
+        gives in a step that only decodes.
+
         Args:
             wanted: requests that could have nodes.
             sampling: requests that will sample.
@@ -133,12 +136,13 @@ class Sizer:
             cached: positions that the step reads.
         """
         size = StepSize(sampling + prompt_rows, sampling, cached)
+        prompts = self.costs.of_step(size) - self.costs.of_step(StepSize(sampling, sampling, cached))
         context = sum(w.cached for w in wanted) / max(1, len(wanted))
         known: list[float] = []
 
         def of_nodes(count: int) -> list[float]:
             if len(known) < count + 1:
-                known[:] = self.costs.of_nodes(size, max(64, 2 * count), context).tolist()
+                known[:] = (self.costs.of_nodes(size, max(64, 2 * count), context) - prompts).tolist()
             return known
 
         return Prices(sampling, of_nodes, self.costs.of_level)

@@ -198,17 +198,17 @@ def test_development_prompts_are_in_no_figure() -> None:
     assert split_prompts([[1]]) == ([[1]], [])
 
 
-def test_server_clock_stops_when_a_place_stays_free() -> None:
-    """Three requests, two at a time: the second ends last, alone."""
+def test_server_clock_runs_while_every_place_is_taken() -> None:
+    """Five requests, two at a time: two have ended at 14 s; the last begins at 16 s, where another ends."""
     found = {
-        "start_times": [10.0, 10.0, 12.0],
-        "latencies": [2.0, 6.0, 2.0],
-        "ttfts": [1.0, 1.0, 1.0],
-        "itls": [[1.0], [1.0] * 5, [1.0]],
-        "output_lens": [4, 12, 4],
+        "start_times": [10.0, 10.0, 12.0, 14.0, 16.0],
+        "latencies": [2.0, 4.0, 4.0, 4.0, 4.0],
+        "ttfts": [1.0] * 5,
+        "itls": [[1.0], [1.0] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3],
+        "output_lens": [4, 8, 8, 8, 8],
     }
     assert steady_part(found, 2) == (4.0, 4 + 8 + 4)
-    assert steady_part(found, 1) == (6.0, 20)
+    assert steady_part(found, 1) == (8.0, 4 + 8 + 8 + 8)
 
 
 def test_methods_are_selected_by_name() -> None:

@@ -75,31 +75,32 @@ def request(prompt: int, tokens: int) -> dict[str, Any]:
 
 
 def test_a_step_that_continues_a_prompt_is_no_decode_step(clock: list[float]) -> None:
-    run = run_requests(Played(clock), [request(3 * CHUNK, 6)], 1)
+    run = run_requests(Played(clock), [request(1, 1), request(3 * CHUNK, 6)], 1)
     assert run.steps == 8  # three chunks, the last of which gives a token, then five tokens
     assert run.decode_steps == 5
     assert run.decode_seconds == 5.0
 
 
 def test_under_async_scheduling_the_step_behind_a_prompt_is_none_either(clock: list[float]) -> None:
-    run = run_requests(Played(clock, asynchronous=True), [request(3 * CHUNK, 6)], 1)
+    run = run_requests(Played(clock, asynchronous=True), [request(1, 1), request(3 * CHUNK, 6)], 1)
     assert run.decode_steps == 4
 
 
-def test_the_clock_stops_when_a_place_stays_free(clock: list[float]) -> None:
-    """Two at a time: the first request ends at 2 s, then the third runs until 5 s beside the second."""
+def test_the_clock_runs_while_every_place_is_taken_by_a_later_request(clock: list[float]) -> None:
+    """Two at a time: the first ends after 2 s of its 4, the second at 4 s; the last begins at 8 s, when no other waits."""
     engine = Played(clock)
-    run = run_requests(engine, [request(1, 2), request(1, 10), request(1, 3)], 2)
-    assert run.seconds == 5.0
-    assert run.tokens == 2 + 5 + 3
-    assert set(engine.batches[:5]) == {2}
-    assert [len(tokens) for tokens in run.outputs] == [2, 10, 3]
-    assert sorted(run.tpot) == [1.0, 1.0, 1.0]
+    run = run_requests(engine, [request(1, 4) for _ in range(6)], 2)
+    assert run.seconds == 6.0  # from 4 s to 10 s
+    assert run.tokens == 2 + 4 + 4 + 2
+    assert set(engine.batches[:10]) == {2}
+    assert [len(tokens) for tokens in run.outputs] == [2, 4, 4, 4, 4, 4]
+    assert run.tpot == [1.0] * 4
+    assert run.ttft == [1.0] * 3  # of those that began meanwhile
 
 
-def test_one_at_a_time_is_timed_to_the_end(clock: list[float]) -> None:
-    run = run_requests(Played(clock), [request(1, 2), request(1, 3)], 1)
-    assert (run.seconds, run.tokens) == (5.0, 5)
+def test_one_at_a_time_is_timed_from_the_second_to_the_end(clock: list[float]) -> None:
+    run = run_requests(Played(clock), [request(1, 2), request(1, 3), request(1, 4)], 1)
+    assert (run.seconds, run.tokens) == (7.0, 7)
     assert run.ttft == [1.0, 1.0]
 
 
