@@ -34,7 +34,7 @@ LONGEST = [
     "@test_head_vllm.py",
     "@test_packaging.py",
     "test_a_kill_leaves_nothing_or_a_whole_folder",
-    "test_two_ranks_resume",
+    "@two ranks",
     "test_kills_at_random_moments",
     "@test_patches.py",
     "@test_sessions.py",

@@ -126,7 +126,10 @@ def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompt
     widest = max(settings.concurrency)
     wanted = widest + settings.repetitions * sum(map(settings.per_run, settings.concurrency))
     room = settings.max_model_len - settings.max_tokens
-    found = read_prompts(source, -(-wanted * DEVELOPMENT // (DEVELOPMENT - 1)), room, target)
+    count = -(-wanted * DEVELOPMENT // (DEVELOPMENT - 1))
+    if settings.sweep:  # the development split keeps the concurrency too
+        count = max(count, widest * DEVELOPMENT)
+    found = read_prompts(source, count, room, target)
     figures, development = split_prompts(found)
     for prompts, use in ((figures, "to measure"), *([(development, "to sweep")] if settings.sweep else [])):
         if len(prompts) < widest:

@@ -164,6 +164,16 @@ RELIED_ON = (
     Symbol(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "KV moves"),
     Symbol(_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output"), "timing"),
     Symbol(_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), "timing"),
+    Symbol(
+        _RUNNER, "GPUModelRunner.take_draft_token_ids", ("self",), "drafts when the engine asks for drafts"
+    ),
+    Symbol(_RUNNER, "GPUModelRunner._dummy_run", ("self", "num_tokens"), "measures what steps cost"),
+    Symbol(
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker.compile_or_warm_up_model",
+        ("self",),
+        "measures what steps cost before the first request",
+    ),
     Symbol(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config"), "finds the layers"),
     Symbol(_RUNNER, "GPUModelRunner._attn_group_iterator", ("self",), "finds the metadata builders"),
     Symbol(
@@ -188,6 +198,19 @@ RELIED_ON = (
         "long prompt chunks beside trees",
     ),
     Symbol("vllm._custom_ops", "rms_norm", ("out", "input", "weight", "epsilon"), "the head's norms"),
+    Symbol(
+        "vllm._custom_ops",
+        "create_onednn_scaled_mm",
+        ("weight", "weight_scales", "output_type", "dynamic_quant", "use_azp"),
+        "the head's int8 products",
+    ),
+    Symbol(
+        "vllm._custom_ops",
+        "onednn_scaled_mm",
+        ("dnnl_handler", "x", "output", "input_scale", "input_zp", "input_zp_adj", "bias"),
+        "the head's int8 products",
+    ),
+    Symbol("vllm._custom_ops", "onednn_scaled_int8_quant", ("input",), "the head's int8 products"),
     Symbol(
         "vllm.config.speculative",
         "SpeculativeConfig._verify_and_get_draft_tp",

@@ -45,6 +45,9 @@ def prepare() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # vLLM 0.32.0 cannot load on a CPU what it saves ahead of time ("load failure ... finalize_loading"), and then compiles
+    # everything again, past the compiler's own cache. Without saving, a second start takes from that cache.
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _all_cores())
     library = intel_openmp()
     preload = os.environ.get("LD_PRELOAD", "")

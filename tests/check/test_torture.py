@@ -22,8 +22,8 @@ Json = dict[str, Any]
 def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path) -> None:
     """`torture` raises where a request differs; the rest says that there was something to see."""
     settings = TortureSettings(
-        requests=length(120, 2000),
-        per_engine=length(60, 300),
+        requests=length(80, 2000),
+        per_engine=length(40, 300),
         wave=20,
         seed=100,
         output=tmp_path / "out.json",

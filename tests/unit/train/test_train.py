@@ -170,51 +170,66 @@ def _two_ranks(script: Path, *arguments: object) -> list[str]:
 _RUN_CLI = Path(__file__).parents[2] / "support" / "run_cli.py"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_train_as_one_with_accumulation(
-    optimizer: str, tiny_target: Path, tiny_answers: Path, tmp_path: Path
-) -> None:
-    options = ["train", "--target", tiny_target, "--data", tiny_answers, "--batch-tokens", 32]
-    options += ["--epochs", 1, "--log-every", 1, "--save-every", 5, "--dtype", "float32"]
-    options += ["--optimizer", optimizer, "--output", tmp_path / "two"]
-    command = _two_ranks(_RUN_CLI, tmp_path / "threads", *options)
+TWO_RANKS = ["--batch-tokens", 32, "--log-every", 1, "--save-every", 5, "--dtype", "float32"]
+
+
+def _trained_by_two(folder: Path, target: Path, answers: Path, *more: object) -> Path:
+    """A whole run of two ranks; `threads.N` beside its output says what rank N leaves running."""
+    options = ["train", "--target", target, "--data", answers, *TWO_RANKS, "--output", folder / "two", *more]
+    command = _two_ranks(_RUN_CLI, folder / "threads", *options)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "two"
+
+
+@pytest.fixture(scope="module")
+def muon_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_answers: Path) -> Path:
+    folder = tmp_path_factory.mktemp("muon")
+    return _trained_by_two(folder, tiny_target, tiny_answers, "--epochs", 2, "--optimizer", "muon")
+
+
+def _equals_accumulation(two: Path, one: Path, target: Path, answers: Path, **more: Any) -> None:
+    """Two ranks trained as one process with twice the steps between updates, and left no thread behind."""
     for rank in range(2):  # a thread that outlives Python may abort its process, and torchrun the others
-        names = json.loads((tmp_path / f"threads.{rank}").read_text())
+        names = json.loads((two.parent / f"threads.{rank}").read_text())
         assert names
         assert not any("gloo" in name for name in names), names
-    train(
-        settings(
-            tiny_target,
-            tiny_answers,
-            tmp_path / "one",
-            batch_tokens=32,
-            epochs=1.0,
-            accumulate=2,
-            learning_rate=1e-3,
-            optimizer=optimizer,
-        )
-    )
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    one, two = (load_head(tmp_path / name / "head").state_dict() for name in ("one", "two"))
-    for name, tensor in one.items():  # bfloat16 in the file
-        torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-2)
-    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert summary["answer_token_visits"] >= 0.9 * summary["answer_tokens"]
+    train(settings(target, answers, one, batch_tokens=32, accumulate=2, learning_rate=1e-3, **more))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    alone, together = (load_head(folder / "head").state_dict() for folder in (one, two))
+    for name, tensor in alone.items():  # bfloat16 in the file
+        torch.testing.assert_close(together[name], tensor, atol=1e-3, rtol=1e-2)
+    summary = json.loads((two / "summary.json").read_text())
+    assert summary["answer_token_visits"] >= 0.9 * more["epochs"] * summary["answer_tokens"]
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_as_if_never_killed(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
-    options: list[object] = ["train", "--target", tiny_target, "--data", tiny_answers, "--batch-tokens", 16]
-    options += ["--epochs", 2, "--log-every", 1, "--save-every", 4, "--dtype", "float32"]
-    options += ["--optimizer", "muon"]
-    whole = _two_ranks(_RUN_CLI, tmp_path / "a", *options, "--output", tmp_path / "whole")
-    done = subprocess.run(whole, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_train_as_one_with_accumulation(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    two = _trained_by_two(tmp_path, tiny_target, tiny_answers, "--epochs", 1)
+    _equals_accumulation(two, tmp_path / "one", tiny_target, tiny_answers, epochs=1.0)
 
-    broken = _two_ranks(_RUN_CLI, tmp_path / "b", *options, "--output", tmp_path / "broken")
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two ranks")
+def test_two_processes_train_as_one_with_muon(
+    muon_by_two: Path, tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    _equals_accumulation(
+        muon_by_two, tmp_path / "one", tiny_target, tiny_answers, epochs=2.0, optimizer="muon"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two ranks")
+def test_two_ranks_resume_as_if_never_killed(
+    muon_by_two: Path, tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    options = ["train", "--target", tiny_target, "--data", tiny_answers, *TWO_RANKS, "--epochs", 2]
+    broken = _two_ranks(
+        _RUN_CLI, tmp_path / "b", *options, "--optimizer", "muon", "--output", tmp_path / "broken"
+    )
     process = subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not _steps(tmp_path / "broken"):
         time.sleep(0.002)
@@ -229,8 +244,10 @@ def test_two_ranks_resume_as_if_never_killed(tiny_target: Path, tiny_answers: Pa
     done = subprocess.run(broken, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Resuming from {checkpoint}" in done.stderr
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    never, again = (load_file(tmp_path / name / "head" / "model.safetensors") for name in ("whole", "broken"))
+    assert losses(tmp_path / "broken") == losses(muon_by_two)
+    never, again = (
+        load_file(run / "head" / "model.safetensors") for run in (muon_by_two, tmp_path / "broken")
+    )
     for name, tensor in never.items():
         assert torch.equal(tensor, again[name]), name
 

@@ -87,3 +87,37 @@ def test_costs_are_kept_and_damage_is_noticed() -> None:
         Costs.from_json({"curves": {}})
     with pytest.raises(ValueError, match="not a number"):
         Costs.from_json({**found.to_json(), "cached": math.nan})
+
+
+@pytest.mark.parametrize("part", ["augment", "first", "level"])
+def test_drafting_is_learnt_apart_from_steps(part: str) -> None:
+    """Each part from its own times, relative to the machine's speed; a hiccup moves it little."""
+    found, size = costs(), StepSize(4, 4, 400)
+    step = found.of_step(size)
+    of_part = {"augment": found.of_augmenting, "first": found.of_first, "level": found.of_level}
+    others = {name: cost(8) for name, cost in of_part.items() if name != part}
+    for _ in range(100):
+        found.learn_drafting(part, 8, 3.0)
+    assert of_part[part](8) == pytest.approx(3.0, rel=0.05)
+    found.learn_drafting(part, 8, 1000.0)
+    assert of_part[part](8) < 1.3 * 3.0
+    assert found.of_step(size) == step
+    assert all(of_part[name](8) == cost for name, cost in others.items())
+
+
+def test_on_a_machine_that_slows_down_drafting_is_dearer_too() -> None:
+    found, size = costs(), StepSize(4, 4, 400)
+    step, level = found.of_step(size), found.of_level(4)
+    for _ in range(200):
+        found.learn_step(size, 3.0 * step)
+    assert found.of_step(size) == pytest.approx(3.0 * step, rel=0.05)
+    assert found.of_level(4) > 1.5 * level
+
+
+def test_more_nodes_and_longer_contexts_never_cost_less() -> None:
+    found = costs()
+    for size in (StepSize(1, 1, 10), StepSize(60, 16, 9000), StepSize(2048, 3, 100)):
+        near, far = found.of_nodes(size, 64, 10.0), found.of_nodes(size, 64, 5000.0)
+        assert (np.diff(near) >= 0).all()
+        assert (far >= near).all()
+        assert far[0] == near[0]

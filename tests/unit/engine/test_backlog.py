@@ -1,0 +1,290 @@
+"""The head reads every position of a text once and in order, however late, or it is told that it cannot."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clover_vllm.engine.drafting.backlog import AcceptedRows, Backlog
+from clover_vllm.tree import Tree
+from clover_vllm.tree.step import Step
+
+BLOCK = 4
+WIDTH = 3
+"""Of a hidden state: the request's number, the position, and 1 where that is text."""
+VOCAB = 1000
+AMPLE = 1 << 20
+
+
+@dataclass
+class State:
+    """What the backlog reads of vLLM's `CachedRequestState`."""
+
+    prompt_token_ids: list[int] | None
+    num_prompt_tokens: int
+    output_token_ids: list[int] = field(default_factory=list)
+
+
+class World:
+    """A batch of requests whose texts are known, step by step."""
+
+    def __init__(self, prompts: list[int], limit: int = AMPLE, blocks: int = 0, seed: int = 0) -> None:
+        """prompts: their lengths."""
+        self.rng = random.Random(seed)
+        self.names = [f"r{i}" for i in range(len(prompts))]
+        self.texts = [[self.rng.randrange(VOCAB) for _ in range(200)] for _ in prompts]
+        self.states: dict[str, Any] = {
+            name: State(text[:size], size)
+            for name, text, size in zip(self.names, self.texts, prompts, strict=True)
+        }
+        self.computed = np.zeros(len(prompts), dtype=np.int64)
+        self.table = np.arange(len(prompts) * 50).reshape(len(prompts), 50) + 7
+        self.backlog = Backlog(limit, BLOCK, blocks, VOCAB)
+        self.read = [0] * len(prompts)
+        for r, name in enumerate(self.names):
+            self.backlog.start(name, 0, self.table[r].tolist())
+
+    def step(self, chunk: int = 5, trees: bool = True) -> None:
+        """Prompts go on by a chunk, the others verify a tree of which a random path is accepted."""
+        made: list[Tree | None] = []
+        rows: list[int] = []
+        accepted: list[list[int]] = []
+        hidden: list[list[float]] = []
+        before = self.computed.copy()
+        for r, name in enumerate(self.names):
+            state, at = self.states[name], int(before[r])
+            left = state.num_prompt_tokens - at
+            if left > 0:
+                count = min(chunk, left)
+                made.append(None)
+                accepted.append([])
+                hidden += [[r, at + i, 1] for i in range(count)]
+                rows.append(count)
+                self.computed[r] += count
+                if count == left:
+                    self._say(r, 1)
+                continue
+            tree = self._tree() if trees and self.rng.random() < 0.7 else None
+            path = self._path(tree)
+            own = [[r, -1, 0] for _ in range(1 + (len(tree) if tree else 0))]
+            own[0] = [r, at, 1]
+            for depth, node in enumerate(path, start=1):
+                own[1 + node] = [r, at + depth, 1]
+            hidden += own
+            made.append(tree)
+            rows.append(len(own))
+            accepted.append(path)
+            self.computed[r] += 1 + len(path)
+            self._say(r, 1 + len(path))
+        step = Step(made, rows)
+        step.accepted = accepted
+        self.backlog.note(
+            torch.tensor(hidden, dtype=torch.float32), list(self.names), step, before, self.table
+        )
+
+    def _say(self, r: int, count: int) -> None:
+        state = self.states[self.names[r]]
+        at = state.num_prompt_tokens + len(state.output_token_ids)
+        state.output_token_ids += self.texts[r][at : at + count]
+
+    def _tree(self) -> Tree:
+        parents = [self.rng.randrange(-1, node) for node in range(self.rng.randrange(1, 7))]
+        return Tree([*range(len(parents))], parents)
+
+    def _path(self, tree: Tree | None) -> list[int]:
+        found: list[int] = []
+        current = -1
+        while tree is not None:
+            children = [n for n, parent in enumerate(tree.parents) if parent == current]
+            if not children or self.rng.random() < 0.3:
+                break
+            current = self.rng.choice(children)
+            found.append(current)
+        return found
+
+    def pending(self, r: int) -> int | None:
+        return self.backlog.pending(self.names[r], int(self.computed[r]))
+
+    def take(self, requests: list[int], most: int = 10_000) -> AcceptedRows | None:
+        """What these have not read, checked against their texts."""
+        taken = self.backlog.take(requests, self.names, self.states, self.table, most)
+        if taken is None:
+            return None
+        assert taken.starts[-1] <= most
+        assert len(taken.hidden) == len(taken.next_tokens) == len(taken.positions) == taken.starts[-1]
+        for i, r in enumerate(taken.requests):
+            own = slice(taken.starts[i], taken.starts[i + 1])
+            positions = [*range(self.read[r], self.read[r] + own.stop - own.start)]
+            assert taken.positions[own].tolist() == positions
+            assert taken.hidden[own].tolist() == [[r, p, 1] for p in positions]
+            assert taken.next_tokens[own].tolist() == [self.texts[r][p + 1] for p in positions]
+            slots = [int(self.table[r, p // BLOCK]) * BLOCK + p % BLOCK for p in positions]
+            assert taken.slots[own].tolist() == slots
+            self.read[r] += len(positions)
+            assert taken.seq_lens[i] == self.read[r]
+            assert (r in taken.complete) == (self.read[r] == self.computed[r])
+        return taken
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_position_is_read_once_and_in_order(seed: int) -> None:
+    """Whoever is asked for, and however much of it fits a pass."""
+    world = World([1, 9, 17, 30], seed=seed)
+    for _ in range(25):
+        world.step()
+        assert all(world.pending(r) == world.computed[r] - world.read[r] for r in range(4))
+        if world.rng.random() < 0.5:
+            asked = sorted(world.rng.sample(range(4), world.rng.randrange(1, 5)))
+            world.take(asked, world.rng.choice([1, 3, 8, 200]))
+            world.backlog.sweep()
+    world.take([0, 1, 2, 3])
+    assert world.read == world.computed.tolist()
+    assert world.take([0, 1, 2, 3]) is None, "nothing is left"
+
+
+def test_what_does_not_fit_a_pass_is_left_for_the_next() -> None:
+    world = World([20, 20])
+    for _ in range(4):
+        world.step()
+    taken = world.take([1, 0], most=25)
+    assert taken is not None
+    assert taken.requests == [1, 0], "in the order asked for"
+    assert taken.complete == {1}
+    assert world.read == [5, 20]
+    taken = world.take([0, 1])
+    assert taken is not None
+    assert taken.requests == [0]
+    assert taken.complete == {0}
+
+
+def test_memory_is_bounded_and_who_loses_states_is_lost_for_good() -> None:
+    """64 rows fit; the request that reads all the time keeps its place."""
+    world = World([4, 4], limit=64 * WIDTH * 4)
+    for _ in range(80):
+        world.step(trees=False)
+        world.take([0])
+    assert world.pending(0) == 0
+    assert world.pending(1) is None
+    assert world.take([1]) is None
+    world.step()
+    assert world.pending(1) is None
+    taken = world.take([0, 1])
+    assert taken is not None
+    assert taken.requests == [0]
+
+
+def test_one_step_is_kept_however_large_it_is() -> None:
+    world = World([40], limit=1)
+    world.step(chunk=40)
+    assert world.pending(0) == 40
+    assert world.take([0]) is not None
+
+
+def test_a_cached_prefix_that_the_head_has_not_read_makes_a_request_lost() -> None:
+    world = World([12])
+    world.backlog.start("late", 8, [50, 51, 52])
+    assert world.backlog.pending("late", 8) is None
+
+
+def test_a_shared_prefix_is_known_where_the_head_has_written_its_blocks() -> None:
+    """Whole blocks only, and only until the target writes them anew."""
+    world = World([10], blocks=100)
+    blocks = world.table[0].tolist()
+    world.step(chunk=10)
+    world.backlog.start("too early", 8, blocks)
+    assert world.backlog.pending("too early", 8) is None
+    world.take([0])
+    world.backlog.start("shares two blocks", 8, blocks)
+    assert world.backlog.pending("shares two blocks", 8) == 0
+    assert world.backlog.pending("shares two blocks", 11) == 3
+    world.backlog.start("shares three", 12, blocks)
+    assert world.backlog.pending("shares three", 12) is None, "the third is not full"
+    world.backlog.forget(world.names)
+    world.backlog.start("r0", 0, blocks)
+    world.computed[:], world.read[:] = 0, [0]
+    world.step(chunk=10)
+    world.backlog.start("too late", 8, blocks)
+    assert world.backlog.pending("too late", 8) is None, "the target has written them again"
+
+
+def test_a_preempted_request_begins_again() -> None:
+    world = World([6, 6])
+    for _ in range(3):
+        world.step()
+    world.take([0])
+    world.backlog.forget(["r0"])
+    assert world.pending(0) is None
+    world.backlog.start("r0", 0, world.table[0].tolist())
+    state = world.states["r0"]
+    # vLLM computes prompt and answer again, as if all were a prompt.
+    state.num_prompt_tokens += len(state.output_token_ids)
+    state.prompt_token_ids = world.texts[0][: state.num_prompt_tokens]
+    state.output_token_ids = []
+    world.computed[0] = world.read[0] = 0
+    for _ in range(6):
+        world.step()
+    assert world.take([0, 1]) is not None
+    assert world.read == world.computed.tolist()
+
+
+def test_a_session_that_takes_back_what_it_said_reads_on_from_there() -> None:
+    """vLLM drops the last tokens of a turn whose drafts went past its end."""
+    world = World([6])
+    for _ in range(4):
+        world.step()
+    world.take([0])
+    back = int(world.computed[0]) - 2
+    world.backlog.start("r0", back, world.table[0].tolist())
+    assert world.backlog.pending("r0", back) == 0
+    world.computed[0] = world.read[0] = back
+    state = world.states["r0"]
+    del state.output_token_ids[back + 1 - state.num_prompt_tokens :]
+    for _ in range(3):
+        world.step()
+    assert world.take([0]) is not None
+    assert world.read == world.computed.tolist()
+
+
+def test_rows_that_were_computed_twice_count_once() -> None:
+    """A step that is repeated wins over what an earlier one said of the same positions."""
+    world = World([6])
+    world.step(chunk=6)
+    before = int(world.computed[0])
+    world.step(trees=False)
+    world.computed[0] = before
+    del world.states["r0"].output_token_ids[1:]
+    world.step(trees=False)
+    assert world.take([0]) is not None
+    assert world.read == world.computed.tolist()
+
+
+def test_placeholders_are_read_as_token_zero() -> None:
+    """Of multimodal prompts, and where a prompt was given as embeddings."""
+    world = World([6])
+    world.states["r0"].prompt_token_ids[3] = VOCAB + 5
+    world.texts[0][3] = 0
+    world.step(chunk=6)
+    assert world.take([0]) is not None
+    world = World([6])
+    world.states["r0"].prompt_token_ids = None
+    world.texts[0][:6] = [0] * 6
+    world.step(chunk=6)
+    assert world.take([0]) is not None
+
+
+def test_notes_that_all_have_read_are_let_go() -> None:
+    """The memory of a request that has ended does not count against the others."""
+    world = World([4, 4], limit=40 * WIDTH * 4)
+    for _ in range(12):
+        world.step(trees=False)
+    world.backlog.forget(["r1"])
+    world.take([0])
+    world.backlog.sweep()
+    for _ in range(15):
+        world.step(trees=False)
+    assert world.pending(0) == 15

@@ -1,0 +1,153 @@
+"""Continuations of earlier text, of a request's own or of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clover_vllm.engine.drafting.retrieval import ANSWERS, LEAST_SHARE, Retrieval, suffix_cache
+from clover_vllm.tree import ROOT
+
+
+def state(prompt: Sequence[int] | None, output: Sequence[int] = ()) -> Any:
+    """What is read of vLLM's `CachedRequestState`."""
+    return SimpleNamespace(prompt_token_ids=prompt and list(prompt), output_token_ids=list(output))
+
+
+def retrieval(kind: str = "all") -> Retrieval:
+    return Retrieval(suffix_cache(kind))
+
+
+def chain_of(found: Any) -> list[int]:
+    """The tokens along the likeliest path."""
+    tokens, current = [], ROOT
+    while True:
+        children = [n for n, parent in enumerate(found.parents) if parent == current]
+        if not children:
+            return tokens
+        current = max(children, key=lambda n: found.probabilities[n])
+        tokens.append(found.tokens[current])
+
+
+PHRASE = [11, 12, 13, 14, 15, 16, 17, 18]
+
+
+def test_the_own_prompt_is_continued() -> None:
+    found = retrieval().look_up("a", state([*PHRASE, 5, 6], [11, 12, 13]), most=4)
+    assert found is not None
+    assert chain_of(found) == [14, 15, 16, 17]
+    assert found.match == 3
+
+
+def test_the_own_answer_is_continued_as_it_grows() -> None:
+    own = retrieval()
+    output: list[int] = []
+    for token in [*PHRASE, 5, 6, 11, 12]:
+        output.append(token)
+        found = own.look_up("a", state([1, 2, 3], output), most=3)
+    assert found is not None
+    assert chain_of(found) == [13, 14, 15]
+
+
+def test_what_was_said_while_nobody_looked_is_caught_up_with() -> None:
+    own = retrieval()
+    own.look_up("a", state([1, 2, 3], [4]), most=0)
+    found = own.look_up("a", state([1, 2, 3], [4, *PHRASE, 9, 11, 12]), most=3)
+    assert found is not None
+    assert chain_of(found) == [13, 14, 15]
+
+
+@pytest.mark.parametrize(("kind", "reaches"), [("all", True), ("own", False)])
+def test_answers_reach_other_requests_only_where_that_is_asked_for(kind: str, reaches: bool) -> None:
+    texts = retrieval(kind)
+    texts.look_up("first", state([1, 2, 3], PHRASE), most=0)
+    running = texts.look_up("second", state([4, 5], [11, 12, 13]), most=3)
+    texts.forget(["first"])
+    ended = texts.look_up("third", state([6, 7], [11, 12, 13]), most=3)
+    assert (running is not None) == reaches
+    assert (ended is not None) == reaches
+    if ended is not None:
+        assert chain_of(ended) == [14, 15, 16]
+
+
+def test_prompts_never_reach_other_requests() -> None:
+    texts = retrieval("all")
+    texts.look_up("first", state(PHRASE, [1]), most=0)
+    assert texts.look_up("second", state([4, 5], [11, 12, 13]), most=3) is None
+
+
+def test_one_token_alone_is_no_match() -> None:
+    """It would propose something after every comma."""
+    assert retrieval().look_up("a", state([*PHRASE, 5, 6], [11]), most=4) is None
+
+
+def test_a_fork_gives_both_ways_and_rare_ones_none() -> None:
+    before = [8, 9, 1, 2]
+    turns = [(3, 12), (4, 8), (5, 1)]
+    prompt = [t for token, count in turns for i in range(count) for t in (*before, token, 100 * token + i)]
+    found = retrieval().look_up("a", state(prompt, before), most=8)
+    assert found is not None
+    first = {
+        t: p
+        for t, parent, p in zip(found.tokens, found.parents, found.probabilities, strict=True)
+        if parent == ROOT
+    }
+    assert first.keys() == {3, 4}
+    assert first[3] > first[4] > LEAST_SHARE
+
+
+@given(st.lists(st.integers(1, 4), min_size=4, max_size=60), st.integers(1, 16))
+def test_what_is_found_is_a_tree_of_at_most_so_many_nodes(text: list[int], most: int) -> None:
+    """Parents come first, siblings differ, and no child is likelier than its parent."""
+    found = retrieval().look_up("a", state(text[:3], text[3:]), most)
+    if found is None:
+        return
+    count = len(found.tokens)
+    assert 1 <= count <= most
+    assert len(found.parents) == len(found.probabilities) == count
+    assert len(set(zip(found.parents, found.tokens, strict=True))) == count
+    for node, parent in enumerate(found.parents):
+        assert ROOT <= parent < node
+        above = 1.0 if parent == ROOT else found.probabilities[parent]
+        assert 0.0 < found.probabilities[node] <= above + 1e-6
+
+
+def test_prompts_given_as_embeddings_have_no_text_to_search() -> None:
+    assert retrieval().look_up("a", state(None, [11, 12, 11, 12]), most=4) is None
+
+
+def test_no_nodes_asked_for_are_none() -> None:
+    assert retrieval().look_up("a", state([*PHRASE, 5], [11, 12]), most=0) is None
+
+
+def test_a_name_may_come_again() -> None:
+    """A preempted request is forgotten and begins anew; a client may give one id twice."""
+    texts = retrieval()
+    for answer in ([*PHRASE], [*PHRASE, 1]):
+        texts.look_up("a", state([1, 2, 3], answer), most=2)
+        texts.forget(["a", "never seen"])
+    assert texts.look_up("b", state([9], [11, 12, 13]), most=2) is not None
+
+
+def test_the_oldest_answers_go_first() -> None:
+    texts = retrieval()
+    for i in range(ANSWERS + 1):
+        texts.look_up(f"r{i}", state([1], [1000 + 2 * i, 1001 + 2 * i, 5000 + i]), most=0)
+        texts.forget([f"r{i}"])
+    gone, kept = (
+        texts.look_up(f"again {i}", state([2], [1000 + 2 * i, 1001 + 2 * i]), most=1)
+        for i in (0, ANSWERS - 1)
+    )
+    assert gone is None
+    assert kept is not None
+
+
+def test_off_and_a_missing_package_mean_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert suffix_cache("off") is None
+    monkeypatch.setitem(__import__("sys").modules, "arctic_inference.suffix_decoding", None)
+    assert suffix_cache("all") is None
