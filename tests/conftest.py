@@ -20,7 +20,13 @@ if TYPE_CHECKING:  # imported where they are used, since the process that hands 
     from clover_vllm.heads.clover2 import Clover2DraftModel
     from clover_vllm.target.frozen import FrozenTarget
 
-FOLDERS = {"engine": "engine", "server": "server", "check": "engine", "packaging": "slow"}
+FOLDERS = {
+    "engine": "engine",
+    "server": "server",
+    "check": "engine",
+    "cluster": "engine",
+    "packaging": "slow",
+}
 """Marks of the tests in a folder."""
 LONGEST = [
     "@test_engine_exact.py",

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from clover_vllm.engine.drafting.backlog import Backlog
 from clover_vllm.engine.drafting.measure import costs_of
+from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.retrieval import Retrieval, suffix_cache
 from clover_vllm.engine.drafting.sizing import LONG_PROMPT, Sizer, Wanted
 from clover_vllm.engine.options import DEFAULT_NODES
@@ -51,7 +52,8 @@ class Speculation:
 
     def __init__(self, runner: CloverRunner) -> None:
         self._runner = runner
-        self.sizer: Sizer | None = None
+        self.sizer: Sizer | None = None  # of the rank that decides
+        self._follows = False  # whether another rank decides
         self.backlog: Backlog | None = None
         self.retrieval: Retrieval | None = None
         self.going: list[int] = []  # requests of the last step that can use a draft
@@ -74,7 +76,11 @@ class Speculation:
         """Time steps and drafting, once all is compiled."""
         runner = self._runner
         if runner.drafter.is_adaptive and runner.kv_caches:
-            self.sizer = Sizer(costs_of(runner), runner.num_spec_tokens)
+            costs = costs_of(runner)
+            self._follows = not leads()
+            if self._follows:
+                return
+            self.sizer = Sizer(costs, runner.num_spec_tokens)
             self.begin_retrieval()
             runner.drafter.sizer = self.sizer
 
@@ -155,6 +161,9 @@ class Speculation:
         going = self.going = [
             r for r, own in enumerate(sampled) if own and step.endings.get(r, NEVER).leaves_room(own)
         ]
+        if self._follows:
+            self._follow(backlog, names, table, common)
+            return {}
         if self.sizer is None:
             return self._of_one_size(backlog, names, going, table, common)
         self._learn(self.sizer, step, sampled, names, computed, done)
@@ -224,6 +233,7 @@ class Speculation:
         runner = self._runner
         wanted = self._wanted(backlog, step, sampled, names, computed, going)
         if not wanted:
+            agree(((), ()))
             return {}
         sampling, prompts, cached = self._next_step(step, sampled, computed, names)
         prices = sizer.prices(wanted, sampling, prompts, cached)
@@ -233,9 +243,11 @@ class Speculation:
             i for i in sizer.choose(wanted, forest, prices)
             if not (wanted[i].pending or 0) > LONG_PROMPT or wanted[i].r not in self._first_tokens(step, going)
         ]  # fmt: skip
+        asked, ended = [wanted[i].r for i in places], []
+        if places and not sizer.decision.asleep:
+            ended = self._rests(backlog, sampled, names, computed, going)
+        agree((asked, ended))
         if places:
-            asked = [wanted[i].r for i in places]
-            ended = self._rests(backlog, sampled, names, computed, going) if not sizer.decision.asleep else []
             accepted = backlog.take([*asked, *ended], names, runner.requests, table, runner.max_num_tokens)
             backlog.sweep()
             if accepted is not None:
@@ -251,6 +263,23 @@ class Speculation:
             sizer.retrieving.learn(forest.saved_by_retrieval(budget) / len(wanted), looked_up / len(wanted))
         trees = forest.trees(budget.nodes)
         return {w.r: tree for w, tree in zip(wanted, trees, strict=True) if len(tree)}
+
+    def _follow(
+        self,
+        backlog: Backlog,
+        names: Sequence[str],
+        table: np.ndarray,
+        common: CommonAttentionMetadata,
+    ) -> None:
+        """What `_adaptive` of the first rank asks the head for."""
+        runner = self._runner
+        asked, ended = agree(((), ()))
+        if not asked:
+            return
+        accepted = backlog.take([*asked, *ended], names, runner.requests, table, runner.max_num_tokens)
+        backlog.sweep()
+        if accepted is not None:
+            runner.drafter.follow_forest(accepted, [r for r in asked if r in accepted.complete], common)
 
     def _retrieve(
         self, sizer: Sizer, wanted: Sequence[Wanted], names: Sequence[str], forest: Forest, prices: Prices
