@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.launch.environment import prepare
+from clover_vllm.launch.reaper import reaped
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -127,15 +128,16 @@ def answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[t
             found.put(error)
 
     worker = threading.Thread(target=run)
-    worker.start()
-    try:
-        while (next_ := found.get()) is not None:
-            if isinstance(next_, BaseException):
-                raise _explained(next_)
-            yield next_
-    finally:
-        stop.set()
-        worker.join()
+    with reaped():
+        worker.start()
+        try:
+            while (next_ := found.get()) is not None:
+                if isinstance(next_, BaseException):
+                    raise _explained(next_)
+                yield next_
+        finally:
+            stop.set()
+            worker.join()
 
 
 def _explained(error: BaseException) -> BaseException:

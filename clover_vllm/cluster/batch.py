@@ -201,7 +201,7 @@ class Answers:
         end = 0
         if self._path.exists():
             end = self._read(head, wanted)
-        self._file = open(self._path, "r+b" if end else "wb")
+        self._file = open(self._path, "r+b" if end else "wb")  # noqa: SIM115 (closed by `finish`)
         self._file.truncate(end)
         self._file.seek(end)
         if not end:

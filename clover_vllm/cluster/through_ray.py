@@ -27,6 +27,8 @@ BLOCK = 16
 class Answerer:
     """An actor of Ray Data with an engine of its own."""
 
+    _start = staticmethod(answering)
+
     def __init__(self, flags: Sequence[str], cpus: int) -> None:
         """
         Args:
@@ -44,7 +46,7 @@ class Answerer:
     async def __call__(self, block: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Columns `line` and `text` in, `line` and `answer` out."""
         if self._engine is None:  # made here, where the actor's event loop runs
-            self._engine = asyncio.create_task(self._stack.enter_async_context(answering(self._flags)))
+            self._engine = asyncio.create_task(self._stack.enter_async_context(self._start(self._flags)))
         engine = await asyncio.shield(self._engine)
         try:
             answers = await asyncio.gather(*(engine.answer(str(text)) for text in block["text"]))
@@ -53,7 +55,9 @@ class Answerer:
         yield {"line": block["line"], "answer": answers}
 
 
-def answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
+def answered(
+    settings: BatchSettings, requests: Sequence[Request], answerer: type[Answerer] = Answerer
+) -> Iterator[tuple[int, str]]:
     """Line numbers with answers as they come, from a cluster."""
     import ray
     import ray.data
@@ -64,7 +68,7 @@ def answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[t
     rows = [{"line": r.line, "text": r.text} for r in requests]
     blocks = max(1, -(-len(rows) // BLOCK))
     answers = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        Answerer,
+        answerer,
         fn_constructor_kwargs={"flags": list(settings.flags), "cpus": settings.replica_cpus},
         batch_size=BLOCK,
         concurrency=(1, settings.replicas),

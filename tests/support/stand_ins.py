@@ -1,0 +1,97 @@
+"""Replicas and batch engines without vLLM, for tests of what is around them: quick to start, and they die when told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from ray.serve.llm.openai_api_models import ChatCompletionResponse
+
+from clover_vllm.cluster import through_ray
+from clover_vllm.cluster.answering import EngineDied
+from clover_vllm.cluster.server import CloverServer
+
+SECONDS = 0.3
+"""That an answer takes."""
+
+
+def answer_to(content: str) -> str:
+    """What every stand-in says."""
+    return f"answer to {content}"
+
+
+class StandInEngine:
+    """Stands for Ray's VLLMEngine; its child stands for an engine core."""
+
+    def __init__(self, config: Any) -> None:
+        self._folder = Path(config.engine_kwargs["folder"])
+        self._engine_client = self
+        self.errored = False
+
+    async def start(self) -> None:
+        child = subprocess.Popen(["sleep", "1000"])
+        (self._folder / f"{os.getpid()}.json").write_text(
+            json.dumps({"child": child.pid, "cores": os.environ["VLLM_CPU_OMP_THREADS_BIND"]})
+        )
+
+    async def check_health(self) -> None:
+        assert not self.errored
+
+    async def chat(self, request: Any, info: Any = None) -> AsyncIterator[Any]:
+        content = request.messages[0]["content"]
+        for piece in range(3):
+            await asyncio.sleep(SECONDS / 3)
+            if (self._folder / f"die-{os.getpid()}").exists():
+                self.errored = True
+                raise RuntimeError("EngineDeadError: told to die")
+            if request.stream:
+                event = {"choices": [{"index": 0, "delta": {"content": f"{piece} {answer_to(content)}"}}]}
+                yield f"data: {json.dumps(event)}\n\n"
+        if not request.stream:
+            message = {"role": "assistant", "content": answer_to(content)}
+            yield ChatCompletionResponse.model_validate(
+                {
+                    "model": "small",
+                    "choices": [{"index": 0, "message": message}],
+                    "usage": {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1},
+                }
+            )
+
+
+class StandInServer(CloverServer):
+    """`CloverServer` on a stand-in."""
+
+    _default_engine_cls = StandInEngine
+
+
+class StandInAnswering:
+    """Stands for `cluster.answering.Answering`; dies at a line that says so, once."""
+
+    def __init__(self, flags: list[str]) -> None:
+        self._folder = Path(flags[-1])
+
+    async def answer(self, text: str) -> str:
+        await asyncio.sleep(0.01)
+        line = json.loads(text)
+        fatal = self._folder / line["custom_id"]
+        if "fatal" in line["custom_id"] and not fatal.exists():
+            fatal.touch()
+            raise EngineDied
+        with (self._folder / "asked").open("a") as file:
+            file.write(line["custom_id"] + "\n")
+        return json.dumps({"custom_id": line["custom_id"], "error": None})
+
+
+class StandInAnswerer(through_ray.Answerer):
+    """`Answerer` on a stand-in."""
+
+    @staticmethod
+    @asynccontextmanager
+    async def _start(flags: Any) -> AsyncIterator[Any]:
+        yield StandInAnswering(list(flags))
