@@ -83,13 +83,20 @@ async def answering(flags: Sequence[str]) -> AsyncIterator[Answering]:
 
 
 def parse_flags(flags: Sequence[str]) -> Namespace:
-    """Arguments of `vllm run-batch`; ends the command as argparse does where they are wrong."""
+    """Arguments of `vllm run-batch`; ends the command as argparse does where they are wrong.
+
+    Raises:
+        UserError: a reasoning parser that vLLM does not know.
+    """
     from vllm.entrypoints.launchers import run_batch
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = run_batch.make_arg_parser(FlexibleArgumentParser(prog="clover-vllm batch"))
     arguments: Namespace = parser.parse_args(["-i", "-", "-o", "-", *flags])
-    run_batch.validate_run_batch_args(arguments)
+    try:
+        run_batch.validate_run_batch_args(arguments)
+    except KeyError as error:
+        raise UserError(f"vLLM refuses the flags: {error.args[0]}.") from None
     return arguments
 
 

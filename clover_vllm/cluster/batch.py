@@ -8,6 +8,7 @@ input. Lines that are no requests are reported in a second file and hold nothing
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -198,36 +199,37 @@ class Answers:
         # Replicas and requests at a time change nothing in the answers.
         head = {"input": files_key([settings.input]), "flags": list(settings.flags)}
         self.lines: set[int] = set()
-        end = 0
-        if self._path.exists():
-            end = self._read(head, wanted)
-        self._file = open(self._path, "r+b" if end else "wb")  # noqa: SIM115 (closed by `finish`)
+        self._file = open(self._path, "a+b")  # noqa: SIM115 (closed by `finish`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"Another run is writing {self._path}.") from None
+        end = self._read(head, wanted)
         self._file.truncate(end)
-        self._file.seek(end)
         if not end:
             self._append(head)
 
     def _read(self, head: dict[str, Any], wanted: set[int]) -> int:
         """What an earlier run has left; returns where its last whole line ends."""
         end = 0
-        with open(self._path, "rb") as file:
-            for raw in file:
-                try:
-                    line = json.loads(raw) if raw.endswith(b"\n") else None
-                except ValueError:
-                    line = None
-                if not isinstance(line, dict):
+        self._file.seek(0)
+        for raw in self._file:
+            try:
+                line = json.loads(raw) if raw.endswith(b"\n") else None
+            except ValueError:
+                line = None
+            if not isinstance(line, dict):
+                break
+            if not end and line != head:
+                changed = "input" if line.get("input") != head["input"] else "flags"
+                raise UserError(
+                    f"{self._path} was begun with other {changed}; go on with those, or remove the file."
+                )
+            if end:
+                if line["line"] not in wanted or line["line"] in self.lines:
                     break
-                if not end and line != head:
-                    changed = "input" if line.get("input") != head["input"] else "flags"
-                    raise UserError(
-                        f"{self._path} was begun with other {changed}; go on with those, or remove the file."
-                    )
-                if end:
-                    if line["line"] not in wanted or line["line"] in self.lines:
-                        break
-                    self.lines.add(line["line"])
-                end += len(raw)
+                self.lines.add(line["line"])
+            end += len(raw)
         return end
 
     def add(self, line: int, answer: str) -> None:

@@ -14,6 +14,8 @@ from clover_vllm.launch.environment import is_cpu_build, prepare
 
 logger = logging.getLogger("ray.serve")
 
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+
 LOOK_EVERY = 0.25
 """Seconds between two looks at the engine."""
 
@@ -26,11 +28,12 @@ class CloverServer(LLMServer):
 
         Ray would find a dead engine by its health checks only, and would send it requests until then.
         """
-        if is_cpu_build():
+        said = (self._llm_config.runtime_env or {}).get("env_vars", {})
+        if is_cpu_build() and BIND not in said:  # the environment of `ray start` is that of all replicas
             bundles = self.get_deployment_options(self._llm_config)["placement_group_bundles"]
             cores = int(sum(bundle.get("CPU", 0) for bundle in bundles))
             ranks = int(self._llm_config.engine_kwargs.get("tensor_parallel_size", 1))
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", claim_cores(max(1, cores), ranks))
+            os.environ[BIND] = claim_cores(max(1, cores), ranks)
         prepare()
         await super().start()
         self._watch = asyncio.create_task(self._leave_when_dead())

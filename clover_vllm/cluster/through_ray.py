@@ -37,7 +37,7 @@ class Answerer:
         """
         if is_cpu_build():
             ranks = int(parse_flags(flags).tensor_parallel_size)
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", claim_cores(cpus, ranks))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = claim_cores(cpus, ranks)
         prepare()
         self._flags = flags
         self._stack = AsyncExitStack()
@@ -72,7 +72,7 @@ def answered(
         fn_constructor_kwargs={"flags": list(settings.flags), "cpus": settings.replica_cpus},
         batch_size=BLOCK,
         concurrency=(1, settings.replicas),
-        max_concurrency=max(1, settings.at_once // BLOCK),
+        max_concurrency=max(1, settings.at_once // BLOCK),  # deprecated: there is no other way in Ray 2.60
         num_cpus=settings.replica_cpus,
         num_gpus=settings.replica_gpus,
     )
@@ -82,5 +82,5 @@ def answered(
 
 def _environment() -> dict[str, str]:
     """Variables that engines on other hosts should have too."""
-    names = ("VLLM_", "CLOVER_", "HF_", "TOKENIZERS_PARALLELISM", "LD_PRELOAD")
+    names = ("VLLM_", "CLOVER_", "HF_", "TOKENIZERS_PARALLELISM")
     return {name: value for name, value in os.environ.items() if name.startswith(names)}

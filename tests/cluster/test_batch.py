@@ -6,26 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from chats import TINY_FLAGS, chat_lines
 from engines import Script, run_script
 from pairs import make_pair
 from small import add_tokenizer
-
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
-FLAGS += ["--num-gpu-blocks-override", "256", "--block-size", "32", "--served-model-name", "small"]
-
-
-def lines(count: int) -> list[dict[str, Any]]:
-    """Greedy and seeded chats; some with several samples or logprobs, one that is refused."""
-    made = []
-    for i in range(count):
-        content = " ".join(f"t{3 + (17 * i + 5 * j) % 200}" for j in range(8))
-        body: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": content}]}
-        body |= {"max_tokens": 30, "ignore_eos": True}
-        body |= {"temperature": 0.8, "seed": i, "n": 1 + i % 3} if i % 2 else {"temperature": 0}
-        body |= {"logprobs": True} if i % 5 == 0 else {}
-        body |= {"top_p": 9} if i == 4 else {}
-        made.append({"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": body})
-    return made
 
 
 def said(path: Path) -> list[tuple[Any, ...]]:
@@ -48,9 +32,9 @@ def said(path: Path) -> list[tuple[Any, ...]]:
 def test_a_killed_batch_goes_on_and_says_what_run_batch_says(tmp_path: Path) -> None:
     target, head = make_pair(tmp_path, "llama tied")
     add_tokenizer(target)
-    requests = lines(18)
+    requests = chat_lines(18)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
-    flags = ["--model", str(target), *FLAGS]
+    flags = ["--model", str(target), *TINY_FLAGS]
     spec: dict[str, Any] = {"input": str(tmp_path / "in.jsonl"), "flags": flags}
     run_script("run_batch", {**spec, "output": str(tmp_path / "plain.jsonl"), "reference": True})
     drafting = [*flags, "--speculative-config", json.dumps({"model": str(head)})]

@@ -62,7 +62,8 @@ def serve_and_kill(folder: Path) -> Json:
             "accelerator_config": {"kind": "cpu"},
             "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
             "server_cls": "stand_ins:StandInServer",
-            "engine_kwargs": {"folder": str(folder), "max_num_seqs": 32},
+            "engine_kwargs": {"max_num_seqs": 32},
+            "runtime_env": {"env_vars": {"STAND_IN_FOLDER": str(folder)}},
             "deployment_config": {"num_replicas": 2},
         }
         ingress = {"num_replicas": 1}

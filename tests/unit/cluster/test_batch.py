@@ -162,6 +162,17 @@ def test_files_that_are_in_the_way_are_left_alone(
     assert settings.output.read_text() == "mine\n"
 
 
+def test_two_runs_do_not_write_one_output(settings: BatchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def second(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
+        with pytest.raises(UserError, match="Another run") as found:
+            run_with(Engine(), settings, monkeypatch)
+        one_sentence(found.value)
+        yield from Engine()(settings, requests)
+
+    monkeypatch.setattr(batch, "_answered", second)
+    assert run_batch(settings)["answers"] == 30
+
+
 def test_an_input_without_requests_is_refused(tmp_path: Path) -> None:
     for name, text in (("empty.jsonl", ""), ("bad.jsonl", "x\n")):
         (tmp_path / name).write_text(text)
