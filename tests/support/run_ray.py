@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,18 @@ Json = dict[str, Any]
 
 
 def main(spec: Json) -> Json:
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_process_group_cleanup_enabled="1")
+    set_environment()
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     folder = Path(spec["folder"])
     return {**batch(folder), **serve_and_kill(folder)}
+
+
+def set_environment() -> None:
+    """For a cluster of a test: a token of its own, and not one in the user's home."""
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_process_group_cleanup_enabled="1")
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def batch(folder: Path) -> Json:

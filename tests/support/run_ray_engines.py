@@ -6,7 +6,6 @@ statuses and texts by request, what was killed, what is left of it, and metrics 
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -19,12 +18,13 @@ VICTIMS = ("VLLM::EngineCore", "VLLM::Worker", "ray::ServeReplica:default:Clover
 
 
 def main(spec: Json) -> Json:
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_process_group_cleanup_enabled="1")
+    from run_ray import free_port, set_environment
+
+    set_environment()
     import httpx
     import psutil
     import ray
     from ray import serve
-    from run_ray import free_port
 
     from clover_vllm.cluster.serving import build
 

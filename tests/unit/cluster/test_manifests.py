@@ -87,11 +87,13 @@ def test_plain_servers_are_probed_drained_and_never_all_gone() -> None:
 def test_rayservice_serves_what_serve_yaml_says() -> None:
     service = by_kind("kubernetes/rayservice.yaml")["RayService"]["spec"]
     (serve,) = documents("ray/serve.yaml")
-    assert yaml.safe_load(service["serveConfigV2"]) == serve
     (workers,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    cores = int(workers["rayStartParams"]["num-cpus"])
+    assert container["resources"]["limits"]["cpu"] == str(cores)
     (model,) = serve["applications"][0]["args"]["llm_configs"]
-    cores = model["placement_group_config"]["bundle_per_worker"]["CPU"]
-    assert int(workers["rayStartParams"]["num-cpus"]) == cores
+    model["placement_group_config"] = {"bundle_per_worker": {"CPU": cores}}  # a pod is a replica
+    assert yaml.safe_load(service["serveConfigV2"]) == serve
     assert workers["maxReplicas"] >= model["deployment_config"]["autoscaling_config"]["max_replicas"]
 
 
