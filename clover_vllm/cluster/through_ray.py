@@ -39,6 +39,9 @@ class Answerer:
             ranks = int(parse_flags(flags).tensor_parallel_size)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = claim_cores(cpus, ranks)
         prepare()
+        self._prepare(flags)
+
+    def _prepare(self, flags: Sequence[str]) -> None:
         self._flags = flags
         self._stack = AsyncExitStack()
         self._engine: asyncio.Task[Answering] | None = None

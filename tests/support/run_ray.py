@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -23,7 +24,7 @@ def main(spec: Json) -> Json:
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     folder = Path(spec["folder"])
-    return {**batch(folder), **serve_and_kill(folder)}
+    return batch(folder) if spec["what"] == "batch" else serve_and_kill(folder)
 
 
 def set_environment() -> None:
@@ -44,7 +45,7 @@ def batch(folder: Path) -> Json:
         for i in range(1, 201)
         for name in [f"{'fatal' if i % 70 == 0 else 'r'}{i}"]
     ]
-    settings = BatchSettings(folder, folder, ("--model", str(folder)), ray=True, replicas=2)
+    settings = BatchSettings(folder, folder, ("--model", str(folder)), at_once=32, ray=True, replicas=2)
     found = list(answered(settings, requests, StandInAnswerer))
     asked = (folder / "asked").read_text().split()
     return {
@@ -55,84 +56,99 @@ def batch(folder: Path) -> Json:
 
 
 def serve_and_kill(folder: Path) -> Json:
-    """Two replicas behind our ingress, and behind Ray's, which are killed while they answer."""
+    """Two replicas, which are killed while they answer through our ingress, and through Ray's."""
     import httpx
     import psutil
     from ray import serve
-    from stand_ins import SECONDS
+    from ray.serve.llm.ingress import OpenAiIngress
+    from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
     from clover_vllm.cluster.serving import build
 
-    def app(**more: Any) -> Any:
-        model = {
-            "model_loading_config": {"model_id": "small", "model_source": "none"},
-            "accelerator_config": {"kind": "cpu"},
-            "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
-            "server_cls": "stand_ins:StandInServer",
-            "engine_kwargs": {"max_num_seqs": 32},
-            "runtime_env": {"env_vars": {"STAND_IN_FOLDER": str(folder)}},
-            "deployment_config": {"num_replicas": 2},
-        }
-        ingress = {"num_replicas": 1}
-        return build({"llm_configs": [model], "ingress_deployment_config": ingress, **more})
+    model = {
+        "model_loading_config": {"model_id": "small", "model_source": "none"},
+        "accelerator_config": {"kind": "cpu"},
+        "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
+        "server_cls": "stand_ins:StandInServer",
+        "engine_kwargs": {"max_num_seqs": 64},
+        "runtime_env": {"env_vars": {"STAND_IN_FOLDER": str(folder)}},
+        "deployment_config": {"num_replicas": 2},
+    }
+
+    def is_alive(pid: int) -> bool:
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
     def replicas() -> dict[int, Json]:
         """Those that live, by process id."""
         made = {int(p.stem): json.loads(p.read_text()) for p in folder.glob("*.json")}
         return {pid: note for pid, note in made.items() if is_alive(pid)}
 
-    def is_alive(pid: int) -> bool:
-        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-    def ask(number: int, stream: bool = False) -> tuple[int, str]:
-        body = {"model": "small", "messages": [{"role": "user", "content": f"q{number}"}], "stream": stream}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    def ask(number: int, stream: bool) -> tuple[int, str]:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=chat(number, stream), timeout=120)
         if stream or answer.status_code != 200:
             return answer.status_code, answer.text
         return 200, str(answer.json()["choices"][0]["message"]["content"])
 
-    def while_asked(harm: Callable[[], None], stream: bool = False) -> list[tuple[int, str]]:
-        with ThreadPoolExecutor(16) as pool:
-            asked = [pool.submit(ask, i, stream) for i in range(16)]
-            time.sleep(0.6 * SECONDS)
-            harm()
-            return [future.result() for future in asked]
-
-    def wait_for(count: int) -> None:
-        until = time.monotonic() + 60
-        while len(replicas()) < count and time.monotonic() < until:
-            time.sleep(0.2)
+    def ask_rays(number: int) -> bool:
+        """Whether Ray's own ingress, made here, answers."""
+        handle = serve.get_deployment_handle("StandInServer:small", "default")
+        ingress = OpenAiIngress({"small": handle}, {"small": None})
+        body = ChatCompletionRequest.model_validate(chat(number, False))
+        try:
+            return asyncio.run(ingress._process_llm_request(body, "chat")).status_code == 200
+        except Exception:
+            return False
 
     gone: list[int] = []
 
-    def kill() -> None:
-        pid, note = next(iter(replicas().items()))
-        gone.append(note["child"])
-        psutil.Process(pid).kill()
+    def while_asked(harm: Callable[[int], None]) -> Json:
+        for file in folder.glob("begun-*"):
+            file.unlink()
+        with ThreadPoolExecutor(24) as pool:
+            asked = [pool.submit(ask, i, False) for i in range(8)]
+            streams = [pool.submit(ask, i, True) for i in range(8, 16)]
+            rays = [pool.submit(ask_rays, i) for i in range(16, 24)]
+            victim = wait_until_busy()
+            gone.append(replicas()[victim]["child"])
+            harm(victim)
+            return {
+                "answers": [future.result() for future in asked],
+                "streams": [future.result() for future in streams],
+                "rays": [future.result() for future in rays],
+            }
 
-    def tell_engine_to_die() -> None:
-        pid, note = next(iter(replicas().items()))
-        gone.append(note["child"])
-        (folder / f"die-{pid}").touch()
+    def wait_until_busy() -> int:
+        """A replica that is in the middle of requests of all three kinds."""
+        until = time.monotonic() + 100
+        while time.monotonic() < until:
+            for pid in replicas():
+                begun = folder / f"begun-{pid}"
+                numbers = [int(line[1:]) for line in begun.read_text().split()] if begun.exists() else []
+                if {number // 8 for number in numbers} == {0, 1, 2}:
+                    return pid
+            time.sleep(0.05)
+        raise AssertionError("no replica was asked for all of it")
 
     url = f"http://127.0.0.1:{free_port()}"
     serve.start(http_options={"port": int(url.rpartition(":")[2])})
-    serve.run(app(), route_prefix="/")
-    found: Json = {"cores": sorted(note["cores"] for note in replicas().values())}
-    found["whole_stream"] = ask(0, stream=True)
-    found["replica_killed"] = while_asked(kill)
-    wait_for(2)
-    found["engine_died"] = while_asked(tell_engine_to_die)
-    wait_for(2)
-    found["streams"] = while_asked(kill, stream=True)
+    serve.run(build({"llm_configs": [model], "ingress_deployment_config": {"num_replicas": 1}}))
+    found: Json = {
+        "cores": sorted(note["cores"] for note in replicas().values()),
+        "whole_stream": ask(0, stream=True)[1],
+        "killed": while_asked(lambda pid: psutil.Process(pid).kill()),
+    }
+    until = time.monotonic() + 100
+    while len(replicas()) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+    found["died"] = while_asked(lambda pid: (folder / f"die-{pid}").touch())
     until = time.monotonic() + 20
     while any(map(is_alive, gone)) and time.monotonic() < until:
         time.sleep(0.2)
-    found["orphans"] = [pid for pid in gone if is_alive(pid)]
-    wait_for(2)
-    serve.run(app(ingress_cls_config={}), route_prefix="/")
-    found["with_rays_ingress"] = while_asked(kill)
-    return found
+    return found | {"orphans": [pid for pid in gone if is_alive(pid)], "victims": len(gone)}
+
+
+def chat(number: int, stream: bool) -> Json:
+    return {"model": "small", "messages": [{"role": "user", "content": f"q{number}"}], "stream": stream}
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from clover_vllm.cluster import through_ray
 from clover_vllm.cluster.answering import EngineDied
 from clover_vllm.cluster.server import CloverServer
 
-SECONDS = 0.3
+SECONDS = 2.0
 """That an answer takes."""
 
 
@@ -29,21 +29,22 @@ def answer_to(content: str) -> str:
 class StandInEngine:
     """Stands for Ray's VLLMEngine; its child stands for an engine core."""
 
-    def __init__(self, config: Any) -> None:  # as Ray calls it
+    def __init__(self, config: Any) -> None:
+        del config
         self._folder = Path(os.environ["STAND_IN_FOLDER"])
         self._engine_client = self
         self.errored = False
 
     async def start(self) -> None:
         child = subprocess.Popen(["sleep", "1000"])
-        (self._folder / f"{os.getpid()}.json").write_text(
-            json.dumps({"child": child.pid, "cores": os.environ["VLLM_CPU_OMP_THREADS_BIND"]})
-        )
+        note = {"child": child.pid, "cores": os.environ["VLLM_CPU_OMP_THREADS_BIND"]}
+        (self._folder / f"{os.getpid()}.json").write_text(json.dumps(note))
 
     async def check_health(self) -> None:
         assert not self.errored
 
     async def chat(self, request: Any, info: Any = None) -> AsyncIterator[Any]:
+        """Three pieces; which kinds of requests have begun is noted."""
         content = request.messages[0]["content"]
         for piece in range(3):
             await asyncio.sleep(SECONDS / 3)
@@ -53,6 +54,8 @@ class StandInEngine:
             if request.stream:
                 event = {"choices": [{"index": 0, "delta": {"content": f"{piece} {answer_to(content)}"}}]}
                 yield f"data: {json.dumps(event)}\n\n"
+            with (self._folder / f"begun-{os.getpid()}").open("a") as file:
+                file.write(f"{content}\n")
         if not request.stream:
             message = {"role": "assistant", "content": answer_to(content)}
             yield ChatCompletionResponse.model_validate(
@@ -90,6 +93,10 @@ class StandInAnswering:
 
 class StandInAnswerer(through_ray.Answerer):
     """`Answerer` on a stand-in."""
+
+    def __init__(self, flags: list[str], cpus: int) -> None:
+        del cpus
+        super()._prepare(flags)
 
     @staticmethod
     @asynccontextmanager
