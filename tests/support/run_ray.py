@@ -35,7 +35,7 @@ def set_environment() -> None:
 
 def batch(folder: Path) -> Json:
     """200 lines through two actors, three of which kill the actor that is asked them first."""
-    from stand_ins import StandInAnswerer
+    from batch_stand_ins import StandInAnswerer
 
     from clover_vllm.cluster.batch import BatchSettings, Request
     from clover_vllm.cluster.through_ray import answered

@@ -199,7 +199,9 @@ def test_alerts_name_metrics_that_exist() -> None:
     for rule in rules:
         expression = rule["expr"]
         assert expression.count("(") == expression.count(")")
-        names = set(re.findall(r"[a-zA-Z_:]\w*(?=[{\[])", re.sub(r"\{[^}]*\}(?=\[)", "", expression)))
+        names = set(
+            re.findall(r"(?<![\w:])[a-zA-Z_][\w:]*(?=[{\[])", re.sub(r"\{[^}]*\}(?=\[)", "", expression))
+        )
         under_ray = {name for name in names if name.startswith("ray_")}
         plain = {found[0] for found in NAME.finditer(expression)}
         per_server = {"vllm:num_requests_running"}  # joins a server's own metrics to those of its process

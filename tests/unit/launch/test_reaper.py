@@ -51,7 +51,7 @@ def test_nothing_is_left_of_a_process_that_was_killed(how: signal.Signals) -> No
 
 def test_one_that_ends_by_itself_leaves_what_it_wants() -> None:
     """The reaper goes before it."""
-    with subprocess.Popen([sys.executable, "-c", PARENT, "6"]) as process:
+    with subprocess.Popen([sys.executable, "-c", PARENT, "3"]) as process:
         found = descendants(process)
         process.wait()
     time.sleep(1.0)
