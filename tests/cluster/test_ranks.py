@@ -21,8 +21,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def requests() -> list[Json]:
     """Greedy ones and seeded ones in turn."""
-    made = random_requests(length(8, 60))
+    made = random_requests(length(6, 60))
     for i, request in enumerate(made):
+        request["step"] //= length(8, 1)
         request["params"] |= {"max_tokens": length(16, 60)}
         request["params"] |= {"temperature": 0.8, "seed": i, "top_p": 0.9} if i % 2 else {}
     return made

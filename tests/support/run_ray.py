@@ -34,7 +34,7 @@ def set_environment() -> None:
 
 
 def batch(folder: Path) -> Json:
-    """200 lines through two actors, three of which kill the actor that is asked them first."""
+    """100 lines through two actors, one of which kills the actor that is asked it first."""
     from batch_stand_ins import StandInAnswerer
 
     from clover_vllm.cluster.batch import BatchSettings, Request
@@ -42,7 +42,7 @@ def batch(folder: Path) -> Json:
 
     requests = [
         Request(i, name, json.dumps({"custom_id": name}))
-        for i in range(1, 201)
+        for i in range(1, 101)
         for name in [f"{'fatal' if i % 70 == 0 else 'r'}{i}"]
     ]
     settings = BatchSettings(folder, folder, ("--model", str(folder)), at_once=32, ray=True, replicas=2)

@@ -13,6 +13,8 @@ from ray.serve.llm import LLMConfig, LLMServer
 from clover_vllm.cluster import server
 from clover_vllm.cluster.server import BIND, CloverServer
 
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'LLMServer.__del__'")
+
 
 def started(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[list[Any], dict[str, str]]:
     """A replica whose engine dies soon: how it left, and its environment."""
