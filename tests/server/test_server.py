@@ -220,9 +220,10 @@ def test_metrics_of_trees(server: Server, client: OpenAI) -> None:
     assert "clover:fallbacks_total" in found
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
-    text = (Path(__file__).parents[2] / "serving" / "grafana" / "clover.json").read_text()
-    names = set(re.findall(r"\b(?:vllm|clover):\w+", text))
+def test_the_dashboard_and_alerts_ask_for_metrics_that_exist(server: Server) -> None:
+    serving = Path(__file__).parents[2] / "serving"
+    text = "".join((serving / part).read_text() for part in ("grafana/clover.json", "prometheus/alerts.yml"))
+    names = set(re.findall(r"\b(?:vllm|clover):\w+|\bprocess_start_\w+", text))
     assert len(names) > 10
     assert names <= server.counters().keys()
 

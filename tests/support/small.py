@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.init import config_for_target, init_from_target
@@ -34,6 +37,18 @@ def tiny_llama(folder: Path, seed: int = 0, vocab: int = VOCAB, hidden: int = 12
         pad_token_id=0,
     )
     LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path, vocab: int = VOCAB) -> Path:
+    """Words t0, t1, ... for the tokens of a target, and a chat template that says a chat's words and no more."""
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab)}, unk_token="t0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="t1", eos_token="t2", pad_token="t0", unk_token="t0"
+    )
+    made.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    made.save_pretrained(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 
 from clover_vllm.base.files import write_json
+from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.tree.costs import Costs, Curve
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ the trip to memory."""
 def costs_of(runner: CloverRunner) -> Costs:
     """Those kept from an earlier start with the same settings on such a machine, or measured now."""
     place = _place(runner)
-    try:
-        return Costs.from_json(json.loads(place.read_text()))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError):
-        pass
+    if (kept := agree(_kept(place))) is not None:
+        return kept
     started = time.perf_counter()
     costs = _measure(runner)
+    if not leads():
+        return costs
     logger.info("Clover-2 timed steps and drafting in %.1f s.", time.perf_counter() - started)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +53,14 @@ def costs_of(runner: CloverRunner) -> Costs:
     except OSError as error:
         logger.warning("Clover-2 cannot keep what it measured: %s.", error)
     return costs
+
+
+def _kept(place: Path) -> Costs | None:
+    """What an earlier start has kept, if it can be read."""
+    try:
+        return Costs.from_json(json.loads(place.read_text()))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _place(runner: CloverRunner) -> Path:
@@ -104,10 +113,10 @@ def _measure(runner: CloverRunner) -> Costs:
 def _curve(
     rows: tuple[int, ...], most: int, end: float, prepare: Callable[[int], Callable[[], object]]
 ) -> Curve:
-    """Time a part at some numbers of rows."""
+    """Time a part at some numbers of rows. All ranks run it as often as the first finds right."""
     measured: dict[float, float] = {}
     for count in rows:
-        if count > most or (len(measured) > 1 and time.perf_counter() > end):
+        if count > most or (len(measured) > 1 and agree(time.perf_counter() > end)):
             break
         run = prepare(count)
         run()
@@ -116,7 +125,7 @@ def _curve(
             begun = time.perf_counter()
             run()
             times.append(time.perf_counter() - begun)
-            if sum(times) > 0.2:
+            if agree(sum(times) > 0.2):
                 break
         measured[count] = 1e3 * min(times)
     return Curve(measured)

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from clover_vllm.engine.drafting.backlog import AcceptedRows
+from clover_vllm.engine.drafting.ranks import LeadingLevels, follow
 from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
 from clover_vllm.engine.options import ADAPTIVE_WIDTH, CloverOptions
@@ -101,12 +102,8 @@ class Clover2Proposer(EagleProposer):
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether trees are sized by what they cost and earn.
-
-        Ranks of a tensor-parallel engine must make the same calls, though each has times of its own: they grow
-        trees of one size.
-        """
-        return self.options.tree == "adaptive" and get_tensor_model_parallel_world_size() == 1
+        """Whether trees are sized by what they cost and earn."""
+        return self.options.tree == "adaptive"
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head and share the target's lm_head.
@@ -205,9 +202,19 @@ class Clover2Proposer(EagleProposer):
             if not asked:
                 return
             prices.spent += self.sizer.costs.of_first(len(asked))
-            levels = HeadLevels(self.model, self._roots(g, accepted, asked), learn)
+            levels = LeadingLevels(HeadLevels(self.model, self._roots(g, accepted, asked), learn))
             most = self.options.draft_rounds or MOST_LEVELS
             forest.grow_head(levels, places, prices, self.sizer.following, most, ADAPTIVE_WIDTH)
+            levels.end()
+
+    def follow_forest(
+        self, accepted: AcceptedRows, asked: Sequence[int], common: CommonAttentionMetadata
+    ) -> None:
+        """`grow_forest` of the other ranks: this one's share of what the first asks the head for."""
+        with self._forward_context(accepted, common):
+            g = self._augment(accepted)
+            if asked:
+                follow(HeadLevels(self.model, self._roots(g, accepted, asked), lambda *_: None))
 
     def _augment(self, accepted: AcceptedRows) -> torch.Tensor:
         embeds = self.model.embed(accepted.next_tokens)

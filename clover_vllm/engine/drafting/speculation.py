@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from clover_vllm.engine.drafting.backlog import AcceptedRows, Backlog
 from clover_vllm.engine.drafting.measure import costs_of
+from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.retrieval import Retrieval, suffix_cache
 from clover_vllm.engine.drafting.sizing import LONG_PROMPT, Sizer, Wanted
 from clover_vllm.engine.options import DEFAULT_NODES
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from clover_vllm.engine.runner import CloverRunner
-
-logger = init_logger("vllm.clover")
 
 GREEDY, SAMPLED, SPECIAL = 0, 1, -1
 """What a request's outcomes teach: about those that take the most likely token, those that sample, or nobody."""
@@ -100,7 +98,8 @@ class Speculation:
 
     def __init__(self, runner: CloverRunner) -> None:
         self._runner = runner
-        self.sizer: Sizer | None = None
+        self.sizer: Sizer | None = None  # of the rank that decides
+        self._follows = False  # whether another rank decides
         self.backlog: Backlog | None = None
         self.retrieval: Retrieval | None = None
         self.going: list[int] = []  # requests of the last step that can use a draft
@@ -123,14 +122,13 @@ class Speculation:
         """Time steps and drafting, once all is compiled."""
         runner = self._runner
         if runner.drafter.is_adaptive and runner.kv_caches:
-            self.sizer = Sizer(costs_of(runner), runner.num_spec_tokens)
+            costs = costs_of(runner)
+            self._follows = not leads()
+            if self._follows:
+                return
+            self.sizer = Sizer(costs, runner.num_spec_tokens)
             self.begin_retrieval()
             runner.drafter.sizer = self.sizer
-        elif runner.drafter.options.tree == "adaptive" and runner.kv_caches:
-            logger.info(
-                "Clover-2 drafts trees of %d nodes: with several ranks, trees are not sized by what they cost and earn.",
-                min(runner.num_spec_tokens, DEFAULT_NODES),
-            )
 
     def begin_retrieval(self) -> None:
         """With no text to look up so far."""
@@ -199,6 +197,9 @@ class Speculation:
         self._due = None
         backlog.note(done.hidden, done.names, done.step, done.computed, done.table)
         self.going = done.going
+        if self._follows:
+            self._follow(backlog, done)
+            return {}, len(done.names)
         if self.sizer is None:
             made = self._of_one_size(backlog, done)
         else:
@@ -253,6 +254,7 @@ class Speculation:
         runner = self._runner
         wanted = self._wanted(sizer, backlog, done)
         if not wanted:
+            agree(((), ()))
             return {}
         prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
@@ -261,9 +263,11 @@ class Speculation:
             i for i in sizer.choose(wanted, forest, prices)
             if not (wanted[i].pending or 0) > LONG_PROMPT or not done.was_prompt(wanted[i].r)
         ]  # fmt: skip
+        asked = [wanted[i].r for i in places]
+        ended = self._rests(backlog, done) if places and not sizer.asleep else []
+        agree((asked, ended))
         if places:
-            ended = [] if sizer.asleep else self._rests(backlog, done)
-            accepted = self._take(backlog, done, [*(wanted[i].r for i in places), *ended])
+            accepted = self._take(backlog, done, [*asked, *ended])
             if accepted is not None:
                 places = [i for i in places if wanted[i].r in accepted.complete]
                 asked = [wanted[i].r for i in places]
@@ -276,6 +280,14 @@ class Speculation:
             sizer.retrieving.learn(forest.saved_by_retrieval(budget) / len(wanted), looked_up / len(wanted))
         trees = forest.trees(budget.nodes)
         return {w.r: tree for w, tree in zip(wanted, trees, strict=True) if len(tree)}
+
+    def _follow(self, backlog: Backlog, done: Scored) -> None:
+        """What `_adaptive` of the first rank asks the head for."""
+        asked, ended = agree(((), ()))
+        accepted = self._take(backlog, done, [*asked, *ended]) if asked else None
+        if accepted is not None:
+            mine = [r for r in asked if r in accepted.complete]
+            self._runner.drafter.follow_forest(accepted, mine, done.common)
 
     def _retrieve(
         self, sizer: Sizer, wanted: Sequence[Wanted], names: Sequence[str], forest: Forest, prices: Prices

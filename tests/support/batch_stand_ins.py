@@ -1,0 +1,44 @@
+"""Actors of batches without vLLM, for tests of what is around them: quick to start, and they die when told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from clover_vllm.cluster.answering import EngineDied
+from clover_vllm.cluster.through_ray import Answerer
+
+
+class StandInAnswering:
+    """Stands for `cluster.answering.Answering`; dies at a line that says so, once."""
+
+    def __init__(self, flags: list[str]) -> None:
+        self._folder = Path(flags[-1])
+
+    async def answer(self, text: str) -> str:
+        await asyncio.sleep(0.01)
+        line = json.loads(text)
+        fatal = self._folder / line["custom_id"]
+        if "fatal" in line["custom_id"] and not fatal.exists():
+            fatal.touch()
+            raise EngineDied
+        with (self._folder / "asked").open("a") as file:
+            file.write(line["custom_id"] + "\n")
+        return json.dumps({"custom_id": line["custom_id"], "error": None})
+
+
+class StandInAnswerer(Answerer):
+    """`Answerer` on a stand-in."""
+
+    def __init__(self, flags: list[str], cpus: int) -> None:
+        del cpus
+        super()._prepare(flags)
+
+    @staticmethod
+    @asynccontextmanager
+    async def _start(flags: Any) -> AsyncIterator[Any]:
+        yield StandInAnswering(list(flags))
