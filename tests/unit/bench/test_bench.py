@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import Work
 from clover_vllm.base.show import print_table
+from clover_vllm.bench.compare import _prompts as prompts_for
 from clover_vllm.bench.compare import read_prompts, share_out, split_prompts
 from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
@@ -30,6 +31,7 @@ from clover_vllm.bench.report import (
     split,
     table,
 )
+from clover_vllm.bench.settings import BenchSettings
 from clover_vllm.bench.through_server import steady_part
 from clover_vllm.bench.worker import Run
 from clover_vllm.check.tiny import make_tiny_pair
@@ -234,6 +236,16 @@ def test_settings_of_a_grid_differ() -> None:
         assert len({method.settings for method in grid}) == len(grid) > 1
         assert len({method.name for method in grid}) == 1
     assert len(adaptive) == 1, "it chooses by itself"
+
+
+def test_a_sweep_has_prompts_for_its_concurrency(tmp_path: Path) -> None:
+    """However few its runs need: the development split is the smaller one."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt_ids": [1, i]}) + "\n" for i in range(200)))
+    settings = BenchSettings(sweep=True, concurrency=[16], repetitions=1, num_prompts=16)
+    figures, development = prompts_for(settings, file, "none")
+    assert len(figures) >= 16
+    assert len(development) >= 16
 
 
 def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class World:
                 continue
             tree = self._tree() if trees and self.rng.random() < 0.7 else None
             path = self._path(tree)
-            own = [[r, -1, 0] for _ in range(1 + (len(tree) if tree else 0))]
+            own: list[list[float]] = [[r, -1, 0] for _ in range(1 + (len(tree) if tree else 0))]
             own[0] = [r, at, 1]
             for depth, node in enumerate(path, start=1):
                 own[1 + node] = [r, at + depth, 1]

@@ -25,7 +25,8 @@ def retrieval(kind: str = "all") -> Retrieval:
 
 def chain_of(found: Any) -> list[int]:
     """The tokens along the likeliest path."""
-    tokens, current = [], ROOT
+    tokens: list[int] = []
+    current = ROOT
     while True:
         children = [n for n, parent in enumerate(found.parents) if parent == current]
         if not children:
