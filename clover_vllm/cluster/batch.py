@@ -108,10 +108,12 @@ def run_batch(settings: BatchSettings) -> dict[str, int]:
 def _answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
     """Line numbers with answers, as they come."""
     if settings.ray:
-        from clover_vllm.cluster.through_ray import answered
-    else:
-        from clover_vllm.cluster.answering import answered
-    return answered(settings, requests)
+        from clover_vllm.cluster import through_ray
+
+        return through_ray.answered(settings, requests)
+    from clover_vllm.cluster import answering
+
+    return answering.answered(settings, requests)
 
 
 def read_requests(path: Path) -> tuple[list[Request], list[BadLine]]:

@@ -72,12 +72,12 @@ def test_chaos_loses_no_request_and_leaves_no_orphan(tmp_path: Path) -> None:
         for line in (tmp_path / "plain.jsonl").read_text().splitlines()
     ]
     paths = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    asked = {"target": str(target), "head": str(head), "requests": requests, "kills": 6, "seed": 0}
+    asked = {"target": str(target), "head": str(head), "requests": requests, "kills": 3, "seed": 0}
     seen: Json = run_script("run_ray_engines", asked, timeout=1500, env={"PYTHONPATH": paths})
     assert seen["quiet"] == plain[:12]
     assert len(seen["noisy"]) >= 200
     assert all(found == plain[i % 40] for i, found in enumerate(seen["noisy"]))
-    assert len(seen["killed"]) == 6
+    assert len(set(seen["killed"])) == 3
     assert seen["orphans"] == []
     metrics = seen["metrics"]
     for ours, vllms in (

@@ -110,6 +110,7 @@ def serve_and_kill(folder: Path) -> Json:
             rays = [pool.submit(ask_rays, i) for i in range(16, 24)]
             victim = wait_until_busy()
             gone.append(replicas()[victim]["child"])
+            time.sleep(0.3)  # until what has begun has gone out
             harm(victim)
             return {
                 "answers": [future.result() for future in asked],

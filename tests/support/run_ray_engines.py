@@ -107,7 +107,7 @@ def main(spec: Json) -> Json:
         killer = threading.Thread(target=harm)
         killer.start()
         noisy: list[tuple[int, str]] = []
-        while killer.is_alive() and len(noisy) < 40 * len(requests):
+        while killer.is_alive() or len(noisy) < 200:
             noisy += pool.map(ask_and_count, requests)
     done.set()
     answered.release(100)
