@@ -14,6 +14,7 @@ from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+from vllm.triton_utils import HAS_TRITON
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
@@ -56,8 +57,8 @@ class CloverSpeculativeConfig(SpeculativeConfig):
     def __post_init__(self) -> None:
         target = self.target_model_config
         self.prompt_lookup_min = self.prompt_lookup_max = 0
-        # Drafts are made from token ids on the host, one list per request, after bookkeeping.
-        self.disable_padded_drafter_batch = True
+        # With the V1 runner, drafts are made from token ids on the host, one list per request, after bookkeeping.
+        self.disable_padded_drafter_batch = not prefers_v2()
         self.draft_model_config = draft_model_config(self, target)
         hf_config = self.draft_model_config.hf_config
         hf_config.eagle_aux_hidden_state_layer_ids = [target.get_total_num_hidden_layers()]
@@ -87,13 +88,19 @@ class CloverSpeculativeConfig(SpeculativeConfig):
 
     def needs_v1_model_runner(self) -> bool:
         """Whether vLLM must not choose its V2 runner (see `engine.hooks`)."""
-        return True
+        return False
 
     def compute_hash(self) -> str:
         # The target's compiled graph returns its last layer's output too, which the base class counts
         # in only for methods it knows; the head's has the number of candidates in it.
         candidates = self.clover.candidates(self.num_speculative_tokens)
         return f"clover2-{candidates}-{self.clover.head_precision}-{super().compute_hash()}"
+
+
+def prefers_v2() -> bool:
+    """Whether vLLM is to run its V2 model runner, as far as the environment and Triton say."""
+    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if chosen is None else bool(chosen)
 
 
 def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelConfig:

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.options import asks_for_clover
+from clover_vllm.engine.options import METHOD, asks_for_clover
 
 SUPPORTED_VLLM = ("0.32.0",)
 
@@ -403,6 +403,41 @@ def making_runner(runner: type) -> Iterator[None]:
         yield
     finally:
         cpu_worker.CPUModelRunner = original
+
+
+@contextmanager
+def making_speculator(speculator: type) -> Iterator[None]:
+    """Let vLLM's V2 runner make this speculator in its constructor; for our runner."""
+    from vllm.v1.worker.gpu import model_runner
+
+    original = model_runner.init_speculator
+    model_runner.init_speculator = lambda config, device, *_: speculator(config, device)
+    try:
+        yield
+    finally:
+        model_runner.init_speculator = original
+
+
+@contextmanager
+def making_v2_runner(runner: type) -> Iterator[None]:
+    """Let `CPUWorker.init_device` make this class of V2 runner; for our worker."""
+    from vllm.v1.worker.cpu import model_runner
+
+    original = model_runner.CPUModelRunner
+    model_runner.CPUModelRunner = runner
+    try:
+        yield
+    finally:
+        model_runner.CPUModelRunner = original
+
+
+def install_async_scheduling() -> None:
+    """Let vLLM schedule a step of clover2 while the one before it runs, as with EAGLE; a second call does nothing."""
+    from vllm.config import vllm as module
+
+    known = get_args(module.EagleModelTypes)
+    if METHOD not in known:
+        module.EagleModelTypes = Literal[*known, METHOD]
 
 
 def speculative_config(

@@ -112,10 +112,10 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     ),
     Refusal("the device", "there is no worker for others", f"it runs on {', '.join(WORKERS)}", _other_device),
     Refusal(
-        "vLLM's V2 model runner",
-        "Clover-2 extends the V1 runner",
-        "set VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 model runner",
-        lambda _: bool(envs.VLLM_USE_V2_MODEL_RUNNER),
+        "logits processors of users",
+        "vLLM's V2 model runner shows them the rows of a tree as if they were a text",
+        "set VLLM_USE_V2_MODEL_RUNNER=0 on a CPU, or remove --logits-processors",
+        None,
         in_worker=True,
     ),
     Refusal(
@@ -137,9 +137,9 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         _other_worker,
     ),
     _trees(
-        "attention other than vLLM's CPU backend",
-        "only the CPU kernel takes tree masks",
-        lambda setup: setup.device != "cpu",
+        "attention other than vLLM's CPU, Triton and FlashAttention backends",
+        "no other kernel takes tree masks",
+        None,
         in_worker=True,
     ),
     _trees("the KV cache type", "the tree kernel reads the target's dtype", _cache_dtype, in_worker=True),

@@ -9,9 +9,13 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors, making_runner
+from clover_vllm.engine.hooks import (
+    forget_cached_backends,
+    install_logits_processors,
+    making_runner,
+    making_v2_runner,
+)
 from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
-from clover_vllm.engine.support import refuse
 
 
 class CloverCPUWorker(CPUWorker):
@@ -19,7 +23,8 @@ class CloverCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """As the base class, with our attention backend and runner."""
-        _refuse_v2(self.vllm_config.use_v2_model_runner)
+        if self.use_v2_model_runner:  # Triton is here, so it is interpreted
+            return self._init_v2()
         install_logits_processors()
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.engine.backends.cpu.TreeCPUAttentionBackend"
@@ -28,9 +33,23 @@ class CloverCPUWorker(CPUWorker):
         with making_runner(CloverCPUModelRunner):
             super().init_device()
 
+    def _init_v2(self) -> None:
+        from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+
+        from clover_vllm.engine.v2.runner import CloverV2Runner
+
+        class CloverV2CPURunner(CloverV2Runner, CPUModelRunner):
+            """For vLLM's CPU build."""
+
+        register_backend(AttentionBackendEnum.CPU_ATTN, "clover_vllm.engine.backends.gpu.TreeTritonBackend")
+        forget_cached_backends()
+        with making_v2_runner(CloverV2CPURunner):
+            super().init_device()
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Measures costs; then as the base class, which sets the random seed last."""
-        self.model_runner.speculation.measure()
+        if not self.use_v2_model_runner:
+            self.model_runner.speculation.measure()
         return super().compile_or_warm_up_model()
 
     def _make_model_runner(self) -> GPUModelRunner:
@@ -39,14 +58,15 @@ class CloverCPUWorker(CPUWorker):
 
 
 class CloverGPUWorker(Worker):
-    """A worker on a GPU, with the V1 runner."""
+    """A worker on a GPU: the V2 runner, or with chains alone the V1 runner."""
 
     def _make_model_runner(self) -> GPUModelRunner:
-        _refuse_v2(self.vllm_config.use_v2_model_runner)
+        if self.use_v2_model_runner:
+            from clover_vllm.engine.v2.runner import CloverV2Runner
+
+            for backend, name in (("TRITON_ATTN", "TreeTritonBackend"), ("FLASH_ATTN", "TreeFlashBackend")):
+                register_backend(AttentionBackendEnum[backend], f"clover_vllm.engine.backends.gpu.{name}")
+            forget_cached_backends()
+            return CloverV2Runner(self.vllm_config, self.device)
         install_logits_processors()
         return CloverRunner(self.vllm_config, self.device)
-
-
-def _refuse_v2(use_v2_model_runner: bool) -> None:
-    if use_v2_model_runner:
-        raise refuse("vLLM's V2 model runner")
