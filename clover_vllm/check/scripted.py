@@ -145,6 +145,49 @@ class ScriptedTrees:
         return self._original(made, requests)
 
 
+class ScriptedSlots:
+    """The same for vLLM's V2 runner, where the trees of a batch lie in tensors."""
+
+    def __init__(self, runner: Any, seed: int, share: float) -> None:
+        """
+        Args:
+            runner: a `CloverV2Runner`, whose trees may from now on be as deep as they have nodes.
+            seed: of the trees' shapes.
+            share: how many drafts are replaced; the others stay the head's.
+        """
+        self._known: list[list[list[int]]] = []
+        self._rng = random.Random(seed)
+        self._runner = runner
+        self._share = share
+        self._original = runner.trees.put
+        runner.trees.put = self._put
+        runner.speculator.deepest = runner.trees.deepest = runner.num_speculative_steps
+
+    def know(self, answers: list[list[list[int]]]) -> None:
+        """As `ScriptedTrees.know`."""
+        self._known = answers
+
+    def _put(self, slots: Any, on_host: Any, trees: Any) -> Any:
+        import torch
+
+        from clover_vllm.tree import TreeBatch
+
+        runner, rng, nodes = self._runner, self._rng, self._runner.num_speculative_steps
+        trees = trees.padded(nodes)
+        tokens, parents = trees.tokens.clone(), trees.parents.clone()
+        for r, slot in enumerate(on_host.tolist()):
+            match = re.match(r"(?:(\d+)_)?(\d+)-", runner.req_states.index_to_req_id[slot])
+            if match is None or rng.random() >= self._share:
+                continue
+            sequence = self._known[int(match[2])][int(match[1] or 0)]
+            done = int(runner.req_states.total_len.gpu[slot]) - int(runner.req_states.prompt_len.np[slot])
+            count = rng.randrange(nodes + 1)
+            own = hide(rng, sequence[done:], count, runner.vocab_size)
+            only = TreeBatch(*(torch.tensor([part], dtype=torch.int64) for part in own), torch.zeros(1, len(own[0])))
+            tokens[r], parents[r] = only.padded(nodes).tokens[0], only.padded(nodes).parents[0]
+        return self._original(slots, on_host, TreeBatch(tokens, parents, trees.log_probs))
+
+
 def hide(rng: random.Random, right: list[int], nodes: int, vocab: int) -> tuple[list[int], list[int]]:
     """A random tree of at most `nodes` nodes, on one path of which lie some of the right tokens.
 
