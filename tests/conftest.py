@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # imported where they are used, since the process that hands 
     from clover_vllm.heads.clover2 import Clover2DraftModel
     from clover_vllm.target.frozen import FrozenTarget
 
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["interpreted"]
+"""Triton decides when it is imported whether kernels are compiled or interpreted: these have a process of their own."""
+
 FOLDERS = {"engine": "engine", "server": "server", "check": "engine", "packaging": "slow"}
 """Marks of the tests in a folder."""
 LONGEST = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -61,16 +60,16 @@ class CacheRows:
 
 
 @triton.jit
-def _move_kernel(
-    pointers: Any,
-    slots: Any,
-    roots: Any,
-    path: Any,
-    num_sampled: Any,
-    stride_path: Any,
-    stride_block: Any,
-    stride_head: Any,
-    stride_slot: Any,
+def _move_kernel(  # type: ignore[no-untyped-def]
+    pointers,
+    slots,
+    roots,
+    path,
+    num_sampled,
+    stride_path,
+    stride_block,
+    stride_head,
+    stride_slot,
     PAGE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -20,6 +20,9 @@ from clover_vllm.attention.triton.inputs import PagedTrees
 
 LOG2_E = 1.4426950408889634
 
+OWN_TILE = 16
+"""Keys at a time where masks are needed: larger tiles spill registers on an A100."""
+
 
 @dataclass(frozen=True)
 class Partials:
@@ -56,10 +59,11 @@ class Tiling:
     @classmethod
     def of(cls, rows: int, group: int, dim: int, itemsize: int) -> Tiling:
         """For requests of up to `rows` rows, `group` query heads per kv head, elements of `itemsize` bytes."""
-        largest = 128 if dim <= 128 and itemsize <= 2 else 64
-        block_m = max(16, triton.next_power_of_2(group), min(largest, triton.next_power_of_2(rows * group)))
-        tile = 64 if dim <= 128 and itemsize <= 2 else 32
-        return cls(block_m, tile, warps=8 if block_m >= 128 or dim > 128 else 4, stages=2)
+        if itemsize > 2:  # without tensor cores, which would round to tf32
+            return cls(max(16, triton.next_power_of_2(group)), tile=32, warps=8, stages=2)
+        largest = max(128 if dim <= 128 else 64, triton.next_power_of_2(group))
+        block_m = max(16, min(largest, triton.next_power_of_2(rows * group)))
+        return cls(block_m, tile=32, warps=8 if block_m >= 128 or dim > 128 else 4, stages=3)
 
     def rows(self, group: int) -> int:
         """Rows of a request in a program."""
@@ -136,6 +140,7 @@ def tree_attention(
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_M=tiling.block_m,
         TILE=tiling.tile,
+        OWN_TILE=OWN_TILE,
         Q_BLOCKS=q_blocks,
         SPLITS=splits,
         WINDOW=window,
@@ -182,7 +187,7 @@ def _depth(bits, row):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_tile(  # type: ignore[no-untyped-def]
-    tile,
+    start,
     query,
     row,
     bits,
@@ -206,7 +211,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
     OWN: tl.constexpr,
 ):
     """One step of online softmax. OWN: the tile reaches the request's own rows; else all of it is context."""
-    key = tile * TILE + tl.arange(0, TILE)
+    key = start + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_D)
     inside = key < last
     block = tl.load(block_table + key // PAGE, mask=inside, other=0).to(tl.int64)
@@ -217,7 +222,8 @@ def _add_tile(  # type: ignore[no-untyped-def]
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
     if OWN:
         own = key - context
-        named = (bits[:, None] >> tl.minimum(tl.maximum(own, 0), 63)[None, :].to(tl.int64)) & 1
+        low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)  # half the registers of 64-bit shifts
+        named = (tl.where((own < 32)[None, :], low[:, None], high[:, None]) >> (own & 31)[None, :]) & 1
         visible = (own < 0)[None, :] | ((own[None, :] <= row[:, None]) & (named == 1))
         visible = visible & inside[None, :]
         if WINDOW > 0:
@@ -273,6 +279,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
+    OWN_TILE: tl.constexpr,
     Q_BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -323,15 +330,15 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile in range(begin, tl.minimum(end, shared)):
+    for start in range(begin * TILE, tl.minimum(end, shared) * TILE, TILE):
         maximum, total, attended = _add_tile(
-            tile, q, row, own_bits, position, maximum, total, attended, page_of, table, bits + first, context, last,
+            start, q, row, own_bits, position, maximum, total, attended, page_of, table, bits + first, context, last,
             scale, stride_block, stride_slot, PAGE, DIM, BLOCK_D, TILE, WINDOW, False,
         )  # fmt: skip
-    for tile in range(tl.maximum(begin, shared), end):
+    for start in range(tl.maximum(begin, shared) * TILE, tl.minimum(end * TILE, last), OWN_TILE):
         maximum, total, attended = _add_tile(
-            tile, q, row, own_bits, position, maximum, total, attended, page_of, table, bits + first, context, last,
-            scale, stride_block, stride_slot, PAGE, DIM, BLOCK_D, TILE, WINDOW, True,
+            start, q, row, own_bits, position, maximum, total, attended, page_of, table, bits + first, context, last,
+            scale, stride_block, stride_slot, PAGE, DIM, BLOCK_D, OWN_TILE, WINDOW, True,
         )  # fmt: skip
 
     if SPLITS == 1:

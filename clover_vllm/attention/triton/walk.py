@@ -6,7 +6,6 @@ there, so greedy and sampled requests walk alike.
 
 from __future__ import annotations
 
-from typing import Any
 
 import torch
 import triton
@@ -61,17 +60,17 @@ def walk_trees(
 
 
 @triton.jit
-def _walk_kernel(
-    emitted: Any,
-    cu_num_logits: Any,
-    request_slots: Any,
-    tokens: Any,
-    parents: Any,
-    sampled: Any,
-    num_sampled: Any,
-    path: Any,
-    stride_tokens: Any,
-    stride_parents: Any,
+def _walk_kernel(  # type: ignore[no-untyped-def]
+    emitted,
+    cu_num_logits,
+    request_slots,
+    tokens,
+    parents,
+    sampled,
+    num_sampled,
+    path,
+    stride_tokens,
+    stride_parents,
     NODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
