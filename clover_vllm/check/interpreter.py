@@ -22,10 +22,12 @@ def interpret() -> None:
     from triton.runtime import interpreter
 
     backends["cpu"] = _Backend
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)  # of each sum and product; half of the time
+    options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )  # of each sum and product; half of the time
     interpreter.interpreter_builder.options = options
     # Asked for tile sizes by `triton_reshape_and_cache_flash`.
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
     _schedule_ahead()
 
     from vllm.v1.attention.backends import triton_attn

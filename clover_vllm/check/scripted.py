@@ -146,7 +146,11 @@ class ScriptedTrees:
 
 
 class ScriptedSlots:
-    """The same for vLLM's V2 runner, where the trees of a batch lie in tensors."""
+    """The same for vLLM's V2 runner, where the trees of a batch lie in tensors.
+
+    Attributes:
+        share: how many drafts are replaced from now on; the others stay the head's.
+    """
 
     def __init__(self, runner: Any, seed: int, share: float) -> None:
         """
@@ -158,7 +162,7 @@ class ScriptedSlots:
         self._known: list[list[list[int]]] = []
         self._rng = random.Random(seed)
         self._runner = runner
-        self._share = share
+        self.share = share
         self._original = runner.trees.put
         runner.trees.put = self._put
         runner.speculator.deepest = runner.trees.deepest = runner.num_speculative_steps
@@ -177,13 +181,15 @@ class ScriptedSlots:
         tokens, parents = trees.tokens.clone(), trees.parents.clone()
         for r, slot in enumerate(on_host.tolist()):
             match = re.match(r"(?:(\d+)_)?(\d+)-", runner.req_states.index_to_req_id[slot])
-            if match is None or rng.random() >= self._share:
+            if match is None or rng.random() >= self.share:
                 continue
             sequence = self._known[int(match[2])][int(match[1] or 0)]
             done = int(runner.req_states.total_len.gpu[slot]) - int(runner.req_states.prompt_len.np[slot])
             count = rng.randrange(nodes + 1)
             own = hide(rng, sequence[done:], count, runner.vocab_size)
-            only = TreeBatch(*(torch.tensor([part], dtype=torch.int64) for part in own), torch.zeros(1, len(own[0])))
+            only = TreeBatch(
+                *(torch.tensor([part], dtype=torch.int64) for part in own), torch.zeros(1, len(own[0]))
+            )
             tokens[r], parents[r] = only.padded(nodes).tokens[0], only.padded(nodes).parents[0]
         return self._original(slots, on_host, TreeBatch(tokens, parents, trees.log_probs))
 

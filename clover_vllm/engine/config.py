@@ -14,12 +14,11 @@ from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-from vllm.triton_utils import HAS_TRITON
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import METHOD, CloverOptions, split_options
-from clover_vllm.engine.support import WORKERS, Setup, check_supported
+from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
 from clover_vllm.heads.clover2.checkpoint import check_head
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.weights import check_target_folder
@@ -86,21 +85,11 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         """Whether drafting needs no cache slots beyond the step's own (see `engine.hooks`)."""
         return True
 
-    def needs_v1_model_runner(self) -> bool:
-        """Whether vLLM must not choose its V2 runner (see `engine.hooks`)."""
-        return False
-
     def compute_hash(self) -> str:
         # The target's compiled graph returns its last layer's output too, which the base class counts
         # in only for methods it knows; the head's has the number of candidates in it.
         candidates = self.clover.candidates(self.num_speculative_tokens)
         return f"clover2-{candidates}-{self.clover.head_precision}-{super().compute_hash()}"
-
-
-def prefers_v2() -> bool:
-    """Whether vLLM is to run its V2 model runner, as far as the environment and Triton say."""
-    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
-    return HAS_TRITON if chosen is None else bool(chosen)
 
 
 def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelConfig:

@@ -10,6 +10,7 @@ from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.triton_utils import HAS_TRITON
 
 from clover_vllm.base.errors import UserError
 
@@ -18,6 +19,13 @@ WORKERS = {
     "cuda": "clover_vllm.engine.worker.CloverGPUWorker",
 }
 """Worker class by `vllm.platforms.current_platform.device_type`."""
+
+
+def prefers_v2() -> bool:
+    """Whether vLLM is to run its V2 model runner, as far as the environment and Triton say."""
+    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if chosen is None else bool(chosen)
+
 
 USE_CHAIN = 'set the speculative option "tree" to "chain"'
 
@@ -112,9 +120,15 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     ),
     Refusal("the device", "there is no worker for others", f"it runs on {', '.join(WORKERS)}", _other_device),
     Refusal(
+        "vLLM's V2 model runner without Triton",
+        "the kernels are Triton's",
+        "set VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 model runner",
+        lambda _: bool(envs.VLLM_USE_V2_MODEL_RUNNER) and not HAS_TRITON,
+    ),
+    Refusal(
         "logits processors of users",
-        "vLLM's V2 model runner shows them the rows of a tree as if they were a text",
-        "set VLLM_USE_V2_MODEL_RUNNER=0 on a CPU, or remove --logits-processors",
+        "with the V2 model runner they would see the rows of a tree as if they were a text; V1 serves them",
+        "on a GPU remove --logits-processors",
         None,
         in_worker=True,
     ),

@@ -23,8 +23,9 @@ class CloverCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """As the base class, with our attention backend and runner."""
-        if self.use_v2_model_runner:  # Triton is here, so it is interpreted
-            return self._init_v2()
+        if self.use_v2_model_runner:
+            self._init_v2()
+            return
         install_logits_processors()
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "clover_vllm.engine.backends.cpu.TreeCPUAttentionBackend"
@@ -34,6 +35,7 @@ class CloverCPUWorker(CPUWorker):
             super().init_device()
 
     def _init_v2(self) -> None:
+        """Where Triton is here, its kernels being interpreted: for tests."""
         from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
         from clover_vllm.engine.v2.runner import CloverV2Runner

@@ -29,9 +29,7 @@ class TreeBatch:
 
     def to_host(self) -> list[Tree]:
         """One tree per request. Waits for the device."""
-        rows = zip(
-            self.tokens.tolist(), self.parents.tolist(), self.log_probs.exp().tolist(), strict=True
-        )
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), self.log_probs.exp().tolist(), strict=True)
         return [
             Tree(tokens[:count], parents[:count], joint[:count])
             for tokens, parents, joint in rows

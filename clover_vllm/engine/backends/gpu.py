@@ -7,7 +7,7 @@ without drafts run vLLM's code untouched; the rows of draft trees are attended b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -131,6 +131,7 @@ class TreeAttentionImpl:
 
     def fused_output_quant_supported(self, quant_key: object) -> bool:
         """The tree kernel writes no quantised output."""
+        del quant_key
         return False
 
     def check_trees(self, dtype: torch.dtype) -> None:
@@ -147,7 +148,8 @@ class TreeAttentionImpl:
             "attention sinks": getattr(self, "sinks", None) is not None,
             "sliding-window attention": tuple(getattr(self, "sliding_window", (-1, -1))) != (-1, -1),
             "chunked local attention": getattr(self, "chunk_lookback", -1) != -1,
-            "layers that share their KV cache": getattr(self, "kv_sharing_target_layer_name", None) is not None,
+            "layers that share their KV cache": getattr(self, "kv_sharing_target_layer_name", None)
+            is not None,
             "attention that is not a decoder's": getattr(self, "attn_type", None) != AttentionType.DECODER,
         }
         for problem, found in problems.items():

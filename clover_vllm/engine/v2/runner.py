@@ -39,7 +39,10 @@ class CloverV2Runner(GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with making_speculator(Clover2Speculator):
             super().__init__(vllm_config, device)
-        if self.speculative_config.disable_eagle_block_drop and self.max_num_tokens <= self.num_speculative_steps:
+        if (
+            self.speculative_config.disable_eagle_block_drop
+            and self.max_num_tokens <= self.num_speculative_steps
+        ):
             # vLLM's scheduler would wait for ever to admit a request with one token left to compute.
             raise UserError(
                 f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_speculative_steps + 1} or more "

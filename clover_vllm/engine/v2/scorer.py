@@ -58,6 +58,7 @@ class DeviceScorer(RejectionSampler):
             draft_logits: not used; drafts are no samples here.
             invalid_drafts: bool [L], nodes that a grammar has not looked at.
         """
+        del draft_logits
         sampler = self.sampler
         num_nans = get_num_nans(logits) if sampler.compute_nans else None
         if invalid_drafts is not None:
@@ -104,6 +105,7 @@ class DeviceScorer(RejectionSampler):
         verify_draft_sampled: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One chunk of requests: their processed logits along the path, tokens, and how many of these."""
+        del draft_logits, verify_draft_sampled
         emitted, processed = self.sampler.sample(
             logits,
             expanded_idx_mapping,

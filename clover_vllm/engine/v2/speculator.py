@@ -88,6 +88,7 @@ class Clover2Speculator(DraftModelSpeculator):
         Returns:
             int64 [R, N], input tokens of the trees' nodes.
         """
+        del attn_metadata, last_hidden_states, num_rejected, last_sampled, args, kwargs
         assert aux_hidden_states is not None
         hidden = aux_hidden_states[0]
         if dummy_run:
