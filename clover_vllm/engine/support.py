@@ -16,7 +16,7 @@ from clover_vllm.base.errors import UserError
 
 WORKERS = {
     "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
-    "cuda": "clover_vllm.engine.worker.CloverGPUWorker",
+    "cuda": "clover_vllm.engine.gpu_worker.CloverGPUWorker",
 }
 """Worker class by `vllm.platforms.current_platform.device_type`."""
 

@@ -1,4 +1,4 @@
-"""vLLM's workers with our runner; `ParallelConfig.worker_cls` names them."""
+"""vLLM's CPU worker with our runners; `ParallelConfig.worker_cls` names it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from clover_vllm.engine.hooks import (
@@ -15,7 +14,7 @@ from clover_vllm.engine.hooks import (
     making_runner,
     making_v2_runner,
 )
-from clover_vllm.engine.runner import CloverCPUModelRunner, CloverRunner
+from clover_vllm.engine.runner import CloverCPUModelRunner
 
 
 class CloverCPUWorker(CPUWorker):
@@ -36,12 +35,7 @@ class CloverCPUWorker(CPUWorker):
 
     def _init_v2(self) -> None:
         """Where Triton is here, its kernels being interpreted: for tests."""
-        from vllm.v1.worker.cpu.model_runner import CPUModelRunner
-
-        from clover_vllm.engine.v2.runner import CloverV2Runner
-
-        class CloverV2CPURunner(CloverV2Runner, CPUModelRunner):
-            """For vLLM's CPU build."""
+        from clover_vllm.engine.v2.cpu import CloverV2CPURunner
 
         register_backend(AttentionBackendEnum.CPU_ATTN, "clover_vllm.engine.backends.gpu.TreeTritonBackend")
         forget_cached_backends()
@@ -57,18 +51,3 @@ class CloverCPUWorker(CPUWorker):
     def _make_model_runner(self) -> GPUModelRunner:
         """Asked by a vLLM with our patches."""
         return CloverCPUModelRunner(self.vllm_config, torch.device("cpu"))
-
-
-class CloverGPUWorker(Worker):
-    """A worker on a GPU: the V2 runner, or with chains alone the V1 runner."""
-
-    def _make_model_runner(self) -> GPUModelRunner:
-        if self.use_v2_model_runner:
-            from clover_vllm.engine.v2.runner import CloverV2Runner
-
-            for backend, name in (("TRITON_ATTN", "TreeTritonBackend"), ("FLASH_ATTN", "TreeFlashBackend")):
-                register_backend(AttentionBackendEnum[backend], f"clover_vllm.engine.backends.gpu.{name}")
-            forget_cached_backends()
-            return CloverV2Runner(self.vllm_config, self.device)
-        install_logits_processors()
-        return CloverRunner(self.vllm_config, self.device)

@@ -21,6 +21,7 @@ from clover_vllm.engine.hooks import making_speculator
 from clover_vllm.engine.support import refuse, refuse_trees
 from clover_vllm.engine.v2.scorer import DeviceScorer, Scored
 from clover_vllm.engine.v2.speculator import Clover2Speculator
+from clover_vllm.engine.v2.trees import SlotTrees
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -49,7 +50,7 @@ class CloverV2Runner(GPUModelRunner):
                 f"with {self.num_speculative_steps} speculative tokens; it is {self.max_num_tokens}."
             )
         self.use_aux_hidden_state_outputs = True
-        self.trees = self.speculator.trees
+        self.trees = self.speculator.trees = SlotTrees(self.req_states, self.speculator.deepest)
         self._step: StepRows | None = None  # where trees may branch
         self._rows: CacheRows | None = None  # of the target's layers, where trees may branch
 

@@ -38,7 +38,7 @@ class Clover2Speculator(DraftModelSpeculator):
         nodes = self.num_speculative_steps
         self.shape = self.options.fixed_shape(nodes)
         self.deepest = self.options.rounds(nodes) if self.shape is None else self.shape.max_depth
-        self.trees = SlotTrees(self.max_num_reqs, nodes, self.deepest, device)
+        self.trees: SlotTrees  # set by the runner
         self.scored: Scored | None = None  # of the step under way; set by the runner
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:

@@ -9,36 +9,56 @@ from __future__ import annotations
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.states import RequestState
 
 from clover_vllm.attention.triton.inputs import CAUSAL
 from clover_vllm.engine.backends.gpu import StepRows
 from clover_vllm.tree import ROOT, TreeBatch
 from clover_vllm.tree.batch import PADDING, ancestry, likeliest_chains
 
+MOST_ENDINGS = 128
+"""Tokens by which a request may end; with more, nothing is accepted for it. vLLM allows as many with `min_tokens`."""
+
 
 class SlotTrees:
-    """The tree that each request is to verify next; vLLM's `RequestState.draft_tokens` beside it holds the tokens."""
+    """The tree that each request is to verify next; vLLM's `RequestState.draft_tokens` beside it holds the tokens.
 
-    def __init__(self, slots: int, nodes: int, deepest: int, device: torch.device) -> None:
+    A node that would end its request, by its token or as the last one allowed, is never accepted: the target emits that
+    token itself, as the step's last. So nothing behind the end is ever computed, on which sessions rely that go on
+    (`Scheduler._handle_stopped_request`).
+    """
+
+    def __init__(self, requests: RequestState, deepest: int) -> None:
         """
         Args:
-            slots: S.
-            nodes: N.
+            requests: vLLM's, with S slots and N drafts each.
             deepest: most levels of a tree.
-            device: of the engine.
         """
+        slots, nodes, device = requests.max_num_reqs, requests.num_speculative_steps, requests.device
         self.tokens = torch.full((slots, nodes), PADDING, dtype=torch.int64, device=device)
         self.parents = torch.full((slots, nodes), ROOT, dtype=torch.int64, device=device)
+        self.deepest = deepest
+        self._requests = requests
         self._bits = torch.ones((slots, nodes + 1), dtype=torch.int64, device=device)  # of root and nodes
         self._depths = torch.zeros((slots, nodes + 1), dtype=torch.int64, device=device)
         self._chain = torch.arange(ROOT, nodes - 1, device=device)  # its parents
         self._takes_chains = np.zeros(slots, dtype=bool)  # on the host
-        self.deepest = deepest
+        self._endings = torch.full((slots, MOST_ENDINGS), PADDING, dtype=torch.int64, device=device)
+        self._limits = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens, the prompt's included
 
     def add_request(self, slot: int, params: SamplingParams | None) -> None:
         """A request that begins in a slot; it verifies chains alone if its sampling looks at what is before a row."""
         self._takes_chains[slot] = params is not None and needs_history(params)
+        endings = sorted(params.all_stop_token_ids) if params is not None else []
+        fits = len(endings) <= MOST_ENDINGS
+        row = np.full(MOST_ENDINGS + 1, PADDING)
+        row[: len(endings) if fits else 0] = endings if fits else []
+        row[-1] = self._requests.max_seq_len[slot] if fits else 0
+        on_device = async_tensor_h2d(row, device=self.tokens.device)
+        self._endings[slot] = on_device[:-1]
+        self._limits[slot] = on_device[-1]
 
     def put(self, slots: torch.Tensor, on_host: np.ndarray, trees: TreeBatch) -> torch.Tensor:
         """Remember trees until they are verified.
@@ -55,11 +75,13 @@ class SlotTrees:
         tokens, parents = padded.tokens, padded.parents
         chains = self._takes_chains[on_host]
         if chains.any():
-            chosen = torch.from_numpy(chains).to(tokens.device, non_blocking=True)[:, None]
+            chosen = async_tensor_h2d(chains, device=tokens.device)[:, None]
             tokens = torch.where(chosen, likeliest_chains(tokens, parents, self.deepest), tokens)
             parents = torch.where(chosen, self._chain, parents)
         bits, depths = ancestry(parents)
-        self.tokens[slots] = tokens
+        left = self._limits[slots] - self._requests.total_len.gpu[slots]
+        ends = (tokens[:, :, None] == self._endings[slots][:, None]).any(2) | (depths >= left[:, None])
+        self.tokens[slots] = tokens.masked_fill(ends, PADDING)
         self.parents[slots] = parents
         self._bits[slots, 1:] = bits
         self._depths[slots, 1:] = depths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -437,3 +438,13 @@ def test_head_of_another_target_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(UserError, match="vocab_size 211") as caught:
         configuration(other, {"method": "clover2", "model": str(pair[1])})
     one_sentence(caught.value)
+
+
+def test_the_worker_for_gpus_leaves_cuda_alone() -> None:
+    """vLLM's CPU worker replaces CUDA's streams as it is imported."""
+    check = (
+        "import torch; stream, event = torch.cuda.Stream, torch.cuda.Event;"
+        "import clover_vllm.engine.gpu_worker, clover_vllm.engine.plugin, clover_vllm.engine.config;"
+        "assert (torch.cuda.Stream, torch.cuda.Event) == (stream, event)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
