@@ -16,7 +16,13 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from clover_vllm.engine.v2.scorer import Scored
+
+@dataclass(frozen=True)
+class Scored:
+    """What a step emitted (made by the runner, read by the speculator)."""
+
+    sampled: torch.Tensor  # int64 [R, N + 1] or [R, 1], tokens, then anything
+    path: torch.Tensor | None  # int32 [R, N], see `walk_trees`; None: no request verified anything
 
 
 @dataclass(frozen=True)

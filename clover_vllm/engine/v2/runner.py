@@ -19,7 +19,8 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMetadataBuilder
 from clover_vllm.engine.hooks import making_speculator
 from clover_vllm.engine.support import refuse, refuse_trees
-from clover_vllm.engine.v2.scorer import DeviceScorer, Scored
+from clover_vllm.engine.v2.layout import Scored
+from clover_vllm.engine.v2.scorer import DeviceScorer
 from clover_vllm.engine.v2.speculator import Clover2Speculator
 from clover_vllm.engine.v2.trees import SlotTrees
 

@@ -7,8 +7,6 @@ keeps one path. Legend: L sampled rows, R requests, N nodes of the largest tree,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
@@ -22,14 +20,6 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, g
 
 from clover_vllm.attention.triton.walk import walk_trees
 from clover_vllm.engine.v2.trees import SlotTrees
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a step emitted (made by the scorer, read by KV moves and drafting)."""
-
-    sampled: torch.Tensor  # int64 [R, N + 1] or [R, 1], tokens, then anything
-    path: torch.Tensor | None  # int32 [R, N], see `walk_trees`; None: no request verified anything
 
 
 class DeviceScorer(RejectionSampler):

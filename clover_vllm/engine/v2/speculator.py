@@ -22,8 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from clover_vllm.engine.drafting.proposer import HeadDrafter
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
 from clover_vllm.engine.options import CloverOptions
-from clover_vllm.engine.v2.layout import HeadRows, head_rows
-from clover_vllm.engine.v2.scorer import Scored
+from clover_vllm.engine.v2.layout import HeadRows, Scored, head_rows
 from clover_vllm.engine.v2.trees import SlotTrees
 from clover_vllm.tree import TreeBatch
 from clover_vllm.tree.growth import grow_best_first_on_device, grow_fixed_on_device
