@@ -36,6 +36,10 @@ def feature_requests() -> list[Json]:
             *(rng.randrange(3, 256) for _ in range(rng.randrange(2, 20))),
         ]
         params = {"max_tokens": LONGEST, "ignore_eos": True, **KINDS[kind], **FEATURES[feature]}
+        params["min_tokens"] = min(params.get("min_tokens", 0), LONGEST // 2)
+        params["stop_token_ids"] = params.get("stop_token_ids", [])[
+            :100
+        ]  # V2 takes up to 128 with min_tokens
         requests.append({"prompt": prompt, "params": params, "step": i})
     for request in requests[5::12]:
         request["abort"] = request["step"] + 4
