@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # imported where they are used, since the process that hands 
     from clover_vllm.heads.clover2 import Clover2DraftModel
     from clover_vllm.target.frozen import FrozenTarget
 
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["interpreted"]
+"""Triton decides when it is imported whether kernels are compiled or interpreted: these have a process of their own."""
+collect_ignore += [] if FULL else ["cluster/test_ray_serve.py"]
+
 FOLDERS = {
     "engine": "engine",
     "server": "server",
@@ -29,7 +33,6 @@ FOLDERS = {
     "packaging": "slow",
 }
 """Marks of the tests in a folder."""
-collect_ignore = [] if FULL else ["cluster/test_ray_serve.py"]
 LONGEST = [
     "@test_engine_exact.py",
     "@test_torture.py",

@@ -154,6 +154,27 @@ class KernelSettings:
                 raise UserError(f"--{name} must be 1 or more.")
 
 
+@dataclass
+class KernelsCompiledSettings:
+    """What `clover-vllm kernels-compiled` was asked for.
+
+    Args:
+        capabilities: Compute capabilities of GPUs: 80 (A100), 90 (H100), 100 (B200).
+        output: JSON file, or a folder for kernels-compiled.json.
+    """
+
+    capabilities: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [80, 90, 100])
+    output: Path | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a GPU that is not known.
+        """
+        if unknown := sorted(set(self.capabilities) - {80, 90, 100}):
+            raise UserError(f"--capabilities has {unknown[0]}; choose from 80, 90 and 100.")
+
+
 def check_dtype(dtype: str, *more: str) -> None:
     """Refuse what is no dtype of a target.
 

@@ -100,7 +100,7 @@ class ScriptedTrees:
             seed: of the trees' shapes.
             share: how many drafts are replaced; the others stay the head's.
         """
-        self._known: dict[str, list[list[int]]] = {}
+        self._known: list[list[list[int]]] = []
         self._rng = random.Random(seed)
         self._runner = runner
         self._share = share
@@ -113,16 +113,7 @@ class ScriptedTrees:
         Args:
             answers: by request of `drive`, by sequence, its tokens.
         """
-        self._known = {str(i): sequences for i, sequences in enumerate(answers)}
-
-    def _right(self, request_id: str, done: int) -> list[int]:
-        """What a request of the runner says next; vLLM calls it [sequence_]request-random."""
-        match = re.match(r"(?:(\d+)_)?(\d+)-", request_id)
-        if match is None:  # not one of `drive`
-            return []
-        sequences = self._known.get(match[2], [])
-        sequence = int(match[1] or 0)
-        return sequences[sequence][done:] if sequence < len(sequences) else []
+        self._known = answers
 
     def _remember(self, trees: Any, requests: int) -> Any:
         from clover_vllm.tree import Tree
@@ -134,7 +125,7 @@ class ScriptedTrees:
             if rng.random() >= self._share:
                 continue
             name = runner.input_batch.req_ids[r]
-            right = self._right(name, len(runner.requests[name].output_token_ids))
+            right = rest_of(self._known, name, len(runner.requests[name].output_token_ids))
             nodes = rng.randrange(runner.num_spec_tokens + 1)
             if runner.drafter.options.tree == "chain":  # such an engine masks nothing
                 good = rng.randrange(min(len(right), nodes) + 1)
@@ -143,6 +134,62 @@ class ScriptedTrees:
             else:
                 made[r] = Tree(*hide(rng, right, nodes, vocab))
         return self._original(made, requests)
+
+
+class ScriptedSlots:
+    """The same for vLLM's V2 runner, where the trees of a batch lie in tensors.
+
+    Attributes:
+        share: how many drafts are replaced from now on; the others stay the head's.
+    """
+
+    def __init__(self, runner: Any, seed: int, share: float) -> None:
+        """
+        Args:
+            runner: a `CloverV2Runner`, whose trees may from now on be as deep as they have nodes.
+            seed: of the trees' shapes.
+            share: how many drafts are replaced; the others stay the head's.
+        """
+        self._known: list[list[list[int]]] = []
+        self._rng = random.Random(seed)
+        self._runner = runner
+        self.share = share
+        self._original = runner.trees.put
+        runner.trees.put = self._put
+        runner.speculator.deepest = runner.trees.deepest = runner.num_speculative_steps
+
+    def know(self, answers: list[list[list[int]]]) -> None:
+        """As `ScriptedTrees.know`."""
+        self._known = answers
+
+    def _put(self, slots: Any, on_host: Any, trees: Any) -> Any:
+        import torch
+
+        from clover_vllm.tree import TreeBatch
+
+        runner, rng, nodes = self._runner, self._rng, self._runner.num_speculative_steps
+        trees = trees.padded(nodes)
+        tokens, parents = trees.tokens.clone(), trees.parents.clone()
+        for r, slot in enumerate(on_host.tolist()):
+            if rng.random() >= self.share:
+                continue
+            done = int(runner.req_states.total_len.gpu[slot]) - int(runner.req_states.prompt_len.np[slot])
+            right = rest_of(self._known, runner.req_states.index_to_req_id[slot], done)
+            own = hide(rng, right, rng.randrange(nodes + 1), runner.vocab_size)
+            only = TreeBatch(
+                *(torch.tensor([part], dtype=torch.int64) for part in own), torch.zeros(1, len(own[0]))
+            )
+            tokens[r], parents[r] = only.padded(nodes).tokens[0], only.padded(nodes).parents[0]
+        return self._original(slots, on_host, TreeBatch(tokens, parents, trees.log_probs))
+
+
+def rest_of(known: list[list[list[int]]], request_id: str, done: int) -> list[int]:
+    """What a request of `drive` says after `done` tokens, by the name that vLLM gives it: [sequence_]index-random."""
+    match = re.match(r"(?:(\d+)_)?(\d+)-", request_id)
+    if match is None or int(match[2]) >= len(known):  # not one of `drive`
+        return []
+    sequences, sequence = known[int(match[2])], int(match[1] or 0)
+    return sequences[sequence][done:] if sequence < len(sequences) else []
 
 
 def hide(rng: random.Random, right: list[int], nodes: int, vocab: int) -> tuple[list[int], list[int]]:

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import METHOD, CloverOptions, split_options
-from clover_vllm.engine.support import WORKERS, Setup, check_supported
+from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
 from clover_vllm.heads.clover2.checkpoint import check_head
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.weights import check_target_folder
@@ -56,8 +56,8 @@ class CloverSpeculativeConfig(SpeculativeConfig):
     def __post_init__(self) -> None:
         target = self.target_model_config
         self.prompt_lookup_min = self.prompt_lookup_max = 0
-        # Drafts are made from token ids on the host, one list per request, after bookkeeping.
-        self.disable_padded_drafter_batch = True
+        # With the V1 runner, drafts are made from token ids on the host, one list per request, after bookkeeping.
+        self.disable_padded_drafter_batch = not prefers_v2()
         self.draft_model_config = draft_model_config(self, target)
         hf_config = self.draft_model_config.hf_config
         hf_config.eagle_aux_hidden_state_layer_ids = [target.get_total_num_hidden_layers()]
@@ -83,10 +83,6 @@ class CloverSpeculativeConfig(SpeculativeConfig):
 
     def writes_accepted_rows_only(self) -> bool:
         """Whether drafting needs no cache slots beyond the step's own (see `engine.hooks`)."""
-        return True
-
-    def needs_v1_model_runner(self) -> bool:
-        """Whether vLLM must not choose its V2 runner (see `engine.hooks`)."""
         return True
 
     def compute_hash(self) -> str:

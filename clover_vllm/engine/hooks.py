@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.options import asks_for_clover
+from clover_vllm.engine.options import METHOD, asks_for_clover
 
 SUPPORTED_VLLM = ("0.32.0",)
 
@@ -62,10 +62,10 @@ HOOKS = (
     ),
     Symbol(
         "vllm.config.vllm",
-        "VllmConfig._get_v2_model_runner_unsupported_features",
+        "VllmConfig.__post_init__",
         ("self",),
-        "Where the environment does not choose, vLLM takes its V2 model runner unless a feature is listed here. "
-        "The hook lists clover2, which needs the V1 runner; other configurations keep their choice.",
+        "It schedules a step ahead for the methods in EagleModelTypes, a closed list, and the hook adds clover2 there. "
+        "That needs the V2 model runner; with V1, drafts wait for the host.",
     ),
     Symbol(
         "vllm.v1.sample.logits_processor",
@@ -89,10 +89,23 @@ HOOKS = (
         "Clover worker runs it, the name in vllm.v1.worker.cpu_worker is that of Clover's runner; a second "
         "runner made afterwards would make proposers and users' logits processors twice.",
     ),
+    Symbol(
+        "vllm.v1.worker.gpu.spec_decode",
+        "init_speculator",
+        ("vllm_config", "device", "req_states"),
+        "The V2 runner makes its speculator by a closed list of methods. While Clover's runner is constructed, the name in "
+        "vllm.v1.worker.gpu.model_runner is that of Clover's; a second speculator would be made for nothing otherwise.",
+    ),
+    Symbol(
+        "vllm.v1.worker.cpu.model_runner",
+        "CPUModelRunner.warming_up_model",
+        ("self",),
+        "As CPUModelRunner of V1: CPUWorker.init_device makes its V2 runner by name too. Only where Triton is interpreted.",
+    ),
 )
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
-RELIED_ON = (
+_ON_V1 = (
     Symbol(
         _RUNNER,
         "GPUModelRunner._prepare_inputs",
@@ -233,6 +246,174 @@ RELIED_ON = (
 )
 
 
+_V2 = "vllm.v1.worker.gpu"
+_V2_RUNNER = f"{_V2}.model_runner"
+_SPECULATOR = f"{_V2}.spec_decode.speculator"
+_VERIFIER = f"{_V2}.spec_decode.rejection_sampler"
+_ON_V2 = (
+    Symbol(_V2_RUNNER, "GPUModelRunner.__init__", ("self", "vllm_config", "device"), "makes our speculator"),
+    Symbol(_V2_RUNNER, "GPUModelRunner.load_model", ("self", "load_dummy_weights"), "brings our scorer"),
+    Symbol(
+        _V2_RUNNER,
+        "GPUModelRunner.initialize_kv_cache",
+        ("self", "kv_cache_config", "is_profiling"),
+        "finds the layers",
+    ),
+    Symbol(_V2_RUNNER, "GPUModelRunner.add_requests", ("self", "scheduler_output"), "who takes chains"),
+    Symbol(_V2_RUNNER, "GPUModelRunner.prepare_attn", ("self", "input_batch"), "tree positions and masks"),
+    Symbol(
+        _V2_RUNNER, "GPUModelRunner.prepare_dummy_attn", ("self", "input_batch"), "no trees in dummy steps"
+    ),
+    Symbol(
+        _V2_RUNNER,
+        "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"),
+        "KV moves",
+    ),
+    Symbol(
+        f"{_V2}.sample.sampler",
+        "Sampler.sample",
+        (
+            "self",
+            "logits",
+            "expanded_idx_mapping",
+            "idx_mapping",
+            "idx_mapping_np",
+            "pos",
+            "input_ids",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "return_logprobs",
+        ),
+        "the target's own sampling step, on every row",
+    ),
+    Symbol(
+        _VERIFIER,
+        "RejectionSampler.__call__",
+        ("self", "logits", "input_batch", "draft_logits", "invalid_drafts"),
+        "replaced by engine.v2.scorer.DeviceScorer, a subclass",
+    ),
+    Symbol(
+        _VERIFIER,
+        "RejectionSampler._verify_in_chunks",
+        (
+            "self",
+            "logits",
+            "input_batch",
+            "draft_logits",
+            "draft_sampled",
+            "pos",
+            "max_chunk_logits",
+            "max_num_logprobs",
+        ),
+        "bounds the sampler's memory",
+    ),
+    Symbol(
+        _VERIFIER,
+        "RejectionSampler._verify",
+        (
+            "self",
+            "logits",
+            "draft_logits",
+            "draft_sampled",
+            "pos",
+            "cu_num_logits",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "verify_draft_sampled",
+        ),
+        "the walk",
+    ),
+    Symbol(
+        _VERIFIER,
+        "RejectionSampler._get_logprobs_tensors",
+        (
+            "self",
+            "sampled",
+            "num_sampled",
+            "logits",
+            "cu_num_logits",
+            "cu_num_logits_np",
+            "max_num_logprobs",
+        ),
+        "logprobs along the path",
+    ),
+    Symbol(
+        f"{_V2}.input_batch",
+        "get_num_sampled_and_rejected",
+        ("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
+        "prompts that go on emit nothing",
+    ),
+    Symbol(
+        _SPECULATOR,
+        "DraftModelSpeculator.load_draft_model",
+        ("self", "target_model", "target_attn_layer_names"),
+        "the head",
+    ),
+    Symbol(
+        _SPECULATOR,
+        "DraftModelSpeculator._build_attn_metadata",
+        ("self", "num_reqs", "batch_desc", "query_start_loc_np", "seq_lens_cpu_upper_bound", "step"),
+        "attention of the augmenting layers",
+    ),
+    Symbol(
+        _SPECULATOR,
+        "BaseSpeculator.propose",
+        (
+            "self",
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+        ),
+        "drafting",
+    ),
+    *(
+        Symbol(
+            f"vllm.v1.attention.backends.{module}",
+            f"{name}.{method}",
+            arguments,
+            "tree attention",
+        )
+        for module, name, method, arguments in (
+            (
+                "triton_attn",
+                "TritonAttentionMetadataBuilder",
+                "build",
+                ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+            ),
+            (
+                "flash_attn",
+                "FlashAttentionMetadataBuilder",
+                "build",
+                ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+            ),
+            (
+                "triton_attn",
+                "TritonAttentionImpl",
+                "forward",
+                ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+            ),
+            (
+                "flash_attn",
+                "FlashAttentionImpl",
+                "forward",
+                ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+            ),
+        )
+    ),
+)
+RELIED_ON = (*_ON_V1, *_ON_V2)
+
+
 def complaints(version: str) -> list[str]:
     """What in the installed vLLM is not as this release of Clover expects.
 
@@ -366,30 +547,6 @@ def install_lookahead(vllm_config: type) -> None:
     vllm_config.num_lookahead_tokens = property(num_lookahead_tokens)  # type: ignore[attr-defined]
 
 
-def install_runner_choice(vllm_config: type) -> None:
-    """Let vLLM choose its V1 model runner for a clover2 configuration; a second call does nothing.
-
-    A vLLM with our patches asks the speculative configuration, and is not hooked.
-
-    Args:
-        vllm_config: `vllm.config.VllmConfig`.
-    """
-    name = "_get_v2_model_runner_unsupported_features"
-    original: Callable[[Any], list[str]] = getattr(vllm_config, name)
-    asks = hasattr(getattr(_speculative_module(), "SpeculativeConfig", None), "needs_v1_model_runner")
-    if asks or hasattr(original, "clover_original"):
-        return
-
-    @functools.wraps(original)
-    def unsupported(self: Any) -> list[str]:
-        needs: Callable[[], bool] | None = getattr(self.speculative_config, "needs_v1_model_runner", None)
-        own = [f"speculative method '{self.speculative_config.method}'"] if needs and needs() else []
-        return [*original(self), *own]
-
-    unsupported.clover_original = original  # type: ignore[attr-defined]
-    setattr(vllm_config, name, unsupported)
-
-
 def install_logits_processors() -> None:
     """Let runners made from now on build all logits processors with clover2; for our workers."""
     from vllm.v1.worker import gpu_model_runner
@@ -426,6 +583,41 @@ def making_runner(runner: type) -> Iterator[None]:
         yield
     finally:
         cpu_worker.CPUModelRunner = original
+
+
+@contextmanager
+def making_speculator(speculator: type) -> Iterator[None]:
+    """Let vLLM's V2 runner make this speculator in its constructor; for our runner."""
+    from vllm.v1.worker.gpu import model_runner
+
+    original = model_runner.init_speculator
+    model_runner.init_speculator = lambda config, device, *_: speculator(config, device)
+    try:
+        yield
+    finally:
+        model_runner.init_speculator = original
+
+
+@contextmanager
+def making_v2_runner(runner: type) -> Iterator[None]:
+    """Let `CPUWorker.init_device` make this class of V2 runner; for our worker."""
+    from vllm.v1.worker.cpu import model_runner
+
+    original = model_runner.CPUModelRunner
+    model_runner.CPUModelRunner = runner
+    try:
+        yield
+    finally:
+        model_runner.CPUModelRunner = original
+
+
+def install_async_scheduling() -> None:
+    """Let vLLM schedule a step of clover2 while the one before it runs, as with EAGLE; a second call does nothing."""
+    from vllm.config import vllm as module
+
+    known = get_args(module.EagleModelTypes)
+    if METHOD not in known:
+        module.EagleModelTypes = Literal[*known, METHOD]
 
 
 def speculative_config(

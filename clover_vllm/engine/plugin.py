@@ -43,7 +43,7 @@ def _register() -> None:
 
     hooks.install_sampling(SamplingParams)
     hooks.install_lookahead(VllmConfig)
-    hooks.install_runner_choice(VllmConfig)
+    hooks.install_async_scheduling()
     AutoConfig.register("clover2", Clover2Config, exist_ok=True)
     if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(

@@ -10,14 +10,22 @@ from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.triton_utils import HAS_TRITON
 
 from clover_vllm.base.errors import UserError
 
 WORKERS = {
     "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
-    "cuda": "clover_vllm.engine.worker.CloverGPUWorker",
+    "cuda": "clover_vllm.engine.gpu_worker.CloverGPUWorker",
 }
 """Worker class by `vllm.platforms.current_platform.device_type`."""
+
+
+def prefers_v2() -> bool:
+    """Whether vLLM is to run its V2 model runner, as far as the environment and Triton say."""
+    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if chosen is None else bool(chosen)
+
 
 USE_CHAIN = 'set the speculative option "tree" to "chain"'
 
@@ -112,10 +120,16 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     ),
     Refusal("the device", "there is no worker for others", f"it runs on {', '.join(WORKERS)}", _other_device),
     Refusal(
-        "vLLM's V2 model runner",
-        "Clover-2 extends the V1 runner",
+        "vLLM's V2 model runner without Triton",
+        "the kernels are Triton's",
         "set VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 model runner",
-        lambda _: bool(envs.VLLM_USE_V2_MODEL_RUNNER),
+        lambda _: bool(envs.VLLM_USE_V2_MODEL_RUNNER) and not HAS_TRITON,
+    ),
+    Refusal(
+        "logits processors of users",
+        "with the V2 model runner they would see the rows of a tree as if they were a text; V1 serves them",
+        "on a GPU remove --logits-processors",
+        None,
         in_worker=True,
     ),
     Refusal(
@@ -137,9 +151,9 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         _other_worker,
     ),
     _trees(
-        "attention other than vLLM's CPU backend",
-        "only the CPU kernel takes tree masks",
-        lambda setup: setup.device != "cpu",
+        "attention other than vLLM's CPU, Triton and FlashAttention backends",
+        "no other kernel takes tree masks",
+        None,
         in_worker=True,
     ),
     _trees("the KV cache type", "the tree kernel reads the target's dtype", _cache_dtype, in_worker=True),

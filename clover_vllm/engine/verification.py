@@ -36,7 +36,7 @@ class TargetLayers:
         for group in groups:
             builder = group.get_metadata_builder()
             if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
-                raise refuse_trees("attention other than vLLM's CPU backend")
+                raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
             builder.prepare_trees()
             builder.current, builder.timer = current, timer
         for group in runner.drafter.draft_attn_groups:  # one layout for all; these attend without trees
@@ -51,7 +51,7 @@ class TargetLayers:
     @staticmethod
     def _cache(layer: Any) -> torch.Tensor:
         if not isinstance(layer.impl, TreeCPUAttentionImpl):
-            raise refuse_trees("attention other than vLLM's CPU backend")
+            raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
         layer.impl.check_trees()
         cache: torch.Tensor = layer.kv_cache
         return cache

@@ -1,13 +1,10 @@
-"""Draft trees: one on the host (`Tree`), many in tensors (`TreeBatch`)."""
+"""A draft tree on the host; `batch` has many in tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
-
-import torch
 
 ROOT = -1
 """Parent index of the nodes directly under the root."""
@@ -104,23 +101,3 @@ def signed(masks: Sequence[int]) -> list[int]:
 def causal_masks(rows: int) -> list[int]:
     """Masks of the rows of a request that decodes or prefills: each sees those up to itself."""
     return signed([(1 << (row + 1)) - 1 for row in range(rows)])
-
-
-@dataclass(frozen=True)
-class TreeBatch:
-    """Draft trees of many requests, flat tensors: request r owns nodes offsets[r] to offsets[r + 1]."""
-
-    tokens: torch.Tensor  # int64 [N]
-    parents: torch.Tensor  # int64 [N], index within the request's own nodes, or ROOT
-    log_probs: torch.Tensor  # float32 [N], joint log-probability of the path to the node
-    offsets: torch.Tensor  # int64 [R + 1]
-
-    def __post_init__(self) -> None:
-        for name in ("parents", "log_probs"):
-            assert getattr(self, name).shape == self.tokens.shape, f"{name} must have one entry per node"
-
-    def to_host(self) -> list[Tree]:
-        """One tree per request. Waits for the device."""
-        tokens, parents = self.tokens.tolist(), self.parents.tolist()
-        joint = self.log_probs.exp().tolist()
-        return [Tree(tokens[a:b], parents[a:b], joint[a:b]) for a, b in pairwise(self.offsets.tolist())]

@@ -10,11 +10,13 @@ import heapq
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 
-from clover_vllm.tree.draft import ROOT, Tree, TreeBatch
+from clover_vllm.tree.batch import PADDING, TreeBatch
+from clover_vllm.tree.draft import ROOT, Tree
 from clover_vllm.tree.shapes import Shape
 
 HOST_REQUESTS = 64
@@ -118,6 +120,14 @@ def grow_best_first(
     if on_host:
         return _grow_on_host(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs)
     return _grow_on_device(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs).to_host()
+
+
+def grow_best_first_on_device(
+    drafter: Drafter, num_nodes: int, rounds: int, width: int, num_candidates: int, cutoffs: Cutoffs
+) -> TreeBatch:
+    """As `grow_best_first`, in full width at every level and without waiting for the device."""
+    log_probs, tokens = drafter.first(num_candidates)
+    return _grow_on_device(drafter, log_probs, tokens, num_nodes, rounds, width, cutoffs)
 
 
 def _grow_on_host(
@@ -265,16 +275,10 @@ def _select(
     parent_slots = index // k
     keep = ordered > -torch.inf
     return TreeBatch(
-        tokens.gather(1, index)[keep],
-        of_slot.gather(1, parent_slots)[keep],
-        ordered[keep],
-        _offsets(keep.sum(dim=1)),
+        tokens.gather(1, index).where(keep, PADDING),
+        of_slot.gather(1, parent_slots).where(keep, ROOT),
+        ordered,
     )
-
-
-def _offsets(counts: torch.Tensor) -> torch.Tensor:
-    """Exclusive prefix sum with the total at the end: int64 [R] -> [R + 1]."""
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def grow_fixed(drafter: Drafter, shape: Shape) -> list[Tree]:
@@ -285,6 +289,11 @@ def grow_fixed(drafter: Drafter, shape: Shape) -> list[Tree]:
     Returns:
         one tree of len(shape) nodes per request, nodes in the shape's order.
     """
+    return grow_fixed_on_device(drafter, shape).to_host()
+
+
+def grow_fixed_on_device(drafter: Drafter, shape: Shape) -> TreeBatch:
+    """As `grow_fixed`, without waiting for the device."""
     k = shape.max_rank + 1
     log_probs, tokens = drafter.first(k)
     device = tokens.device
@@ -301,7 +310,7 @@ def grow_fixed(drafter: Drafter, shape: Shape) -> list[Tree]:
         inner = [i for i in level if i in shape.parents]
         if not inner:
             continue
-        parent_slots = torch.tensor([slot_of[shape.parents[i]] for i in inner], device=device)
+        parent_slots = _constant(tuple(slot_of[shape.parents[i]] for i in inner), device)
         level_tokens = torch.stack([node_tokens[i] for i in inner], dim=1)
         child_scores, child_tokens = drafter.expand(parent_slots.expand_as(level_tokens), level_tokens, k)
         for column, i in enumerate(inner):
@@ -310,9 +319,17 @@ def grow_fixed(drafter: Drafter, shape: Shape) -> list[Tree]:
                 node_scores[i][:, None] + child_scores[:, column],
                 child_tokens[:, column],
             )
-    all_tokens = torch.stack(node_tokens, dim=1).tolist()
-    joint = torch.stack(node_scores, dim=1).exp().tolist()
-    return [
-        Tree([], []) if any(map(math.isnan, own)) else Tree(ids, shape.parents, own)
-        for ids, own in zip(all_tokens, joint, strict=True)
-    ]
+    scores = torch.stack(node_scores, dim=1)
+    broken = scores.isnan().any(1, keepdim=True)
+    parents = _constant(tuple(shape.parents), device).expand(scores.shape)
+    return TreeBatch(
+        torch.stack(node_tokens, dim=1).masked_fill(broken, PADDING),
+        parents.masked_fill(broken, ROOT),
+        scores.masked_fill(broken, -torch.inf),
+    )
+
+
+@cache
+def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Brought to the device once, since a copy from the host may wait for it."""
+    return torch.tensor(values, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,14 +161,14 @@ def test_unsupported_vllm_keeps_its_own_functions(monkeypatch: pytest.MonkeyPatc
     from transformers import AutoConfig
 
     monkeypatch.setattr(hooks, "SUPPORTED_VLLM", ("0.1.0",))
-    spies = {name: Mock() for name in ("install", "install_sampling", "install_runner_choice")}
+    spies = {name: Mock() for name in ("install", "install_sampling", "install_async_scheduling")}
     for name, spy in spies.items():
         monkeypatch.setattr(hooks, name, spy)
     monkeypatch.setattr(AutoConfig, "register", Mock())
     plugin.register()
     spies["install"].assert_called_once()
     spies["install_sampling"].assert_not_called()
-    spies["install_runner_choice"].assert_not_called()
+    spies["install_async_scheduling"].assert_not_called()
     AutoConfig.register.assert_not_called()
 
 
@@ -231,33 +232,46 @@ def test_bad_configurations_are_refused_before_the_engine_starts(
     assert "\n" not in str(caught.value)
 
 
-def test_the_other_runner_is_refused_before_the_engine_starts(
+def test_v2_without_triton_is_refused_before_the_engine_starts(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(UserError, match="V1 model runner"):
+    with pytest.raises(UserError, match="V2 model runner without Triton"):
         configuration(pair[0], {"method": "clover2", "model": str(pair[1])})
 
 
-def test_the_choice_of_the_v1_runner_is_this_engines_alone(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chosen", [None, "0", "1"])
+def test_clover_runs_on_the_runner_that_vllm_chooses(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, chosen: str | None
 ) -> None:
-    """As on a machine where vLLM prefers its V2 runner; pickled to the worker, it is still V1."""
-    import os
+    """As on a machine with Triton; pickled to the worker, it is the same."""
     import pickle
 
     import vllm.config.vllm
 
     monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)
+    monkeypatch.setattr("clover_vllm.engine.support.HAS_TRITON", True)
     monkeypatch.setattr(vllm.config.VllmConfig, "_validate_v2_model_runner", Mock())
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-    before = dict(os.environ)
+    if chosen is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", chosen)
     made = configuration(pair[0], {"method": "clover2", "model": str(pair[1])})
-    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
-    assert not any("RUNNER" in name for name in changed)
-    assert not made.use_v2_model_runner
-    assert not pickle.loads(pickle.dumps(made)).use_v2_model_runner
-    assert EngineArgs(model=str(pair[0]), skip_tokenizer_init=True).create_engine_config().use_v2_model_runner
+    for config in (made, pickle.loads(pickle.dumps(made))):
+        assert config.use_v2_model_runner == (chosen != "0")
+        assert config.speculative_config.disable_padded_drafter_batch == (chosen == "0")
+
+
+def test_a_step_of_clover_may_be_scheduled_ahead() -> None:
+    from typing import get_args
+
+    import vllm.config.vllm
+
+    before = get_args(vllm.config.vllm.EagleModelTypes)
+    hooks.install_async_scheduling()
+    found = get_args(vllm.config.vllm.EagleModelTypes)
+    assert set(found) == {*before, "clover2"}
+    hooks.install_async_scheduling()
+    assert get_args(vllm.config.vllm.EagleModelTypes) == found
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -424,3 +438,13 @@ def test_head_of_another_target_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(UserError, match="vocab_size 211") as caught:
         configuration(other, {"method": "clover2", "model": str(pair[1])})
     one_sentence(caught.value)
+
+
+def test_the_worker_for_gpus_leaves_cuda_alone() -> None:
+    """vLLM's CPU worker replaces CUDA's streams as it is imported."""
+    check = (
+        "import torch; stream, event = torch.cuda.Stream, torch.cuda.Event;"
+        "import clover_vllm.engine.gpu_worker, clover_vllm.engine.plugin, clover_vllm.engine.config;"
+        "assert (torch.cuda.Stream, torch.cuda.Event) == (stream, event)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)

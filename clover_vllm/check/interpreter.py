@@ -1,0 +1,58 @@
+"""vLLM as it runs on a GPU, on a CPU: its V2 runner and its Triton kernels, in Triton's interpreter.
+
+So the code for GPUs is compared with plain vLLM without one. What this cannot show is whether kernels compile, CUDA
+graphs, streams, and speed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def interpret() -> None:
+    """Let this process's vLLM interpret Triton kernels and schedule as on a GPU. Called before vLLM is imported.
+
+    vLLM's CPU build takes Triton for absent unless Triton has a backend called "cpu" (`vllm.triton_utils.importing`),
+    and then runs its V2 model runner.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from triton.backends import backends
+    from triton.runtime import interpreter
+
+    backends["cpu"] = _Backend
+    options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )  # of each sum and product; half of the time
+    interpreter.interpreter_builder.options = options
+    # Asked for tile sizes by `triton_reshape_and_cache_flash`.
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    _schedule_ahead()
+
+    from vllm.v1.attention.backends import triton_attn
+
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0  # cut no short context in 16 parts, which take turns here
+
+
+class _Backend:
+    """Stands for a `triton.backends.Backend`; the interpreter compiles nothing."""
+
+    class driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+
+def _schedule_ahead() -> None:
+    """Keep asynchronous scheduling, which vLLM switches off on a CPU, where nothing is gained by it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        chosen = vllm_config.scheduler_config.async_scheduling
+        original(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = chosen
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)

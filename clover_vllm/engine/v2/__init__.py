@@ -1,0 +1,1 @@
+"""Clover-2 on vLLM's V2 model runner, which keeps drafts, positions and lengths on the device: no step waits for it."""

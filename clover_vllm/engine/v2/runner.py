@@ -1,0 +1,140 @@
+"""vLLM's V2 model runner, verifying trees. The seams are listed in `engine.hooks`.
+
+A request that verifies has rows in a step: its root, the last sampled token, then its nodes, at the contiguous cache
+slots that vLLM gives them. Trees are padded to one size, as vLLM's scheduler expects of drafts that it never sees.
+Nothing here reads a device tensor: what was accepted, vLLM's output copy tells the host a step later.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from clover_vllm.attention.triton.cache_rows import CacheRows
+from clover_vllm.base.errors import UserError
+from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMetadataBuilder
+from clover_vllm.engine.hooks import making_speculator
+from clover_vllm.engine.support import refuse, refuse_trees
+from clover_vllm.engine.v2.layout import Scored
+from clover_vllm.engine.v2.scorer import DeviceScorer
+from clover_vllm.engine.v2.speculator import Clover2Speculator
+from clover_vllm.engine.v2.trees import SlotTrees
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+BUILT_IN_PROCESSORS = 3
+"""Logits processors that vLLM's V2 sampler always has: biases, penalties, bad words."""
+
+
+class CloverV2Runner(GPUModelRunner):
+    """The V2 runner with trees; a mixin for its subclasses."""
+
+    speculator: Clover2Speculator
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        with making_speculator(Clover2Speculator):
+            super().__init__(vllm_config, device)
+        if (
+            self.speculative_config.disable_eagle_block_drop
+            and self.max_num_tokens <= self.num_speculative_steps
+        ):
+            # vLLM's scheduler would wait for ever to admit a request with one token left to compute.
+            raise UserError(
+                f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_speculative_steps + 1} or more "
+                f"with {self.num_speculative_steps} speculative tokens; it is {self.max_num_tokens}."
+            )
+        self.use_aux_hidden_state_outputs = True
+        self.trees = self.speculator.trees = SlotTrees(self.req_states, self.speculator.deepest)
+        self._step: StepRows | None = None  # where trees may branch
+        self._rows: CacheRows | None = None  # of the target's layers, where trees may branch
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if len(self.sampler.logits_processors) > BUILT_IN_PROCESSORS:
+            raise refuse("logits processors of users")
+        self.rejection_sampler: DeviceScorer = DeviceScorer(
+            self.sampler, self.speculative_config, self.device, self.trees
+        )
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.speculator.options.tree != "chain":
+            self._step = StepRows.make(self.max_num_tokens, self.num_speculative_steps, self.device)
+            self._rows = self._find_layers(self._step)
+
+    def _find_layers(self, step: StepRows) -> CacheRows:
+        """The target's attention layers, whose metadata are made to know the step.
+
+        Raises:
+            UserError: trees are not supported for this target on this platform.
+        """
+        for problem, found in (
+            ("several kinds of attention", len(self.kv_cache_config.kv_cache_groups) != 1),
+            ("M-RoPE", self.model_config.uses_mrope),
+            ("a KV connector", self.vllm_config.kv_transfer_config is not None),
+        ):
+            if found:
+                raise refuse_trees(problem)
+        drafts = self.speculator.draft_attn_layer_names
+        layers = self.compilation_config.static_forward_context
+        caches: list[torch.Tensor] = []
+        for group in (group for groups in self.attn_groups for group in groups):
+            builder = group.get_metadata_builder()
+            if not isinstance(builder, TreeMetadataBuilder):
+                raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
+            builder.step = step
+            for name in group.layer_names:
+                if name not in drafts:
+                    assert isinstance(layers[name].impl, TreeAttentionImpl)
+                    layers[name].impl.check_trees(self.dtype)
+                    caches.append(layers[name].kv_cache)
+        if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
+            raise refuse_trees("layers whose caches differ in shape")
+        return CacheRows(caches)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            self.trees.add_request(self.req_states.req_id_to_index[request.req_id], request.sampling_params)
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """As the base class; then nodes get the positions that they would have in decoding, at their own slots."""
+        prepared = super().prepare_attn(input_batch)
+        verifies = input_batch.num_draft_tokens > 0
+        if self._step is not None:
+            self._step.verifies = verifies
+            self._step.decodes_only = input_batch.num_tokens == int(input_batch.cu_num_logits_np[-1])
+        if verifies:
+            self.trees.lay_out(input_batch, self.req_states.prefill_len.gpu, self._step)
+        self._slots = prepared[1][0] if self._rows is not None else None
+        return prepared
+
+    def prepare_dummy_attn(
+        self, input_batch: InputBatch, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        if self._step is not None:
+            self._step.verifies = False
+        return super().prepare_dummy_attn(input_batch, *args, **kwargs)
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """As the base class; then accepted rows of the cache move behind their roots."""
+        made = super().sample(hidden_states, input_batch, grammar_output)
+        sampled, num_sampled = made[0].sampled_token_ids, made[1]
+        path = self.rejection_sampler.path if input_batch.num_draft_tokens else None
+        self.speculator.scored = Scored(sampled, path)
+        if path is not None and self._rows is not None:
+            roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
+            self._rows.move_accepted(self._slots, roots, path, num_sampled)
+        return made

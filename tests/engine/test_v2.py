@@ -1,0 +1,149 @@
+"""Trees on vLLM's V2 model runner, the one for GPUs, give what plain V2 gives: in Triton's interpreter, on a CPU.
+
+All runs share one plain engine and one with trees, whose cache is so small that requests are preempted, and whose
+steps are so small that prompts come in chunks.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Json, assert_same, run_script
+from features import FEATURES, KINDS
+from length import length
+
+from clover_vllm.check.tiny import make_tiny_pair
+from clover_vllm.check.torture import difference, random_wave
+
+NODES = 7
+LONGEST = length(8, 32)
+
+
+def feature_requests() -> list[Json]:
+    """Each feature, greedy and seeded in turn, with prompts that share their beginnings; some are aborted."""
+    rng = random.Random(2)
+    shared = [rng.randrange(3, 256) for _ in range(48)]
+    requests: list[Json] = []
+    cases = [(feature, kind) for feature in FEATURES for kind in KINDS if (feature, kind) != ("n", "greedy")]
+    for i, (feature, kind) in enumerate(
+        cases[:: length(2, 1)] + [("none", "greedy"), ("none", "seeded")] * 3
+    ):
+        prompt = [
+            *shared[: rng.choice([0, 16, 32, 48])],
+            *(rng.randrange(3, 256) for _ in range(rng.randrange(2, 20))),
+        ]
+        params = {"max_tokens": LONGEST, "ignore_eos": True, **KINDS[kind], **FEATURES[feature]}
+        params["min_tokens"] = min(params.get("min_tokens", 0), LONGEST // 2)
+        params["stop_token_ids"] = params.get("stop_token_ids", [])[
+            :100
+        ]  # V2 takes up to 128 with min_tokens
+        requests.append({"prompt": prompt, "params": params, "step": i})
+    for request in requests[5::12]:
+        request["abort"] = request["step"] + 4
+    return requests
+
+
+def torture_requests() -> list[Json]:
+    """Random requests of the torture test, shorter in `make test`."""
+    rng = random.Random(4)
+    wave = random_wave(rng, length(12, 300), 120, [])
+    for request in wave:
+        request["prompt"] = request["prompt"][:100]
+        request["params"]["max_tokens"] = min(request["params"]["max_tokens"], length(6, 20))
+        if "min_tokens" in request["params"]:
+            request["params"]["min_tokens"] = min(
+                request["params"]["min_tokens"], request["params"]["max_tokens"]
+            )
+    return wave
+
+
+def short_requests() -> list[Json]:
+    return [
+        {"prompt": [3 + i, 20, 44], "params": {"max_tokens": 4, "ignore_eos": True, **kind}}
+        for i, kind in enumerate(KINDS.values())
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
+    target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"))
+    jobs = {
+        "features": {"requests": feature_requests(), "scripted": 0.8},
+        "torture": {"requests": torture_requests(), "scripted": 0.6},
+        "head": {"requests": short_requests(), "count_reads": True},
+        "script": {"requests": short_requests(), "count_reads": True, "scripted": 1.0},
+    }
+    found: Json = run_script("run_v2", specification(target, head, jobs), 3000, {"TRITON_INTERPRET": "1"})
+    return {**found, "jobs": jobs}
+
+
+def specification(target: Path, head: Path, jobs: Json) -> Json:
+    llm = {
+        "model": str(target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 64,
+        "block_size": 16,
+        "num_gpu_blocks_override": 22,
+        "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
+    }
+    speculative = {
+        "method": "clover2",
+        "model": str(head),
+        "num_speculative_tokens": NODES,
+        "tree": "best_first",
+        "draft_rounds": 3,
+    }
+    return {"llm": llm, "speculative": speculative, "jobs": jobs}
+
+
+def not_aborted(job: Json) -> list[int]:
+    return [i for i, request in enumerate(job["requests"]) if "abort" not in request]
+
+
+def test_both_engines_are_v2_and_schedule_ahead(runs: Json) -> None:
+    assert runs["plain runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert "CloverV2Runner" in runs["clover runner"]
+    assert runs["scheduler"] == "AsyncScheduler"
+
+
+def test_every_feature_gives_what_plain_v2_gives(runs: Json) -> None:
+    plain, trees = runs["plain"]["features"], runs["clover"]["features"]
+    assert_same(plain, trees, not_aborted(runs["jobs"]["features"]))
+
+
+def test_branching_trees_were_accepted_beside_prompts_and_in_preempted_requests(runs: Json) -> None:
+    stats = runs["clover"]["features"]["stats"]
+    assert stats["accepted"] > 40
+    assert stats["accepted_in_branching"] > 10
+    assert stats["moved"] > 10
+    assert stats["mixed_steps"] > 5
+    assert stats["preempted"] > 0
+    assert stats["cached_tokens"] > 0
+    assert stats["leaked_blocks"] == 0
+
+
+def test_random_requests_give_what_plain_v2_gives(runs: Json) -> None:
+    plain, trees = runs["plain"]["torture"], runs["clover"]["torture"]
+    found: dict[int, Any] = {}
+    for i in not_aborted(runs["jobs"]["torture"]):
+        wrong = difference(plain["outputs"][i], trees["outputs"][i])
+        if wrong is not None:
+            found[i] = wrong
+    assert not found
+    assert trees["stats"]["accepted"] > 10
+    assert trees["stats"]["leaked_blocks"] == 0
+
+
+def test_the_head_drafts_and_nothing_is_read_on_the_host(runs: Json) -> None:
+    stats = runs["clover"]["head"]["stats"]
+    assert stats["drafts"] > 0
+    assert stats["reads"] == {}
+    assert runs["clover"]["script"]["stats"]["reads"], (
+        "the scripted trees look at the device, so reads are seen"
+    )

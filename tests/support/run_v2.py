@@ -1,0 +1,158 @@
+"""Plain vLLM and Clover on its V2 model runner, one after the other in one process, in Triton's interpreter.
+
+Keys of what `main` takes:
+
+    llm: arguments of vllm.LLM for both.
+    speculative: Clover's speculative configuration.
+    jobs: by name, {"requests": see `clover_vllm.check.scripted.drive`, "scripted": share of the drafts (0) that hide
+        the plain answers in random trees, "count_reads": whether to count what our code reads on the host}.
+
+It returns by engine, "plain" and "clover", what `drive` returns by job, with more statistics of the latter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def main(spec: Json) -> Json:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from clover_vllm.check.interpreter import interpret
+
+    interpret()
+    from vllm import LLM
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from clover_vllm.check.scripted import ScriptedSlots, drive, runner_of
+
+    triton_attention = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+    register_backend(AttentionBackendEnum.CPU_ATTN, triton_attention)
+    given = {"disable_log_stats": True, "kv_cache_memory_bytes": 1 << 24, **spec["llm"]}
+    plain = LLM(**given)
+    results: Json = {"plain": {name: drive(plain, job["requests"]) for name, job in spec["jobs"].items()}}
+    results["plain runner"] = type(runner_of(plain)).__module__
+    del plain
+    clover = LLM(**given, speculative_config=spec["speculative"])
+    runner = runner_of(clover)
+    seen = Seen(runner)
+    script = ScriptedSlots(runner, seed=1, share=0.0)
+    results["clover"] = {}
+    for name, job in spec["jobs"].items():
+        script.share = job.get("scripted", 0.0)
+        script.know(
+            [[sequence["tokens"] for sequence in outputs] for outputs in results["plain"][name]["outputs"]]
+        )
+        with counting(job.get("count_reads", False)) as reads:
+            result = drive(clover, job["requests"])
+        result["stats"] |= seen.take()
+        result["stats"]["reads"] = dict(reads)
+        results["clover"][name] = result
+    results["scheduler"] = type(clover.llm_engine.engine_core.engine_core.scheduler).__name__
+    results["clover runner"] = [kind.__name__ for kind in type(runner).__mro__]
+    return results
+
+
+class Seen:
+    """Counts what a V2 runner verifies."""
+
+    def __init__(self, runner: Any) -> None:
+        self.counts: Counter[str] = Counter()
+        self._sample, self._runner = runner.sample, runner
+        runner.sample = self.sample
+
+    def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
+        trees, slots = self._runner.trees, batch.idx_mapping
+        tokens, parents = trees.tokens[slots].clone(), trees.parents[slots].clone()
+        made = self._sample(hidden, batch, grammar)
+        self.counts["steps"] += 1
+        if batch.num_draft_tokens == 0:
+            return made
+        self.counts["mixed_steps"] += bool(batch.has_prefill)
+        paths = self._runner.rejection_sampler.path.tolist()
+        drafts = batch.num_draft_tokens_per_req.tolist()
+        for path, count, own, above, given in zip(
+            paths, made[1].tolist(), tokens.tolist(), parents.tolist(), drafts, strict=True
+        ):
+            nodes = sum(token >= 0 for token in own[:given])
+            self.counts["drafts"] += nodes
+            if count > 1:
+                self.counts["accepted"] += count - 1
+                branching = any(parent != i - 1 for i, parent in enumerate(above[:nodes]))
+                self.counts["accepted_in_branching"] += branching
+                self.counts["moved"] += any(row != depth + 1 for depth, row in enumerate(path[: count - 1]))
+        return made
+
+    def take(self) -> Json:
+        """Counts since the last call."""
+        found, self.counts = dict(self.counts), Counter()
+        return found
+
+
+READS = {
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten.masked_select",
+    "aten.equal",
+    "aten.unique_consecutive",
+}
+"""Operators whose result the host waits for."""
+
+
+@contextmanager
+def counting(wanted: bool) -> Iterator[Counter[str]]:
+    """Count, by file of Clover, what it reads of tensors on the host, other than in Triton's interpreter."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: Counter[str] = Counter()
+    if not wanted:
+        yield found
+        return
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            indexed = op.overloadpacket.__name__ in ("index", "index_put", "index_put_")
+            by_mask = indexed and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+            if by_mask or str(op.overloadpacket) in READS:
+                note(found)
+            return op(*args, **(kwargs or {}))
+
+    originals = {
+        name: getattr(torch.Tensor, name) for name in ("tolist", "numpy", "item", "cpu", "__array__")
+    }
+
+    def wrapped(name: str) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            note(found)
+            return originals[name](self, *args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(torch.Tensor, name, wrapped(name))
+    try:
+        with Mode():
+            yield found
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+
+
+def note(found: Counter[str]) -> None:
+    """Count a read if the innermost code that is not PyTorch's or this file's is Clover's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and file != __file__:
+            if "/clover_vllm/" in file:
+                found[Path(file).name] += 1
+            return
+        frame = frame.f_back  # type: ignore[assignment]
