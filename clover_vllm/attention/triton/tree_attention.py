@@ -168,7 +168,7 @@ def tree_attention(
 
 
 @triton.jit
-def _popcount(bits):  # type: ignore[no-untyped-def]
+def _popcount(bits):
     """Bits set in each int64; shifts bring the sign only where it is masked out."""
     count = bits - ((bits >> 1) & 0x5555555555555555)
     count = (count & 0x3333333333333333) + ((count >> 2) & 0x3333333333333333)
@@ -180,13 +180,13 @@ def _popcount(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _depth(bits, row):  # type: ignore[no-untyped-def]
+def _depth(bits, row):
     """A row's depth below its root: its ancestors in the tree, or the rows before it."""
     return tl.where(bits == -1, row, _popcount(bits) - 1)
 
 
 @triton.jit
-def _add_tile(  # type: ignore[no-untyped-def]
+def _add_tile(
     start,
     query,
     row,
@@ -250,7 +250,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attention_kernel(  # type: ignore[no-untyped-def]
+def _attention_kernel(
     query,
     cache,
     output,
@@ -356,7 +356,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _merge_kernel(  # type: ignore[no-untyped-def]
+def _merge_kernel(
     output,
     partial_values,
     partial_maxima,
