@@ -42,6 +42,8 @@ LONGEST = [
     "@test_server.py",
     "@half precision",
     "@test_features.py",
+    "@test_ranks.py",
+    "@test_ray.py",
     "@test_head_vllm.py",
     "@test_packaging.py",
     "test_a_kill_leaves_nothing_or_a_whole_folder",

@@ -58,6 +58,7 @@ def test_replicas_of_a_host_do_not_share_cores_while_there_are_enough(seen: Json
     assert all(set(map(int, cores.split(","))) <= set(allowed) for cores in seen["cores"])
 
 
+@pytest.mark.timeout(2400)
 def test_chaos_loses_no_request_and_leaves_no_orphan(tmp_path: Path) -> None:
     """Each request is answered once and with plain vLLM's text, and metrics of two replicas are vLLM's own sums."""
     target, head = make_pair(tmp_path, "llama tied")
