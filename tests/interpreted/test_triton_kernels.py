@@ -59,7 +59,7 @@ def rows_without_tree(case: Case) -> torch.Tensor:
     return torch.tensor([request.tree is None for request in case.requests for _ in range(request.rows)])
 
 
-@pytest.mark.parametrize("seed", range(length(30, 1500)))
+@pytest.mark.parametrize("seed", range(length(20, 1500)))
 def test_tree_attention_equals_float64(seed: int) -> None:
     """Random trees, decodes, chunks and padding; layouts, heads, head sizes, splits, windows."""
     rng = random.Random(seed)

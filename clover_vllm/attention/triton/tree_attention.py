@@ -170,21 +170,21 @@ def tree_attention(
 
 
 @triton.jit
-def _popcount(bits):
-    """Bits set in each int64; shifts bring the sign only where it is masked out."""
-    count = bits - ((bits >> 1) & 0x5555555555555555)
-    count = (count & 0x3333333333333333) + ((count >> 2) & 0x3333333333333333)
-    count = (count + (count >> 4)) & 0x0F0F0F0F0F0F0F0F
+def _popcount(word):
+    """Bits set in each int32; shifts bring the sign only where it is masked out."""
+    count = word - ((word >> 1) & 0x55555555)
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    count = (count + (count >> 4)) & 0x0F0F0F0F
     count += count >> 8
     count += count >> 16
-    count += count >> 32
-    return (count & 0x7F).to(tl.int32)
+    return count & 0x3F
 
 
 @triton.jit
 def _depth(bits, row):
-    """A row's depth below its root: its ancestors in the tree, or the rows before it."""
-    return tl.where(bits == -1, row, _popcount(bits) - 1)
+    """A row's depth below its root: its ancestors in the tree, or the rows before it. Halves need fewer registers."""
+    ancestors = _popcount(bits.to(tl.int32)) + _popcount((bits >> 32).to(tl.int32)) - 1
+    return tl.where(bits == -1, row, ancestors)
 
 
 @triton.jit
