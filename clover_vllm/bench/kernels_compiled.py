@@ -8,6 +8,7 @@ nothing of speed.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -90,6 +91,10 @@ class Compiled:
     warps: int
 
 
+_DEVICES = itertools.count()
+"""Triton keeps what it compiled by device, and would not load it again."""
+
+
 class _NoDevice:
     """Stands where Triton has the driver of a GPU (`triton.backends.driver.DriverBase`)."""
 
@@ -97,6 +102,7 @@ class _NoDevice:
         self._capability, self._shape = capability, shape
         self.found: list[Compiled] = []
         self.utils = self
+        self._device = next(_DEVICES)
 
     def launcher_cls(self, _: Any, metadata: Any) -> Callable[..., None]:
         self._warps = metadata.num_warps
@@ -108,7 +114,7 @@ class _NoDevice:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return self._capability  # of Triton's compiled kernels, which are kept by device
+        return self._device
 
     def get_current_stream(self, _: int) -> int:
         return 0
