@@ -19,7 +19,7 @@ from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.check.torture import difference, random_wave
 
 NODES = 7
-LONGEST = length(8, 32)
+LONGEST = length(7, 32)
 
 
 def feature_requests() -> list[Json]:
@@ -49,7 +49,7 @@ def feature_requests() -> list[Json]:
 def torture_requests() -> list[Json]:
     """Random requests of the torture test, shorter in `make test`."""
     rng = random.Random(4)
-    wave = random_wave(rng, length(12, 300), 120, [])
+    wave = random_wave(rng, length(10, 300), 120, [])
     for request in wave:
         request["prompt"] = request["prompt"][:100]
         request["params"]["max_tokens"] = min(request["params"]["max_tokens"], length(6, 20))
@@ -69,7 +69,7 @@ def short_requests() -> list[Json]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
-    target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"))
+    target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"), kv_heads=1)
     jobs = {
         "features": {"requests": feature_requests(), "scripted": 0.8},
         "torture": {"requests": torture_requests(), "scripted": 0.6},
@@ -89,7 +89,7 @@ def specification(target: Path, head: Path, jobs: Json) -> Json:
         "max_num_seqs": 6,
         "max_num_batched_tokens": 64,
         "block_size": 16,
-        "num_gpu_blocks_override": 22,
+        "num_gpu_blocks_override": 15,
         "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     }
     speculative = {
