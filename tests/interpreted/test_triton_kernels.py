@@ -32,7 +32,8 @@ DIMS = (64, 80, 96, 112, 128, 192, 256)
 def attend(case: Case, splits: int = 1, **more: object) -> torch.Tensor:
     """What the kernel leaves in a copy of the case's output."""
     output = case.output.clone()
-    rows, heads, dim = output.shape
+    _, heads, dim = output.shape
+    rows = len(case.requests) * case.trees.max_rows
     partials = Partials.empty(rows, heads, splits, dim, output.device) if splits > 1 else None
     for tensor in (partials.values, partials.maxima, partials.sums) if partials is not None else ():
         tensor.fill_(torch.nan)
@@ -110,7 +111,7 @@ def test_steps_without_trees_are_left_alone(splits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96])
 def test_tree_attention_equals_the_kernel_of_the_cpu(dim: int, dtype: torch.dtype) -> None:
     """The same step, its cache in the layout that the C++ kernel reads."""
     assert native_kernel() is not None
@@ -119,7 +120,7 @@ def test_tree_attention_equals_the_kernel_of_the_cpu(dim: int, dtype: torch.dtyp
         Request(context, nodes + 1, random_tree(rng, nodes))
         for context, nodes in [(77, 25), (0, 8), (130, 63)]
     ]
-    case = make_case(requests, dtype=dtype, dim=dim, page=32, layout="LBHNC")
+    case = make_case(requests, dtype=dtype, dim=dim, page=32, kv_heads=1)
     keys, values = case.cache.split(dim, dim=-1)
     starts = case.trees.query_start_loc
     slots = case.slots()

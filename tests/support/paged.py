@@ -68,7 +68,7 @@ def random_requests(rng: random.Random, count: int, longest: int) -> list[Reques
     kinds = [
         tree,
         tree,
-        lambda: Request(rng.randrange(1, longest), 1),
+        lambda: Request(rng.randrange(1, longest + 1), 1),
         lambda: Request(rng.randrange(longest), rng.randrange(2, 80)),
         lambda: Request(0, 0),
     ]

@@ -60,7 +60,7 @@ class CacheRows:
 
 
 @triton.jit
-def _move_kernel(  # type: ignore[no-untyped-def]
+def _move_kernel(
     pointers,
     slots,
     roots,

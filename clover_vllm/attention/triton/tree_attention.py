@@ -28,13 +28,13 @@ OWN_TILE = 16
 class Partials:
     """What the parts of a split context leave for the merge. Persistent under CUDA graphs: make it once."""
 
-    values: torch.Tensor  # float32 [T, heads, splits, D], weighted sums of values
-    maxima: torch.Tensor  # float32 [T, heads, splits], of the scores times log2(e)
-    sums: torch.Tensor  # float32 [T, heads, splits], of the weights relative to that maximum
+    values: torch.Tensor  # float32 [R * max_rows, heads, splits, D], weighted sums of values
+    maxima: torch.Tensor  # float32 [R * max_rows, heads, splits], of the scores times log2(e)
+    sums: torch.Tensor  # float32 [R * max_rows, heads, splits], of the weights relative to that maximum
 
     @classmethod
     def empty(cls, rows: int, heads: int, splits: int, dim: int, device: torch.device) -> Partials:
-        """Room for up to `rows` rows of a step; one serves all layers of these sizes."""
+        """For up to `rows` rows, which is requests times `PagedTrees.max_rows`; one serves all layers of these sizes."""
         shape = (rows, heads, splits)
         return cls(
             torch.empty(*shape, dim, dtype=torch.float32, device=device),
@@ -114,6 +114,7 @@ def tree_attention(
     tiling = Tiling.of(trees.max_rows, group, dim, output.element_size())
     q_blocks = triton.cdiv(trees.max_rows, tiling.rows(group))
     splits = partials.splits if partials is not None else 1
+    assert partials is None or partials.sums.shape[0] >= requests * trees.max_rows
     parts = (partials.values, partials.maxima, partials.sums) if partials is not None else (output,) * 3
     _attention_kernel[(requests * q_blocks, kv_heads, splits)](
         query,
@@ -134,6 +135,8 @@ def tree_attention(
         output.stride(1),
         *cache.stride()[:3],
         trees.block_table.stride(0),
+        q_blocks,
+        trees.max_rows,
         PAGE=page,
         GROUP=group,
         DIM=dim,
@@ -141,7 +144,6 @@ def tree_attention(
         BLOCK_M=tiling.block_m,
         TILE=tiling.tile,
         OWN_TILE=OWN_TILE,
-        Q_BLOCKS=q_blocks,
         SPLITS=splits,
         WINDOW=window,
         ALL_ROWS=all_rows,
@@ -157,7 +159,7 @@ def tree_attention(
             value_scale,
             output.stride(0),
             output.stride(1),
-            MAX_ROWS=trees.max_rows,
+            trees.max_rows,
             DIM=dim,
             BLOCK_D=triton.next_power_of_2(dim),
             SPLITS=splits,
@@ -168,7 +170,7 @@ def tree_attention(
 
 
 @triton.jit
-def _popcount(bits):  # type: ignore[no-untyped-def]
+def _popcount(bits):
     """Bits set in each int64; shifts bring the sign only where it is masked out."""
     count = bits - ((bits >> 1) & 0x5555555555555555)
     count = (count & 0x3333333333333333) + ((count >> 2) & 0x3333333333333333)
@@ -180,13 +182,13 @@ def _popcount(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _depth(bits, row):  # type: ignore[no-untyped-def]
+def _depth(bits, row):
     """A row's depth below its root: its ancestors in the tree, or the rows before it."""
     return tl.where(bits == -1, row, _popcount(bits) - 1)
 
 
 @triton.jit
-def _add_tile(  # type: ignore[no-untyped-def]
+def _add_tile(
     start,
     query,
     row,
@@ -249,8 +251,8 @@ def _add_tile(  # type: ignore[no-untyped-def]
     return highest, total, attended
 
 
-@triton.jit
-def _attention_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["q_blocks", "max_rows"])
+def _attention_kernel(
     query,
     cache,
     output,
@@ -273,6 +275,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     stride_head,
     stride_slot,
     stride_table,
+    q_blocks,
+    max_rows,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -280,14 +284,13 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     OWN_TILE: tl.constexpr,
-    Q_BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     ALL_ROWS: tl.constexpr,
 ):
     """A program attends some rows of a request, those query heads that share a kv head, over a part of its tokens."""
-    r = tl.program_id(0) // Q_BLOCKS
-    first_row = tl.program_id(0) % Q_BLOCKS * (BLOCK_M // GROUP)
+    r = tl.program_id(0) // q_blocks
+    first_row = tl.program_id(0) % q_blocks * (BLOCK_M // GROUP)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     first = tl.load(query_start_loc + r)
@@ -348,15 +351,15 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         to = output + (place * stride_output + head * stride_output_head)[:, None] + channel[None, :]
         tl.store(to, attended.to(output.dtype.element_ty), mask=mine)
     else:
-        part_of = (place * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
+        part_of = ((r * max_rows + row).to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
         tl.store(partial_maxima + part_of, maximum, mask=valid)
         tl.store(partial_sums + part_of, total, mask=valid)
         if begin < end:
             tl.store(partial_values + (part_of * DIM)[:, None] + channel[None, :], attended, mask=mine)
 
 
-@triton.jit
-def _merge_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["max_rows"])
+def _merge_kernel(
     output,
     partial_values,
     partial_maxima,
@@ -366,7 +369,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     value_scale,
     stride_output,
     stride_output_head,
-    MAX_ROWS: tl.constexpr,
+    max_rows,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -374,8 +377,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     ALL_ROWS: tl.constexpr,
 ):
     """One program per row and query head. A part without tokens has the sum 0, and its values were never written."""
-    r = tl.program_id(0) // MAX_ROWS
-    row = tl.program_id(0) % MAX_ROWS
+    r = tl.program_id(0) // max_rows
+    row = tl.program_id(0) % max_rows
     head = tl.program_id(1)
     first = tl.load(query_start_loc + r)
     if row >= tl.load(query_start_loc + r + 1) - first:
@@ -385,7 +388,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     place = (first + row).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
     channel = tl.arange(0, BLOCK_D)
-    part_of = (place * tl.num_programs(1) + head) * SPLITS + split
+    part_of = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * SPLITS + split
     maxima = tl.load(partial_maxima + part_of, mask=split < SPLITS, other=-float("inf"))
     sums = tl.load(partial_sums + part_of, mask=split < SPLITS, other=0.0)
     used = sums != 0

@@ -6,7 +6,6 @@ there, so greedy and sampled requests walk alike.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
@@ -60,7 +59,7 @@ def walk_trees(
 
 
 @triton.jit
-def _walk_kernel(  # type: ignore[no-untyped-def]
+def _walk_kernel(
     emitted,
     cu_num_logits,
     request_slots,
