@@ -25,14 +25,14 @@ LONGEST = length(7, 32)
 def feature_requests() -> list[Json]:
     """Each feature, greedy and seeded in turn, with prompts that share their beginnings; some are aborted."""
     rng = random.Random(2)
-    shared = [rng.randrange(3, 256) for _ in range(48)]
+    shared = [rng.randrange(3, 256) for _ in range(65)]
     requests: list[Json] = []
     cases = [(feature, kind) for feature in FEATURES for kind in KINDS if (feature, kind) != ("n", "greedy")]
     for i, (feature, kind) in enumerate(
         cases[:: length(2, 1)] + [("none", "greedy"), ("none", "seeded")] * 3
     ):
         prompt = [
-            *shared[: rng.choice([0, 16, 32, 48])],
+            *shared[: rng.choice([0, 20, 33, 65])],
             *(rng.randrange(3, 256) for _ in range(rng.randrange(2, 20))),
         ]
         params = {"max_tokens": LONGEST, "ignore_eos": True, **KINDS[kind], **FEATURES[feature]}
@@ -88,8 +88,8 @@ def specification(target: Path, head: Path, jobs: Json) -> Json:
         "max_model_len": 128,
         "max_num_seqs": 6,
         "max_num_batched_tokens": 64,
-        "block_size": 16,
-        "num_gpu_blocks_override": 15,
+        "block_size": 32,
+        "num_gpu_blocks_override": 11,
         "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     }
     speculative = {
