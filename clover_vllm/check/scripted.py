@@ -165,7 +165,8 @@ class ScriptedSlots:
     def _put(self, slots: Any, on_host: Any, trees: Any) -> Any:
         import torch
 
-        from clover_vllm.tree import TreeBatch
+        from clover_vllm.tree import ROOT, TreeBatch
+        from clover_vllm.tree.batch import PADDING
 
         runner, rng, nodes = self._runner, self._rng, self._runner.num_speculative_steps
         trees = trees.padded(nodes)
@@ -176,10 +177,9 @@ class ScriptedSlots:
             done = int(runner.req_states.total_len.gpu[slot]) - int(runner.req_states.prompt_len.np[slot])
             right = rest_of(self._known, runner.req_states.index_to_req_id[slot], done)
             own = hide(rng, right, rng.randrange(nodes + 1), runner.vocab_size)
-            only = TreeBatch(
-                *(torch.tensor([part], dtype=torch.int64) for part in own), torch.zeros(1, len(own[0]))
-            )
-            tokens[r], parents[r] = only.padded(nodes).tokens[0], only.padded(nodes).parents[0]
+            tokens[r], parents[r] = PADDING, ROOT
+            tokens[r, : len(own[0])] = torch.tensor(own[0])
+            parents[r, : len(own[1])] = torch.tensor(own[1])
         return self._original(slots, on_host, TreeBatch(tokens, parents, trees.log_probs))
 
 

@@ -12,12 +12,13 @@ VOCAB = 320
 _TEXT = "the cat sat on the mat and thought of <think> its dinner </think> "
 
 
-def make_tiny_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+def make_tiny_pair(folder: Path, seed: int = 0, kv_heads: int = 2) -> tuple[Path, Path]:
     """Write a two-layer Llama of random float32 weights, and a head of its sizes.
 
     Args:
         folder: where `target` and `head` are written.
         seed: of the weights.
+        kv_heads: of the 4 heads' keys and values.
 
     Returns:
         folders of target and head.
@@ -47,7 +48,7 @@ def make_tiny_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=True,

@@ -19,20 +19,20 @@ from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.check.torture import difference, random_wave
 
 NODES = 7
-LONGEST = length(8, 32)
+LONGEST = length(7, 32)
 
 
 def feature_requests() -> list[Json]:
     """Each feature, greedy and seeded in turn, with prompts that share their beginnings; some are aborted."""
     rng = random.Random(2)
-    shared = [rng.randrange(3, 256) for _ in range(48)]
+    shared = [rng.randrange(3, 256) for _ in range(65)]
     requests: list[Json] = []
     cases = [(feature, kind) for feature in FEATURES for kind in KINDS if (feature, kind) != ("n", "greedy")]
     for i, (feature, kind) in enumerate(
         cases[:: length(2, 1)] + [("none", "greedy"), ("none", "seeded")] * 3
     ):
         prompt = [
-            *shared[: rng.choice([0, 16, 32, 48])],
+            *shared[: rng.choice([0, 20, 33, 65])],
             *(rng.randrange(3, 256) for _ in range(rng.randrange(2, 20))),
         ]
         params = {"max_tokens": LONGEST, "ignore_eos": True, **KINDS[kind], **FEATURES[feature]}
@@ -49,7 +49,7 @@ def feature_requests() -> list[Json]:
 def torture_requests() -> list[Json]:
     """Random requests of the torture test, shorter in `make test`."""
     rng = random.Random(4)
-    wave = random_wave(rng, length(12, 300), 120, [])
+    wave = random_wave(rng, length(10, 300), 120, [])
     for request in wave:
         request["prompt"] = request["prompt"][:100]
         request["params"]["max_tokens"] = min(request["params"]["max_tokens"], length(6, 20))
@@ -69,7 +69,7 @@ def short_requests() -> list[Json]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
-    target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"))
+    target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"), kv_heads=1)
     jobs = {
         "features": {"requests": feature_requests(), "scripted": 0.8},
         "torture": {"requests": torture_requests(), "scripted": 0.6},
@@ -88,8 +88,8 @@ def specification(target: Path, head: Path, jobs: Json) -> Json:
         "max_model_len": 128,
         "max_num_seqs": 6,
         "max_num_batched_tokens": 64,
-        "block_size": 16,
-        "num_gpu_blocks_override": 22,
+        "block_size": 32,
+        "num_gpu_blocks_override": 11,
         "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     }
     speculative = {

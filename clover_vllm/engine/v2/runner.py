@@ -54,6 +54,7 @@ class CloverV2Runner(GPUModelRunner):
         self.trees = self.speculator.trees = SlotTrees(self.req_states, self.speculator.deepest)
         self._step: StepRows | None = None  # where trees may branch
         self._rows: CacheRows | None = None  # of the target's layers, where trees may branch
+        self._slots: torch.Tensor | None = None  # int64, cache slots of the step's rows
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -113,7 +114,7 @@ class CloverV2Runner(GPUModelRunner):
             self._step.decodes_only = input_batch.num_tokens == int(input_batch.cu_num_logits_np[-1])
         if verifies:
             self.trees.lay_out(input_batch, self.req_states.prefill_len.gpu, self._step)
-        self._slots = prepared[1][0] if self._rows is not None else None
+        self._slots = prepared[1][0] if self._rows is not None else None  # all layers are of one group
         return prepared
 
     def prepare_dummy_attn(
@@ -134,7 +135,7 @@ class CloverV2Runner(GPUModelRunner):
         sampled, num_sampled = made[0].sampled_token_ids, made[1]
         path = self.rejection_sampler.path if input_batch.num_draft_tokens else None
         self.speculator.scored = Scored(sampled, path)
-        if path is not None and self._rows is not None:
+        if path is not None and self._rows is not None and self._slots is not None:
             roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
             self._rows.move_accepted(self._slots, roots, path, num_sampled)
         return made

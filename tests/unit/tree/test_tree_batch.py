@@ -15,8 +15,8 @@ def random_batch(seed: int, nodes: int) -> tuple[list[Tree], TreeBatch]:
     rng = random.Random(seed)
     trees = []
     for count in (0, nodes, *(rng.randrange(nodes + 1) for _ in range(6))):
-        parents = [rng.randrange(-1, node) for node in range(count)]
-        trees.append(Tree([rng.randrange(9) for _ in parents], parents))
+        above = [rng.randrange(-1, node) for node in range(count)]
+        trees.append(Tree([rng.randrange(9) for _ in above], above))
     tokens = torch.full((len(trees), nodes), PADDING)
     parents = torch.full((len(trees), nodes), ROOT)
     for r, tree in enumerate(trees):
