@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
-from clover_vllm.engine.options import METHOD, CloverOptions, split_options
+from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
 from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
 from clover_vllm.heads.clover2.checkpoint import check_head
 from clover_vllm.heads.clover2.config import Clover2Config
@@ -134,7 +134,7 @@ def clover_config(
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
     """
-    shared, options = _read_options(given)
+    shared, options = _read_options(given, device)
     check_supported(Setup(target, parallel, device, engine_args), trees=options.tree != "chain")
     folder = Path(shared["model"])
     if folder.is_dir() and shared.get("quantization") is None:
@@ -151,7 +151,7 @@ def clover_config(
     return made
 
 
-def _read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], CloverOptions]:
+def _read_options(given: Mapping[str, Any], device: str) -> tuple[dict[str, Any], CloverOptions]:
     """vLLM's options, completed, and Clover's.
 
     Raises:
@@ -160,7 +160,9 @@ def _read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], CloverOptio
     shared, options = split_options(given, SHARED_OPTIONS)
     if not shared.get("model") or not isinstance(shared["model"], str):
         raise UserError('Clover-2 needs a head: give its folder or name as "model".')
-    nodes = shared.setdefault("num_speculative_tokens", options.default_nodes)
+    # On the V2 runner trees have one size so far, whatever the option.
+    default = options.default_nodes if device == "cpu" else DEFAULT_NODES
+    nodes = shared.setdefault("num_speculative_tokens", default)
     if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
         raise UserError(
             f"num_speculative_tokens is {nodes!r}; with Clover-2 it is the largest number of tree nodes "
