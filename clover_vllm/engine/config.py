@@ -19,8 +19,8 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import METHOD, CloverOptions, split_options
 from clover_vllm.engine.support import WORKERS, Setup, check_supported
-from clover_vllm.heads.clover2.checkpoint import check_head
 from clover_vllm.heads.clover2.config import Clover2Config
+from clover_vllm.heads.registry import check_head
 from clover_vllm.heads.weights import check_target_folder
 from clover_vllm.tree import MAX_NODES
 
