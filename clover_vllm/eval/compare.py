@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -89,24 +89,7 @@ def compare(settings: CompareSettings) -> Path:
     _refuse_shared_answers(settings)
     check_same_settings(settings.work / "compare.json", _identity(settings, target))
     judge = _Judge(target, settings)
-    found = []
-    for method in settings.methods:
-        tried = [
-            Tried(rate, batch) for rate, batch in product(settings.learning_rates, settings.batch_tokens)
-        ]
-        if len(tried) > 1:
-            tried = [
-                Tried(t.learning_rate, t.batch_tokens, judge.tokens_per_step(_tuned(settings, method, t), development))
-                for t in tried
-            ]  # fmt: skip
-        chosen = max(tried, key=lambda t: t.tokens_per_step or 0.0)
-        folders = [_trained(settings, method, chosen, seed) for seed in range(settings.seeds)]
-        summary = json.loads((folders[0] / "summary.json").read_text())
-        replays = {
-            growth.name: [judge.replays(f, answers, growth) for f in folders] for growth in judge.growths
-        }
-        parameters = sum(p.numel() for p in load_any_head(folders[0] / "head").parameters())
-        found.append(Measured(method, tried, chosen, parameters, summary["answer_token_visits"], replays))
+    found = [_measure(settings, method, judge, development, answers) for method in settings.methods]
     write_json(
         file,
         {
@@ -119,6 +102,34 @@ def compare(settings: CompareSettings) -> Path:
     )
     plot_compare(file, file.with_suffix(".png"))
     return file
+
+
+def _measure(
+    settings: CompareSettings,
+    method: str,
+    judge: _Judge,
+    development: Sequence[Answer],
+    answers: Sequence[Answer],
+) -> Measured:
+    """Choose learning rate and batch of a method, train it with them, and replay the answers."""
+    tried = [Tried(*pair) for pair in product(settings.learning_rates, settings.batch_tokens)]
+    if len(tried) > 1:
+        folders = [_tuned(settings, method, one) for one in tried]
+        tried = [
+            replace(one, tokens_per_step=judge.tokens_per_step(folder, development))
+            for one, folder in zip(tried, folders, strict=True)
+        ]
+    chosen = max(tried, key=lambda one: one.tokens_per_step or 0.0)
+    folders = [_trained(settings, method, chosen, seed) for seed in range(settings.seeds)]
+    by_seed = [judge.replays(folder, answers, judge.growths) for folder in folders]
+    return Measured(
+        method,
+        tried,
+        chosen,
+        parameters=sum(p.numel() for p in load_any_head(folders[0] / "head").parameters()),
+        visits=json.loads((folders[0] / "summary.json").read_text())["answer_token_visits"],
+        replays={growth.name: [own[i] for own in by_seed] for i, growth in enumerate(judge.growths)},
+    )
 
 
 def _device() -> str:

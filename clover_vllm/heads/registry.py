@@ -31,6 +31,7 @@ class HeadKind:
     vocabulary: float  # weight of the cross entropy there
     decay: float = 0.7  # how much less a depth weighs there than the one before
     of_tokens: bool = False  # whether that entropy is of the text's tokens, not of the target's distribution
+    trees: bool = True  # whether our engine drafts with it; others are served by vLLM's own methods
     records_acceptance: bool = True  # whether servers compare themselves with config.json's first_acceptance
 
     def head_class(self) -> type[Head]:
@@ -75,10 +76,13 @@ _KINDS = (
         model_type="llama",  # vLLM's `eagle` loads a Llama of one layer
         regression=1.0,
         vocabulary=0.1,
+        trees=False,
         records_acceptance=False,
     ),
 )
 HEADS: dict[str, HeadKind] = {kind.method: kind for kind in _KINDS}
+TREE_HEADS: dict[str, HeadKind] = {kind.model_type: kind for kind in _KINDS if kind.trees}
+"""Those that our engine drafts with, by model type."""
 
 
 def head_kind(method: str) -> HeadKind:
@@ -135,7 +139,7 @@ def check_head(folder: Path, dtype: torch.dtype, config: Any = None) -> None:
     from clover_vllm.heads.weights import read_config
 
     wanted = read_config(folder).get("model_type") if config is None else config.model_type
-    known = [kind.head_class() for kind in HEADS.values() if kind.model_type == wanted]
-    chosen = known[0] if known and issubclass(known[0], SavedHead) else HEADS["clover2"].head_class()
-    assert issubclass(chosen, SavedHead)  # Clover-2's says what else it is
+    kind = TREE_HEADS.get(str(wanted), HEADS["clover2"])  # which says what else it is
+    chosen = kind.head_class()
+    assert issubclass(chosen, SavedHead)
     chosen.check(folder, dtype, config)
