@@ -11,6 +11,7 @@ from torch import nn
 from clover_vllm.heads.clover1.config import Clover1Config
 from clover_vllm.heads.clover1.model import Clover1DraftModel
 from clover_vllm.heads.clover2.init import config_fields_for_new, copy_layers, copy_norm, init_block
+from clover_vllm.heads.layers import ResBlock
 
 if TYPE_CHECKING:
     from clover_vllm.heads.base import NewHead
@@ -40,5 +41,6 @@ def init_from_target(
         copy_norm(norm, target_norm)
     init_block(head.decoder, torch.Generator().manual_seed(seed))
     for block in head.heads:
+        assert isinstance(block, ResBlock)
         nn.init.zeros_(block.linear.weight)
         nn.init.zeros_(block.linear.bias)

@@ -62,7 +62,7 @@ def test_a_comparison_is_one_file_a_table_and_a_picture(settings: dict[str, Any]
             assert (row["ratio"], row["ratio_interval"]) == (1.0, [1.0, 1.0])
     page = rendered("<!-- generated: compare -->\n<!-- /generated -->\n", file.parent)
     assert "| tree of 4 | all | 1." in page
-    assert "Medusa: 0.1 M parameters" in page
+    assert "Medusa: 0.0 M parameters" in page
     assert source_of(file.with_suffix(".png")) == digest(file)
 
     heads = {path: path.stat().st_mtime_ns for path in settings["work"].glob("*/head/model.safetensors")}
