@@ -18,7 +18,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
 from clover_vllm.check.settings import TortureSettings
-from clover_vllm.eval.settings import EvalSettings
+from clover_vllm.eval.settings import CompareSettings, EvalSettings
 from clover_vllm.train.settings import DataSettings, TrainSettings
 
 app = typer.Typer(
@@ -211,22 +211,42 @@ def evaluate(settings: EvalSettings) -> None:
 
 @app.command()
 @_one_line
+@takes(CompareSettings)
+def compare(settings: CompareSettings) -> None:
+    """Train and tune kinds of heads alike, and compare their tokens per step by task family and tree.
+
+    Every method gets the same answers, draft vocabulary, visits and tries; learning rate and batch are chosen on a
+    development split. A stopped comparison goes on when the same command is given again.
+    """
+    import json
+
+    from clover_vllm.eval.compare import compare as run
+    from clover_vllm.eval.compare import table
+
+    print_table(table(json.loads(run(settings).read_text())["results"]))
+
+
+@app.command()
+@_one_line
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a published Clover-2 checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a published Clover-2, Medusa or EAGLE-1 checkpoint.")
+    ],
     output: Annotated[Path, typer.Argument(help="Head folder to write.")],
     target: Annotated[
         str | None, typer.Option(help="Target to check the head against, and to record in it.")
     ] = None,
 ) -> None:
-    """Convert a published Clover-2 checkpoint (single or sharded safetensors, or .bin).
+    """Convert a published Clover-2, Medusa or EAGLE-1 checkpoint (safetensors, .bin or .pt).
 
-    Tensors that are missing, unexpected or of another shape are listed. The copies of the target's
-    lm_head that published checkpoints carry are left out: drafting uses the target's own.
+    Tensors that are missing, unexpected or of another shape are listed. Copies of the target's
+    lm_head and embeddings that published checkpoints carry are left out: drafting uses the target's own.
     """
-    from clover_vllm.heads.clover2.convert import convert as run
+    from clover_vllm.heads.convert import convert as run
 
-    config = run(source, output, target)
-    _summary(f"Head in {output}", {k: getattr(config, k) for k in ("hidden_size", "vocab_size", "num_heads")})
+    kind, config = run(source, output, target)
+    sizes = {k: getattr(config, k) for k in ("hidden_size", "vocab_size")}
+    _summary(f"{kind.title} head in {output}", sizes)
 
 
 @app.command()

@@ -46,6 +46,18 @@ def numbers(text: str) -> list[int]:
         raise UserError(f"{text!r} is not a list of whole numbers such as 1,2,4.") from None
 
 
+def reals(text: str) -> list[float]:
+    """`3e-4,1e-3` as increasing numbers.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"{text!r} is not a list of numbers such as 3e-4,1e-3.") from None
+
+
 def names(text: str) -> list[str]:
     """`plain,clover-8` as names."""
     return [part.strip() for part in text.split(",") if part.strip()]

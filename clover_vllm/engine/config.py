@@ -19,8 +19,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
 from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
-from clover_vllm.heads.clover2.checkpoint import check_head
-from clover_vllm.heads.clover2.config import Clover2Config
+from clover_vllm.heads.registry import TREE_HEADS, check_head
 from clover_vllm.heads.weights import check_target_folder
 from clover_vllm.tree import MAX_NODES
 
@@ -89,7 +88,7 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         # The target's compiled graph returns its last layer's output too, which the base class counts
         # in only for methods it knows; the head's has the number of candidates in it.
         candidates = self.clover.candidates(self.num_speculative_tokens)
-        return f"clover2-{candidates}-{self.clover.head_precision}-{super().compute_hash()}"
+        return f"{self.draft_model_config.hf_config.model_type}-{candidates}-{self.clover.head_precision}-{super().compute_hash()}"
 
 
 def draft_model_config(spec: SpeculativeConfig, target: ModelConfig) -> ModelConfig:
@@ -266,7 +265,7 @@ def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
     Raises:
         UserError: not a Clover-2 head, or other sizes than the target's.
     """
-    if not isinstance(head, Clover2Config):
+    if head.model_type not in TREE_HEADS:
         raise UserError(
             f"The head's config.json says model_type {head.model_type!r}, not 'clover2'; "
             "`clover-vllm convert` turns a published checkpoint into a head."

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from clover_vllm.base.docstrings import argument_texts
 from clover_vllm.base.errors import UserError
+from clover_vllm.heads.registry import TREE_HEADS
 from clover_vllm.tree import MAX_NODES, PUBLISHED_25, Cutoffs, Shape, chain
 
 METHOD = "clover2"
@@ -201,7 +202,7 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
         if "/" in model and "://" not in model and Path(model).parent.is_dir():
             _check_local(model)  # a folder's name and a name on the hub look alike
         return False
-    return found.get("model_type") == METHOD
+    return found.get("model_type") in TREE_HEADS
 
 
 def _check_local(model: str) -> None:

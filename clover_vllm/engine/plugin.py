@@ -39,13 +39,15 @@ def _register() -> None:
     from vllm import ModelRegistry, SamplingParams
     from vllm.config import VllmConfig
 
+    from clover_vllm.engine.models import ARCHITECTURES
+    from clover_vllm.heads.clover1.config import Clover1Config
     from clover_vllm.heads.clover2.config import Clover2Config
+    from clover_vllm.heads.medusa.config import MedusaTreesConfig
 
     hooks.install_sampling(SamplingParams)
     hooks.install_lookahead(VllmConfig)
     hooks.install_async_scheduling()
-    AutoConfig.register("clover2", Clover2Config, exist_ok=True)
-    if "Clover2DraftModel" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(
-            "Clover2DraftModel", "clover_vllm.engine.models.clover2:Clover2DraftModel"
-        )
+    for config in (Clover2Config, Clover1Config, MedusaTreesConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name in ARCHITECTURES.keys() - ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(name, ARCHITECTURES[name])

@@ -16,6 +16,7 @@ from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_speedups, source_of
 from clover_vllm.bench.report import with_interval
 from clover_vllm.engine.options import options_table
+from clover_vllm.eval.comparison_plot import plot_compare
 
 Json = dict[str, Any]
 
@@ -23,7 +24,7 @@ BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- /ge
 
 
 def render(root: Path) -> list[Path]:
-    """Fill the blocks of README.md and docs/*.md, and draw results/speedup.png.
+    """Fill the blocks of README.md and docs/*.md, and draw the pictures of results.
 
     Args:
         root: of the repository.
@@ -41,23 +42,24 @@ def render(root: Path) -> list[Path]:
         if after != before:
             page.write_text(after)
             changed.append(page)
-    bench, picture = root / "results" / "bench.json", root / "results" / "speedup.png"
-    if not is_drawn(root):
-        plot_speedups(bench, picture)
-        changed.append(picture)
+    for (file, picture), plot in PICTURES.items():
+        if not is_drawn(root / "results", file, picture):
+            plot(root / "results" / file, root / "results" / picture)
+            changed.append(root / "results" / picture)
     return changed
 
 
 def stale(root: Path) -> list[Path]:
     """Files that `render` would change."""
-    found = [page for page in pages(root) if rendered(page.read_text(), root / "results") != page.read_text()]
-    return found if is_drawn(root) else [*found, root / "results" / "speedup.png"]
+    results = root / "results"
+    found = [page for page in pages(root) if rendered(page.read_text(), results) != page.read_text()]
+    return [*found, *(results / name for file, name in PICTURES if not is_drawn(results, file, name))]
 
 
-def is_drawn(root: Path) -> bool:
-    """Whether results/speedup.png shows results/bench.json, or there is nothing to show."""
-    bench, picture = root / "results" / "bench.json", root / "results" / "speedup.png"
-    return not bench.exists() or (picture.exists() and source_of(picture) == digest(bench))
+def is_drawn(results: Path, file: str, picture: str) -> bool:
+    """Whether a picture shows a file of results, or there is nothing to show."""
+    source, drawn = results / file, results / picture
+    return not source.exists() or (drawn.exists() and source_of(drawn) == digest(source))
 
 
 def pages(root: Path) -> list[Path]:
@@ -207,6 +209,35 @@ def kernels_compiled_table(found: Json) -> str:
     )
 
 
+def compare_table(found: Json) -> str:
+    """Tokens per step by task family, tree and method."""
+    results: list[Json] = found["results"]
+    methods = {row["method"]: row["title"] for row in found["methods"]}
+    by_place = {(row["growth"], row["family"], row["method"]): row for row in results}
+    lines = [
+        [growth, family, *(with_interval(by_place[growth, family, name], "tokens_per_step", 2) for name in methods)]
+        for growth, family in dict.fromkeys((row["growth"], row["family"]) for row in results)
+    ]  # fmt: skip
+    ways = [
+        f"{row['title']}: {row['parameters'] / 1e6:.1f} M parameters, learning rate {row['chosen']['learning_rate']:g}, "
+        f"{row['chosen']['batch_tokens']} tokens per batch"
+        for row in found["methods"]
+    ]
+    first = found["methods"][0]
+    return "\n".join(
+        [
+            markdown(["tree", "task family", *methods.values()], lines),
+            "",
+            f"Tokens per step, bonus token included, greedy; in brackets 95% bootstrap intervals over "
+            f"{found['answers']} answers. {first['answer_token_visits']:,} visits to answer tokens, {found['seeds']} "
+            f"seed{'s' * (found['seeds'] > 1)}; chosen on a development split from {len(first['tried'])} tries each. "
+            f"{'; '.join(ways)}.",
+            "",
+            _origin(found["provenance"]),
+        ]
+    )
+
+
 def _refused() -> str:
     from clover_vllm.engine.support import refusal_table  # imports vLLM
 
@@ -221,7 +252,14 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "torture": torture_table,
     "eval": eval_table,
     "kernels-compiled": kernels_compiled_table,
+    "compare": compare_table,
 }
+
+PICTURES: dict[tuple[str, str], Callable[[Path, Path], None]] = {
+    ("bench.json", "speedup.png"): plot_speedups,
+    ("compare.json", "compare.png"): plot_compare,
+}
+"""By file of results and picture, how it is drawn."""
 
 
 OTHERWISE = {"eval": shipped_head() / "eval.json"}

@@ -140,6 +140,17 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class ResBlock(nn.Module):
+    """Medusa's residual block: x + SiLU(linear(x))."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.linear(x))
+
+
 class DecoderLayer(nn.Module):
     """A Llama decoder layer.
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from clover_vllm.base.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from clover_vllm.heads.base import Head
 
 
@@ -27,6 +29,9 @@ class HeadKind:
     model_type: str  # of its config.json
     regression: float  # weight of SmoothL1 in its published loss
     vocabulary: float  # weight of the cross entropy there
+    decay: float = 0.7  # how much less a depth weighs there than the one before
+    of_tokens: bool = False  # whether that entropy is of the text's tokens, not of the target's distribution
+    trees: bool = True  # whether our engine drafts with it; others are served by vLLM's own methods
     records_acceptance: bool = True  # whether servers compare themselves with config.json's first_acceptance
 
     def head_class(self) -> type[Head]:
@@ -46,16 +51,38 @@ _KINDS = (
         vocabulary=1.0,
     ),
     HeadKind(
+        method="clover1",
+        title="Clover",
+        head="clover_vllm.heads.clover1.model:Clover1DraftModel",
+        model_type="clover1",
+        regression=0.0,
+        vocabulary=1.0,
+        of_tokens=True,
+    ),
+    HeadKind(
+        method="medusa",
+        title="Medusa",
+        head="clover_vllm.heads.medusa.model:MedusaTreesDraftModel",
+        model_type="medusa_trees",  # `medusa` is vLLM's, without trees
+        regression=0.0,
+        vocabulary=1.0,
+        decay=0.8,
+        of_tokens=True,
+    ),
+    HeadKind(
         method="eagle1",
         title="EAGLE-1",
         head="clover_vllm.heads.eagle1.model:Eagle1DraftModel",
         model_type="llama",  # vLLM's `eagle` loads a Llama of one layer
         regression=1.0,
         vocabulary=0.1,
+        trees=False,
         records_acceptance=False,
     ),
 )
 HEADS: dict[str, HeadKind] = {kind.method: kind for kind in _KINDS}
+TREE_HEADS: dict[str, HeadKind] = {kind.model_type: kind for kind in _KINDS if kind.trees}
+"""Those that our engine drafts with, by model type."""
 
 
 def head_kind(method: str) -> HeadKind:
@@ -95,3 +122,24 @@ def kind_of(folder: Path) -> HeadKind:
     from clover_vllm.heads.weights import read_config
 
     return kind_of_config(read_config(folder), folder)
+
+
+def check_head(folder: Path, dtype: torch.dtype, config: Any = None) -> None:
+    """Refuse a head folder that an engine could not draft trees with, before the engine starts.
+
+    Args:
+        folder: with config.json and weights.
+        dtype: in which the engine computes.
+        config: instead of the folder's config.json.
+
+    Raises:
+        UserError: no head with trees; anything missing, damaged, misshapen, or not finite in `dtype`.
+    """
+    from clover_vllm.heads.saved import SavedHead
+    from clover_vllm.heads.weights import read_config
+
+    wanted = read_config(folder).get("model_type") if config is None else config.model_type
+    kind = TREE_HEADS.get(str(wanted), HEADS["clover2"])  # which says what else it is
+    chosen = kind.head_class()
+    assert issubclass(chosen, SavedHead)
+    chosen.check(folder, dtype, config)

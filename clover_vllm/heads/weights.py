@@ -136,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder: single or sharded safetensors, else single or sharded .bin.
+    """All tensors of a folder: single or sharded safetensors, else single or sharded .bin, else .pt.
 
     Raises:
         UserError: no weights, a missing shard, or a file that cannot be read.
@@ -163,7 +163,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in sorted(names)]
         if (folder / kind).is_file():
             return [folder / kind]
-    for pattern in ("*.safetensors", "*.bin"):
+    for pattern in ("*.safetensors", "*.bin", "*.pt"):
         found = sorted(folder.glob(pattern))
         if found:
             return found
@@ -172,7 +172,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_file(file: Path) -> dict[str, torch.Tensor]:
     try:
-        if file.suffix == ".bin":
+        if file.suffix in (".bin", ".pt"):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(loaded, dict) or not all(
                 isinstance(value, torch.Tensor) for value in loaded.values()

@@ -47,6 +47,11 @@ class FrozenTarget:
         self.norm: nn.Module = body.norm
         self._body = body
 
+    @property
+    def name(self) -> str:
+        """Of its folder, or the last part of its hub name."""
+        return Path(self.path).name
+
     def fingerprint(self) -> str:
         """A digest of the config and of the beginning of every weight: tells fine-tuned copies apart."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())

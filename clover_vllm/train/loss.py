@@ -1,7 +1,7 @@
 """The vocabulary loss of all heads at once, in bounded memory.
 
-For head i the loss is the cross entropy between the target's distribution and the head's, over the
-vocabulary that is drafted from. A [rows, vocabulary] matrix for every head of a batch would be
+For head i the loss is the cross entropy between the target's distribution, or the token that it
+emitted, and the head's distribution, over the vocabulary that is drafted from. A [rows, vocabulary] matrix for every head of a batch would be
 gigabytes with a 128k vocabulary, so the rows are taken in chunks and the gradient with respect to
 the head's states is formed on the spot; nothing of vocabulary size outlives a chunk.
 """
@@ -25,9 +25,12 @@ class VocabularyTargets:
     weight: torch.Tensor  # [V, D], lm_head rows that are drafted from (frozen)
     valid: torch.Tensor  # bool [heads, N], whether head i has a prediction at row n
     covered: torch.Tensor  # bool [N], whether the token at row n is one that can be drafted
+    tokens: torch.Tensor | None = (
+        None  # int64 [N], its row of `weight`, where it is what counts, not `states`
+    )
 
 
-class _ChunkedSoftCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: torch.Tensor, targets: VocabularyTargets, chunk_elements: int
@@ -45,7 +48,7 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             # Head i looks i rows ahead, so one chunk of target distributions serves all heads.
-            p = torch.softmax((goal[start : stop + heads - 1] @ weight.T).float(), dim=-1)
+            p = _distribution(targets, goal, slice(start, stop + heads - 1))
             best = p.argmax(dim=-1)
             for i in range(heads):
                 n = min(stop, rows - i) - start
@@ -73,6 +76,21 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
         return (gradient * grads[0][:, None, None]).to(ctx.dtype), None, None
 
 
+def _distribution(targets: VocabularyTargets, goal: torch.Tensor, rows: slice) -> torch.Tensor:
+    """What should be predicted for some rows: float32 [rows, V].
+
+    Args:
+        targets: of a batch.
+        goal: their states, in the weight's dtype.
+        rows: of these.
+    """
+    if targets.tokens is None:
+        return torch.softmax((goal[rows] @ targets.weight.T).float(), dim=-1)
+    tokens = targets.tokens[rows]
+    p = torch.zeros(len(tokens), len(targets.weight), device=tokens.device)
+    return p.scatter_(1, tokens[:, None], 1.0)
+
+
 def used_rows(targets: VocabularyTargets) -> torch.Tensor:
     """bool [heads, N]: rows with a prediction whose token can be drafted.
 
@@ -90,7 +108,7 @@ def used_rows(targets: VocabularyTargets) -> torch.Tensor:
 def vocabulary_loss(
     states: torch.Tensor, targets: VocabularyTargets, chunk_elements: int = 1 << 21
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Soft cross entropy of every head against the target.
+    """Cross entropy of every head against the target.
 
     Args:
         states: [heads, N, D], normed head states; gradients flow into them.
@@ -101,4 +119,4 @@ def vocabulary_loss(
         loss [heads] in nats per row, and [heads] share of rows whose most likely token is the
         target's (both float32; the second without gradient).
     """
-    return _ChunkedSoftCrossEntropy.apply(states, targets, chunk_elements)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(states, targets, chunk_elements)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ class LossWeights:
     regression: float = 10.0
     vocabulary: float = 1.0
     decay: float = 0.7
+    of_tokens: bool = False  # CE of the tokens that the target emitted, not of its distribution
 
 
 @dataclass
@@ -32,6 +34,11 @@ class Teacher:
     embed: torch.Tensor  # [V, D], what `Head.embeddings_of` gave
     draft_head: torch.Tensor  # [draft V, D], lm_head rows that are drafted from
     drafted: torch.Tensor  # bool [V], whether a token id is drafted
+
+    @cached_property
+    def columns(self) -> torch.Tensor:
+        """int64 [V], by token id its row of `draft_head`, or any where it is not drafted."""
+        return (self.drafted.cumsum(0) - 1).clamp(min=0)
 
 
 class DraftObjective(nn.Module):
@@ -66,16 +73,18 @@ class DraftObjective(nn.Module):
         ids = batch.token_ids.to(device)
         states = self.head.trained_states(TeacherForced(ids, hidden, post_norm, teacher.embed, rows.source))
         goal = post_norm.flatten(0, 1)[rows.source + 1]
+        w = self.weights
+        emitted = ids.flatten()[rows.source + 2]
         targets = VocabularyTargets(
             states=goal,
             weight=teacher.draft_head,
             valid=rows.valid,
-            covered=teacher.drafted[ids.flatten()[rows.source + 2]],
+            covered=teacher.drafted[emitted],
+            tokens=teacher.columns[emitted] if w.of_tokens else None,
         )
         elements = 1 << (21 if device.type == "cpu" else 26)
         vocabulary, accuracy = vocabulary_loss(states, targets, elements)
         regression = _regression_loss(states, goal, rows.valid)
-        w = self.weights
         per_head = w.regression * regression + w.vocabulary * vocabulary
         decay = w.decay ** torch.arange(len(per_head), device=device)
         metrics = {

@@ -77,7 +77,6 @@ class TrainSettings:
         learning_rate: Peak learning rate.
         schedule: cosine, linear or constant, after the warm-up.
         warmup: Share of the steps that warm up.
-        depth_decay: A head's loss weighs this much less per depth.
         clip_value: Clip gradients at this value; 0 does not.
         weight_decay: AdamW's weight decay.
         draft_vocab: Draft only this many tokens, the most frequent of the answers.
@@ -112,7 +111,12 @@ class TrainSettings:
         float | None,
         typer.Option(help=f"Weight of the cross entropy, as published: {_published('vocabulary')}."),
     ] = None
-    depth_decay: float = 0.7
+    depth_decay: Annotated[
+        float | None,
+        typer.Option(
+            help=f"A head's loss weighs this much less per depth, as published: {_published('decay')}."
+        ),
+    ] = None
     clip_value: float = 0.5
     weight_decay: float = 0.0
     draft_vocab: int | None = None

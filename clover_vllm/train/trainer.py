@@ -260,7 +260,8 @@ def loss_weights(settings: TrainSettings) -> LossWeights:
     return LossWeights(
         regression=kind.regression if settings.regression_weight is None else settings.regression_weight,
         vocabulary=kind.vocabulary if settings.vocabulary_weight is None else settings.vocabulary_weight,
-        decay=settings.depth_decay,
+        decay=kind.decay if settings.depth_decay is None else settings.depth_decay,
+        of_tokens=kind.of_tokens,
     )
 
 

@@ -17,7 +17,8 @@ from small import one_sentence, tiny_llama
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2 import Clover2Config, Clover2DraftModel
-from clover_vllm.heads.clover2.checkpoint import check_head, load_head, save_head
+from clover_vllm.heads.clover2.checkpoint import load_head, save_head
+from clover_vllm.heads.registry import check_head
 
 ODD_VALUES: list[Any] = [
     None,

@@ -11,6 +11,7 @@ depends on nothing but the requests. Keys of what `main` takes:
     restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
     wrong_scorer: a rule of `wrong_scorers.py` by which drafts are accepted instead.
     check_head: folder of the head: compare all that it computes with the reference model.
+    check_trees: folder of a head of any method: compare the trees that it drafts with the reference model's.
     threads: that compute; by default as many as the process has cores.
     amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
         metadata and each layer takes for the cache's layout.
@@ -56,6 +57,7 @@ def main(spec: Json) -> Json:
         WrongScorer(runner, spec["wrong_scorer"])
     probe = CacheProbe(runner, llm.llm_engine) if spec.get("check_cache") else None
     head = HeadProbe(runner, spec["check_head"]) if "check_head" in spec else None
+    drafts = TreeProbe(runner, spec["check_trees"]) if "check_trees" in spec else None
     verified = Verified(runner)
     add_lora_and_embeds(llm.llm_engine, spec["requests"])
     result = drive(llm, [{"prompt": [], **request} for request in spec["requests"]])
@@ -92,6 +94,8 @@ def main(spec: Json) -> Json:
         stats["layouts"] += [layer.isa for layer in layers]
     if head is not None:
         stats["head_errors"], stats["head_rows"] = head.errors, head.rows
+    if drafts is not None:
+        stats["tree_error"], stats["trees_compared"] = drafts.error, drafts.trees
     if probe is not None:
         stats["cache_error"] = probe.error(llm)
         stats["cache_rows"] = probe.rows
@@ -309,6 +313,67 @@ class HeadProbe:
         best, tokens = found
         self._compare(what, best, log_probs.topk(best.shape[1]).values)
         self._compare(what, best, of_token.gather(1, tokens))
+
+
+class TreeProbe:
+    """Compares the trees of one size that an engine's head drafts with those of its reference model.
+
+    Attributes:
+        error: largest difference between probabilities of the same node; 1 where a tree has other nodes.
+        trees: compared.
+    """
+
+    def __init__(self, runner: Any, folder: str) -> None:
+        from clover_vllm.heads.registry import kind_of
+
+        self._runner, self._reference = runner, kind_of(Path(folder)).head_class().load(Path(folder))
+        self._hidden: dict[tuple[int, ...], Any] = {}  # by the tokens up to the one behind it
+        self._draft = runner.drafter.draft
+        runner.drafter.draft = self.draft
+        self.error, self.trees = 0.0, 0
+
+    def draft(self, accepted: Any, drafting: Any, *more: Any) -> Any:
+        made = self._draft(accepted, drafting, *more)
+        texts = {}
+        for i, r in enumerate(accepted.requests):
+            state = self._runner.requests[self._runner.input_batch.req_ids[r]]
+            texts[r] = [*state.prompt_token_ids, *state.output_token_ids]
+            for row in range(accepted.starts[i], accepted.starts[i + 1]):
+                p = int(accepted.positions[row])
+                self._hidden[tuple(texts[r][: p + 2])] = accepted.hidden[row]
+        for r, tree in zip(drafting, made, strict=True):
+            self._compare(tree, texts[r])
+        return made
+
+    def _compare(self, tree: Any, text: list[int]) -> None:
+        import torch
+
+        from clover_vllm.heads.base import DraftTables, Prefix
+        from clover_vllm.tree import grow_best_first
+
+        drafter = self._runner.drafter
+        model, options, nodes = drafter.model, drafter.options, drafter.num_speculative_tokens
+        hidden = torch.stack([self._hidden[tuple(text[: p + 2])] for p in range(len(text) - 1)])
+        vocab = self._reference.draft_vocab
+        embed = model.embed(torch.arange(model.config.vocab_size))
+        tables = DraftTables(embed, embed if vocab is None else embed[vocab], vocab)
+        prefix = Prefix(hidden, self._runner.model.model.norm(hidden), embed[torch.tensor(text[1:])])
+        start = self._reference.drafters(prefix, tables)(torch.tensor([len(hidden) - 1]))
+        limits = options.rounds(nodes), options.width(nodes), options.candidates(nodes), options.cutoffs
+        (expected,) = grow_best_first(start, nodes, *limits)
+        self.trees += 1
+        found, known = chances(tree), chances(expected)
+        least = min(known.values(), default=0.0)
+        for path in found.keys() | known.keys():  # the last nodes may be nearly as likely as those left out
+            self.error = max(self.error, abs(found.get(path, least) - known.get(path, least)))
+
+
+def chances(tree: Any) -> dict[tuple[int, ...], float]:
+    """Probability by path of tokens."""
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        paths.append((*paths[parent], token) if parent >= 0 else (token,))
+    return dict(zip(paths, tree.probabilities, strict=True))
 
 
 class CacheProbe:

@@ -14,28 +14,29 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from clover_vllm.engine.drafting.backlog import AcceptedRows
 from clover_vllm.engine.drafting.ranks import LeadingLevels, follow
 from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
-from clover_vllm.engine.models.clover2 import Clover2DraftModel
+from clover_vllm.engine.models.head import TreeHead
 from clover_vllm.engine.options import ADAPTIVE_WIDTH, CloverOptions
 from clover_vllm.tree import Tree, grow_best_first, grow_fixed
 from clover_vllm.tree.forest import Forest, Prices
 
 
 class HeadDrafter:
-    """`clover_vllm.tree.Drafter` on the vLLM head. Legend: R requests, W nodes, D hidden size."""
+    """`clover_vllm.tree.Drafter` on the vLLM head. Legend: R requests, W nodes, D hidden size, S numbers of a state."""
 
-    def __init__(self, head: Clover2DraftModel, g: torch.Tensor) -> None:
-        """g: [R, D], augmenting outputs at the roots' positions."""
+    def __init__(self, head: TreeHead, g: torch.Tensor) -> None:
+        """g: [R, D], what the head made of the roots' positions."""
         self._head = head
-        self._g = g
-        self._states = g[:, None]  # [R, slots, D]
+        self._roots = head.root_states(g)
+        self._states = self._roots[:, None]  # [R, slots, S]
 
     def first(self, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs, candidates = self._head.first(self._g)
+        log_probs, candidates = self._head.first(self._roots)
         return log_probs[:, :num_candidates], candidates[:, :num_candidates]
 
     def expand(
@@ -59,19 +60,18 @@ class HeadDrafter:
 class HeadLevels:
     """`clover_vllm.tree.forest.LevelDrafter` on the vLLM head, timed."""
 
-    def __init__(
-        self, head: Clover2DraftModel, g: torch.Tensor, learn: Callable[[str, int, float], None]
-    ) -> None:
+    def __init__(self, head: TreeHead, g: torch.Tensor, learn: Callable[[str, int, float], None]) -> None:
         """
         Args:
             head: of the engine.
-            g: [R, D], augmenting outputs at the roots' positions.
+            g: [R, D], what the head made of the roots' positions.
             learn: told the part, its rows and its milliseconds.
         """
         self._head, self._states, self._learn = head, g, learn
 
     def first(self) -> tuple[list[list[float]], list[list[int]]]:
         begun = time.perf_counter()
+        self._states = self._head.root_states(self._states)
         log_probs, tokens = self._head.first(self._states)
         found = log_probs.tolist(), tokens.tolist()
         self._learn("first", len(tokens), 1e3 * (time.perf_counter() - begun))
@@ -116,8 +116,20 @@ class Clover2Proposer(EagleProposer):
         self._draft_attn_layer_names = (
             set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)) - of_target
         )
-        assert isinstance(self.model, Clover2DraftModel)
+        assert isinstance(self.model, TreeHead)
         self.model.bind_target(target_model)
+
+    def initialize_attn_backend(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        """As the base class, which expects attention layers; a head may have none.
+
+        Then the target's group of the cache is its own: the runner hands on the metadata of that group alone.
+        """
+        if self._draft_attn_layer_names:
+            super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+        else:
+            self.kv_cache_gid = 0
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *args: object, **kwargs: object) -> None:
@@ -131,8 +143,9 @@ class Clover2Proposer(EagleProposer):
             ids = self.input_ids[:tokens].long()
             g = self.model(self.positions[:tokens], hidden, self.model.embed(ids))
             rows = max(2, self.max_batch_size * self.options.level_width(self.num_speculative_tokens))
-            self.model.first(g[:rows])
-            self.model.expand(g[:rows], ids[:rows])  # of one row, the compiler would make a constant
+            states = self.model.root_states(g[:rows])
+            self.model.first(states)
+            self.model.expand(states, ids[:rows])  # of one row, the compiler would make a constant
 
     def timed(self, part: str) -> Callable[[int], Callable[[], object]]:
         """Prepares runs of `augment`, `first` or `level` with some number of rows, to be timed."""
@@ -142,12 +155,15 @@ class Clover2Proposer(EagleProposer):
             states = torch.zeros(rows, size, dtype=self.dtype, device=self.device)
             ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
             places = self.positions[:rows]
+            roots = self.model.root_states(states) if part == "level" else states
 
             def run() -> object:
                 with set_forward_context(None, self.vllm_config, num_tokens=rows):
                     if part == "augment":
                         return self.model(places, states, self.model.embed(ids))
-                    return self.model.first(states) if part == "first" else self.model.expand(states, ids)
+                    if part == "first":
+                        return self.model.first(self.model.root_states(states))
+                    return self.model.expand(roots, ids)
 
             return run
 

@@ -94,9 +94,7 @@ class Clover2Config(PretrainedConfig):
         if rope_parameters is None:
             rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
         elif not isinstance(rope_parameters, Mapping):
-            raise UserError(
-                f"Clover2Config: rope_parameters is {rope_parameters!r}; it must be a dictionary."
-            )
+            raise UserError(f"{self._name}: rope_parameters is {rope_parameters!r}; it must be a dictionary.")
         self.rope_parameters = dict(rope_parameters)
         self.max_position_embeddings = max_position_embeddings
         self.attention_bias = attention_bias
@@ -110,6 +108,10 @@ class Clover2Config(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", ["Clover2DraftModel"])
         super().__init__(**kwargs)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def check(self) -> None:
         """Raise UserError, one sentence, for the first size that cannot work."""
@@ -126,51 +128,49 @@ class Clover2Config(PretrainedConfig):
         ):
             value = getattr(self, name)
             if not _is_count(value):
-                raise UserError(
-                    f"Clover2Config: {name} is {value!r}; it must be a whole number of 1 or more."
-                )
+                raise UserError(f"{self._name}: {name} is {value!r}; it must be a whole number of 1 or more.")
         for name in ("num_hidden_layers", "num_heads"):
             if getattr(self, name) > MOST_LAYERS:
                 raise UserError(
-                    f"Clover2Config: {name} is {getattr(self, name)}; it must be at most {MOST_LAYERS}."
+                    f"{self._name}: {name} is {getattr(self, name)}; it must be at most {MOST_LAYERS}."
                 )
         share = self.first_acceptance
         if share is not None and share != 0 and not (_is_positive(share) and share <= 1):
             raise UserError(
-                f"Clover2Config: first_acceptance is {share!r}; it must be a number from 0 to 1, or null."
+                f"{self._name}: first_acceptance is {share!r}; it must be a number from 0 to 1, or null."
             )
         for name in ("rms_norm_eps", "hidden_scale", "embed_scale"):
             value = getattr(self, name)
             if not _is_positive(value):
-                raise UserError(f"Clover2Config: {name} is {value!r}; it must be a positive number.")
+                raise UserError(f"{self._name}: {name} is {value!r}; it must be a positive number.")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"Clover2Config: hidden_size {self.hidden_size} cannot be split into "
+                f"{self._name}: hidden_size {self.hidden_size} cannot be split into "
                 f"num_attention_heads {self.num_attention_heads} heads of equal size."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
-                f"Clover2Config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"{self._name}: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}."
             )
         if self.head_dim % 2:
             raise UserError(
-                f"Clover2Config: head_dim {self.head_dim} is odd; rotary embedding needs an even one."
+                f"{self._name}: head_dim {self.head_dim} is odd; rotary embedding needs an even one."
             )
         if self.draft_vocab_size is not None and not (
             _is_count(self.draft_vocab_size) and self.draft_vocab_size <= self.vocab_size
         ):
             raise UserError(
-                f"Clover2Config: draft_vocab_size is {self.draft_vocab_size!r}; "
+                f"{self._name}: draft_vocab_size is {self.draft_vocab_size!r}; "
                 f"it must lie between 1 and vocab_size {self.vocab_size}."
             )
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type not in ("default", "llama3"):
             raise UserError(
-                f"Clover2Config: rope_type {rope_type!r} is not supported; use 'default' or 'llama3'."
+                f"{self._name}: rope_type {rope_type!r} is not supported; use 'default' or 'llama3'."
             )
         if not _is_positive(self.rope_parameters.get("rope_theta")):
-            raise UserError("Clover2Config: rope_parameters needs a positive rope_theta.")
+            raise UserError(f"{self._name}: rope_parameters needs a positive rope_theta.")
         if rope_type == "llama3":
             for name in (
                 "factor",
@@ -179,7 +179,7 @@ class Clover2Config(PretrainedConfig):
                 "original_max_position_embeddings",
             ):
                 if not _is_positive(self.rope_parameters.get(name)):
-                    raise UserError(f"Clover2Config: rope_type 'llama3' needs a positive {name}.")
+                    raise UserError(f"{self._name}: rope_type 'llama3' needs a positive {name}.")
 
 
 def _is_count(value: object) -> bool:

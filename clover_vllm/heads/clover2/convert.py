@@ -1,4 +1,4 @@
-"""`clover-vllm convert`: a published Clover-2 checkpoint into the form that we ship."""
+"""A published Clover-2 checkpoint into the form that we ship."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.clover2.model import Clover2DraftModel
+from clover_vllm.heads.convert import check_folders
 from clover_vllm.heads.weights import (
     check_target,
     check_tensors,
@@ -48,10 +49,7 @@ def convert(
     Raises:
         UserError: unreadable, or tensors missing, unexpected or misshapen (all are listed).
     """
-    if output.resolve() == source.resolve():
-        raise UserError(f"The output folder must not be the source {source}.")
-    if output.exists() and not (output / "config.json").is_file() and any(output.glob("*")):
-        raise UserError(f"{output} is not empty and holds no head; name another output folder.")
+    check_folders(source, output)
     fields = read_config(source)
     if fields.get("model_type") == "clover2":
         raise UserError(f"{source} already is a Clover-2 head in our form; nothing to convert.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.clover2.model import Clover2DraftModel, ResAttentionBlock
-from clover_vllm.heads.layers import DecoderLayer
+from clover_vllm.heads.layers import DecoderLayer, RMSNorm
 from clover_vllm.heads.weights import probe_lm_head
 
 if TYPE_CHECKING:
@@ -29,6 +28,15 @@ def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
 
     Raises:
         UserError: the target lacks a size that the head needs, or has one it cannot use.
+    """
+    return Clover2Config(**(_target_fields(target_config) | overrides))
+
+
+def _target_fields(target_config: Any) -> dict[str, Any]:
+    """Fields of a configuration that are the target's.
+
+    Raises:
+        UserError: the target lacks one, or has one that cannot be used.
     """
     fields: dict[str, Any] = {}
     for name in (
@@ -59,7 +67,7 @@ def config_for_target(target_config: Any, **overrides: Any) -> Clover2Config:
     elif getattr(target_config, "rope_theta", None):
         fields["rope_theta"] = target_config.rope_theta
     fields["target"] = getattr(target_config, "_name_or_path", None) or None
-    return Clover2Config(**(fields | overrides))
+    return fields
 
 
 def config_for_new(target: FrozenTarget, wanted: NewHead) -> Clover2Config:
@@ -68,16 +76,24 @@ def config_for_new(target: FrozenTarget, wanted: NewHead) -> Clover2Config:
     Raises:
         UserError: as `config_for_target` does.
     """
+    return Clover2Config(**config_fields_for_new(target, wanted))
+
+
+def config_fields_for_new(target: FrozenTarget, wanted: NewHead) -> dict[str, Any]:
+    """Fields of the configuration of a new head.
+
+    Raises:
+        UserError: as `config_for_target` does.
+    """
     hidden_scale, embed_scale = measure_scales(wanted.hidden, target.lm_head.cpu(), wanted.token_ids)
-    return config_for_target(
-        target.config,
-        num_heads=wanted.num_heads,
-        draft_vocab_size=None if wanted.draft_vocab is None else len(wanted.draft_vocab),
-        hidden_scale=hidden_scale if wanted.scale_inputs else 1.0,
-        embed_scale=embed_scale if wanted.scale_inputs else 1.0,
-        target=Path(target.path).name,
-        target_probe=probe_lm_head(target.lm_head),
-    )
+    return _target_fields(target.config) | {
+        "num_heads": wanted.num_heads,
+        "draft_vocab_size": None if wanted.draft_vocab is None else len(wanted.draft_vocab),
+        "hidden_scale": hidden_scale if wanted.scale_inputs else 1.0,
+        "embed_scale": embed_scale if wanted.scale_inputs else 1.0,
+        "target": target.name,
+        "target_probe": probe_lm_head(target.lm_head),
+    }
 
 
 def has_attention_bias(target_config: Any) -> bool:
@@ -138,8 +154,26 @@ def init_from_target(
         UserError: a target layer has another shape than the head's.
     """
     generator = torch.Generator().manual_seed(seed)
-    sources = list(target_layers)[-len(head.layers) :]
-    for layer, source in zip(head.layers, sources, strict=True):
+    copy_layers(head.layers, target_layers, head.config.hidden_scale)
+    for norm in (head.clover_norm, head.clover_head_norm):
+        copy_norm(norm, target_norm)
+    for block in (head.clover_head_mlp_rnn, head.clover_head_mlp_rnn2):
+        init_block(block, generator)
+    size = head.config.hidden_size
+    for projector in (head.clover_head_mlp, head.clover_head_mlp2):
+        projector.weight.copy_(_noise(projector.weight.shape, 1e-3, generator))
+        projector.weight[:, :size] += torch.eye(size)
+        projector.bias.zero_()
+
+
+def copy_layers(layers: nn.ModuleList, target_layers: Iterable[nn.Module], hidden_scale: float) -> None:
+    """Make augmenting layers copies of the target's last ones, which write `hidden_scale` times as much.
+
+    Raises:
+        UserError: a target layer has another shape.
+    """
+    sources = list(target_layers)[-len(layers) :]
+    for layer, source in zip(layers, sources, strict=True):
         assert isinstance(layer, DecoderLayer)
         available = source.state_dict()
         wanted = layer.state_dict()
@@ -157,29 +191,30 @@ def init_from_target(
                     "a Clover-2 head can only start from Llama-like layers."
                 )
             tensor.copy_(found)
-        layer.self_attn.o_proj.weight.mul_(head.config.hidden_scale)
-        layer.mlp.down_proj.weight.mul_(head.config.hidden_scale)
-    norm_weight = target_norm.weight
-    assert isinstance(norm_weight, torch.Tensor)
-    head.clover_norm.weight.copy_(norm_weight)
-    probe = torch.linspace(-1, 1, head.config.hidden_size)[None]
-    ours, theirs = head.clover_norm(probe), target_norm(probe.to(norm_weight)).float().cpu()
+        layer.self_attn.o_proj.weight.mul_(hidden_scale)
+        layer.mlp.down_proj.weight.mul_(hidden_scale)
+
+
+def copy_norm(norm: RMSNorm, target_norm: nn.Module) -> None:
+    """Make a norm the target's final one.
+
+    Raises:
+        UserError: the target's computes something else.
+    """
+    weight = target_norm.weight
+    assert isinstance(weight, torch.Tensor)
+    norm.weight.copy_(weight)
+    probe = torch.linspace(-1, 1, len(weight))[None]
+    ours, theirs = norm(probe), target_norm(probe.to(weight)).float().cpu()
     if not torch.allclose(ours, theirs, atol=0.02, rtol=0.02):
         raise UserError(
             f"The target's {type(target_norm).__name__} is not a plain RMSNorm; "
             "Clover-2 heads need a Llama-like target."
         )
-    head.clover_head_norm.weight.copy_(norm_weight)
-    for block in (head.clover_head_mlp_rnn, head.clover_head_mlp_rnn2):
-        _init_block(block, generator)
-    size = head.config.hidden_size
-    for projector in (head.clover_head_mlp, head.clover_head_mlp2):
-        projector.weight.copy_(_noise(projector.weight.shape, 1e-3, generator))
-        projector.weight[:, :size] += torch.eye(size)
-        projector.bias.zero_()
 
 
-def _init_block(block: ResAttentionBlock, generator: torch.Generator) -> None:
+def init_block(block: ResAttentionBlock, generator: torch.Generator) -> None:
+    """q and k are the identity plus U(0, 0.01), v is U(0, 0.01)."""
     size = block.q.weight.shape[0]
     for linear in (block.q, block.k, block.v):
         linear.weight.copy_(_noise((size, size), 0.01, generator))

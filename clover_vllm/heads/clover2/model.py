@@ -13,17 +13,17 @@ K channels per head, N rows of any kind. Parameter names are the published check
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clover_vllm.heads.base import DraftTables, Head, NewHead, Prefix, TeacherForced
+from clover_vllm.heads.base import DraftTables, NewHead, Prefix, TeacherForced
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.clover2.drafter import Clover2Drafter
 from clover_vllm.heads.layers import DecoderLayer, KVCache, RMSNorm, Rotary
+from clover_vllm.heads.saved import SavedHead
 
 if TYPE_CHECKING:
     from clover_vllm.target.frozen import FrozenTarget
@@ -55,7 +55,7 @@ class ResAttentionBlock(nn.Module):
         return x + (gate.unsqueeze(-1) * v).reshape(x.shape).to(x.dtype)
 
 
-class Clover2DraftModel(Head):
+class Clover2DraftModel(SavedHead):
     """The Clover-2 head. Carries neither lm_head nor embeddings: they are the target's.
 
     Inputs at position t are h_t, the target's last hidden state *before* its final norm, and
@@ -64,10 +64,11 @@ class Clover2DraftModel(Head):
     """
 
     config: Clover2Config
+    config_class = Clover2Config
+    title = "Clover-2"
 
     def __init__(self, config: Clover2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.clover_norm = RMSNorm(size, eps)
@@ -77,10 +78,6 @@ class Clover2DraftModel(Head):
         self.clover_head_mlp2 = nn.Linear(2 * size, size)
         self.clover_head_norm = RMSNorm(size, eps)
         self.rotary = Rotary(config)
-        vocab = None
-        if config.draft_vocab_size is not None:
-            vocab = torch.arange(config.draft_vocab_size)
-        self.register_buffer("draft_vocab", vocab)
 
     def new_cache(self) -> list[KVCache]:
         """An empty key/value cache, one entry per augmenting layer."""
@@ -176,14 +173,3 @@ class Clover2DraftModel(Head):
         init_from_target(head, target.layers, target.norm, wanted.seed)
         head.draft_vocab = wanted.draft_vocab
         return head
-
-    @classmethod
-    def load(cls, folder: Path) -> Clover2DraftModel:
-        from clover_vllm.heads.clover2.checkpoint import load_head
-
-        return load_head(folder)
-
-    def save(self, folder: Path, target: str) -> None:  # noqa: ARG002, only vLLM's own methods ask for it
-        from clover_vllm.heads.clover2.checkpoint import save_head
-
-        save_head(self, folder)

@@ -49,7 +49,7 @@ _SHARED_SIZES = (
 
 
 def load_eagle1(folder: str | Path, dtype: torch.dtype = torch.float32) -> Eagle1DraftModel:
-    """Read a folder that `save_eagle1` wrote.
+    """Read a folder that `save_eagle1` or `convert` wrote.
 
     Raises:
         UserError: anything missing, damaged, misshapen or not finite.
@@ -57,7 +57,7 @@ def load_eagle1(folder: str | Path, dtype: torch.dtype = torch.float32) -> Eagle
     folder = Path(folder)
     fields = read_config(folder)
     tensors = read_tensors(folder)
-    head = Eagle1DraftModel(config_for_target(LlamaConfig.from_dict(fields)))
+    head = Eagle1DraftModel(config_for_target(LlamaConfig.from_dict(fields)), "fc.bias" in tensors)
     check_tensors(tensors, head.state_dict(), str(folder))
     head.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, assign=True)
     return head

@@ -88,12 +88,36 @@ class Eagle1Drafter:
         self._slot_values = torch.cat([self._slot_values, v], dim=2)
         self._paths = torch.cat([F.pad(self._paths, (0, w)), paths], dim=1)
         self._depths = torch.cat([self._depths, depths], dim=1)
-        positions = torch.arange(self._keys.shape[1], device=tokens.device)
-        prefix = (positions <= self._rows[:, None])[:, None]
-        mask = torch.cat([prefix.expand(-1, w, -1), paths], dim=2)[:, None]
-        keys = torch.cat([self._keys.expand(requests, *self._keys.shape), self._slot_keys], dim=2)
-        values = torch.cat([self._values.expand(requests, *self._values.shape), self._slot_values], dim=2)
-        x = x + attention.attend(q, keys, values, mask)
+        x = x + attention.o_proj(self._attend(attention.num_groups, q, paths))
         out = x + layer.mlp(layer.post_attention_layernorm(x))
         self._features = torch.cat([self._features, out], dim=1)
         return self._tables.score(out, num_candidates)
+
+    def _attend(self, groups: int, q: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+        """Attention of new nodes over the positions up to their roots, and over their own paths.
+
+        The positions' keys are all requests' and are read in place: with long prompts a copy for each would cost more
+        than all the rest.
+
+        Args:
+            groups: query heads per kv head.
+            q: [R, H, W, K], rotated queries.
+            paths: bool [R, W, slots], the slots on each node's path.
+
+        Returns:
+            [R, W, H * K].
+        """
+        requests, heads, w, channels = q.shape
+        q = q.reshape(requests, heads // groups, groups * w, channels) * channels**-0.5
+        positions = torch.arange(self._keys.shape[1], device=q.device)
+        later = (positions > self._rows[:, None])[:, None, None]  # [R, 1, 1, T]
+        by_kv_head = q.transpose(0, 1).flatten(1, 2)  # [kv heads, R * groups * W, K]
+        prefix = (by_kv_head @ self._keys.transpose(1, 2)).unflatten(1, (requests, -1)).transpose(0, 1)
+        own = q @ self._slot_keys.transpose(2, 3)  # [R, kv heads, groups * W, slots]
+        off_path = ~paths.repeat(1, groups, 1)[:, None]
+        scores = [prefix.masked_fill(later, -torch.inf), own.masked_fill(off_path, -torch.inf)]
+        weights = torch.cat(scores, dim=3).softmax(dim=-1)
+        on_prefix, on_path = weights.split([prefix.shape[3], own.shape[3]], dim=3)
+        out = (on_prefix.transpose(0, 1).flatten(1, 2) @ self._values).unflatten(1, (requests, -1))
+        out = out.transpose(0, 1) + on_path @ self._slot_values
+        return out.reshape(requests, heads, w, channels).transpose(1, 2).flatten(2)

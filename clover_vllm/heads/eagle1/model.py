@@ -32,16 +32,18 @@ class Eagle1DraftModel(Head):
     config: Clover2Config
     saves_draft_vocab = False  # vLLM's model has no place for it
 
-    def __init__(self, config: Clover2Config) -> None:
-        """`config` lends its sizes; its Clover-2 constants are not used.
-
-        The layer is a plain Llama's, as vLLM's, so it never norms queries and keys.
+    def __init__(self, config: Clover2Config, fc_bias: bool = False) -> None:
+        """
+        Args:
+            config: lends its sizes; its Clover-2 constants are not used. The layer is a plain Llama's, as vLLM's, so
+                it never norms queries and keys.
+            fc_bias: as some published checkpoints have; vLLM's model has none.
         """
         super().__init__()
         config = copy.copy(config)
         config.qk_norm = False
         self.config = config
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([DecoderLayer(config, input_norm=False)])
         self.rotary = Rotary(config)
         self.register_buffer("draft_vocab", None, persistent=False)

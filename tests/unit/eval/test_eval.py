@@ -18,11 +18,23 @@ from clover_vllm.eval.evaluate import (
     default_growths,
     greedy_answers,
 )
+from clover_vllm.heads.base import Head
+from clover_vllm.heads.clover1.config import Clover1Config
+from clover_vllm.heads.clover1.init import init_from_target
+from clover_vllm.heads.clover1.model import Clover1DraftModel
 from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.heads.clover2.init import config_for_target
 from clover_vllm.heads.eagle1.model import Eagle1DraftModel
+from clover_vllm.heads.medusa.config import MedusaTreesConfig
+from clover_vllm.heads.medusa.model import MedusaTreesDraftModel
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.tree import ROOT, Tree, chain, grow_fixed
+
+KINDS = ["clover", "clover1", "medusa", "eagle"]
+SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_hidden_layers", "num_heads", "vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -45,6 +57,28 @@ def answers(frozen: FrozenTarget, tmp_path_factory: pytest.TempPathFactory) -> l
     return greedy_answers([path], frozen, None)
 
 
+@pytest.fixture
+def clover1(frozen: FrozenTarget) -> Clover1DraftModel:
+    torch.manual_seed(5)
+    config = config_for_target(frozen.config).to_dict() | {"num_hidden_layers": 1, "num_heads": 3}
+    head = Clover1DraftModel(Clover1Config(**{k: config[k] for k in SIZES}))
+    init_from_target(head, frozen.layers, frozen.norm)
+    for parameter in head.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return head.eval()
+
+
+@pytest.fixture
+def medusa() -> MedusaTreesDraftModel:
+    """With output layers of its own, as published."""
+    torch.manual_seed(6)
+    config = MedusaTreesConfig(128, 211, num_heads=3, num_hidden_layers=2, own_lm_heads=True)
+    head = MedusaTreesDraftModel(config)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return head.eval()
+
+
 def paths(tree: Tree) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
@@ -53,7 +87,7 @@ def paths(tree: Tree) -> list[tuple[int, ...]]:
 
 
 def next_log_probs(
-    head: Clover2DraftModel | Eagle1DraftModel, frozen: FrozenTarget, ids: torch.Tensor, path: tuple[int, ...]
+    head: Head, frozen: FrozenTarget, ids: torch.Tensor, path: tuple[int, ...]
 ) -> torch.Tensor:
     """What a head predicts after a draft path, recomputed from nothing.
 
@@ -61,12 +95,22 @@ def next_log_probs(
     """
     hidden = frozen.hidden_states(ids[None, :-1])
     embeds = frozen.lm_head[ids[1:]][None]
+    if isinstance(head, MedusaTreesDraftModel):
+        feature = frozen.norm(hidden)[0, -1]
+        assert head.lm_heads is not None
+        return torch.log_softmax(head.lm_heads[len(path)] @ head.heads[len(path)](feature), -1)
+    if isinstance(head, Clover1DraftModel):
+        r = head.advance(head.augment(hidden)[0, -1], embeds[0, -1])
+        for token in path:
+            r = head.advance(r, frozen.lm_head[token])
+        return torch.log_softmax(frozen.lm_head @ head.head_norm(head.heads[min(len(path), 2)](r)), -1)
     if isinstance(head, Clover2DraftModel):
         r = head.augment(hidden, embeds)[0, -1]
         s = head.first(r)
         for token in path:
             r, s = head.advance(r, frozen.lm_head[token])
     else:
+        assert isinstance(head, Eagle1DraftModel)
         features = frozen.norm(hidden)
         out = head(features, embeds)
         for token in path:
@@ -77,7 +121,7 @@ def next_log_probs(
     return torch.log_softmax(frozen.lm_head @ s, -1)
 
 
-@pytest.mark.parametrize("kind", ["clover", "eagle"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_drafted_trees_equal_recomputation_from_nothing(
     kind: str, request: pytest.FixtureRequest, frozen: FrozenTarget, answers: list[Answer]
 ) -> None:
@@ -96,7 +140,7 @@ def test_drafted_trees_equal_recomputation_from_nothing(
                 assert abs(math.exp(joint) - tree.probabilities[node]) < 1e-3 * math.exp(joint)
 
 
-@pytest.mark.parametrize("kind", ["clover", "eagle"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_replay_equals_a_real_draft_and_verify_loop(
     kind: str, request: pytest.FixtureRequest, frozen: FrozenTarget, answers: list[Answer]
 ) -> None:

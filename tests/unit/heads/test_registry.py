@@ -66,7 +66,7 @@ def test_drafters_predict_what_training_teaches(method: str, frozen: FrozenTarge
 
 
 def test_unknown_methods_are_refused_with_the_known_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'lookahead'.*clover2, eagle1") as caught:
+    with pytest.raises(UserError, match=r"'lookahead'.*clover2, clover1, medusa, eagle1") as caught:
         head_kind("lookahead")
     one_sentence(caught.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

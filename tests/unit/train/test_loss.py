@@ -43,8 +43,9 @@ def test_rows_are_the_positions_that_drafting_starts_from() -> None:
                 assert expected[n + i] == (b, t + i)
 
 
+@pytest.mark.parametrize("of_tokens", [False, True])
 @pytest.mark.parametrize("chunk_elements", [1, 400, 10**6])
-def test_chunked_loss_and_gradient_equal_dense(chunk_elements: int) -> None:
+def test_chunked_loss_and_gradient_equal_dense(chunk_elements: int, of_tokens: bool) -> None:
     torch.manual_seed(0)
     heads, rows, size, vocab = 3, 40, 16, 50
     states = torch.randn(heads, rows, size, requires_grad=True)
@@ -53,13 +54,15 @@ def test_chunked_loss_and_gradient_equal_dense(chunk_elements: int) -> None:
     for i in range(heads):
         valid[i, rows - i :] = False
     covered = torch.rand(rows) < 0.9
-    targets = VocabularyTargets(goal, weight, valid, covered)
+    tokens = torch.randint(vocab, (rows,)) if of_tokens else None
+    targets = VocabularyTargets(goal, weight, valid, covered, tokens)
     loss, accuracy = vocabulary_loss(states, targets, chunk_elements)
     scale = torch.tensor([1.0, 0.7, 0.49])
     (gradient,) = torch.autograd.grad((loss * scale).sum(), states)
 
     dense, right = [], []
-    p, best = torch.softmax(goal @ weight.T, -1), (goal @ weight.T).argmax(-1)
+    p = torch.softmax(goal @ weight.T, -1) if tokens is None else F.one_hot(tokens, vocab).float()
+    best = p.argmax(-1)
     for i in range(heads):
         terms = [
             (-(p[n + i] * F.log_softmax(states[i, n] @ weight.T, -1)).sum(), states[i, n] @ weight.T, n + i)

@@ -21,6 +21,7 @@ from small import one_sentence, tiny_llama
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.eagle1.checkpoint import load_eagle1
+from clover_vllm.heads.registry import kind_of
 from clover_vllm.train.settings import TrainSettings
 from clover_vllm.train.trainer import train, whole_checkpoint
 
@@ -76,6 +77,20 @@ def test_eagle1_trains_and_is_saved_as_vllm_expects(
     assert config["num_hidden_layers"] == 1
     assert config["architectures"] == ["LlamaForCausalLM"]
     load_eagle1(folder)
+
+
+@pytest.mark.parametrize("method", ["clover1", "medusa"])
+def test_earlier_methods_train_towards_the_tokens_of_the_text(
+    method: str, tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    """Their published loss, decay included, lowers; the head is found by its config."""
+    summary = train(settings(tiny_target, tiny_answers, tmp_path / "run", method=method, epochs=4.0))
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    weights = summary["settings"]["weights"]
+    assert (weights["regression"], weights["of_tokens"]) == (0.0, True)
+    assert weights["decay"] == (0.8 if method == "medusa" else 0.7)
+    assert kind_of(tmp_path / "run" / "head").method == method
 
 
 def test_cached_hidden_states_change_nothing(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
@@ -332,7 +347,10 @@ def test_a_head_is_continued_by_its_own_method_only(
     train(settings(tiny_target, tiny_answers, tmp_path / "run", epochs=0.2))
     changes = {"init_from": tmp_path / "run" / "head", "epochs": 0.2}
     train(settings(tiny_target, tiny_answers, tmp_path / "more", **changes))
-    for method, named in (("eagle1", "no EAGLE-1 head"), ("medusa2", "known are clover2, eagle1")):
+    for method, named in (
+        ("eagle1", "no EAGLE-1 head"),
+        ("medusa2", "known are clover2, clover1, medusa, eagle1"),
+    ):
         with pytest.raises(UserError, match=named) as caught:
             train(settings(tiny_target, tiny_answers, tmp_path / "two", method=method, **changes))
         one_sentence(caught.value)
