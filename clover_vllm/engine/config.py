@@ -141,6 +141,10 @@ def clover_config(
     made = _make_config(shared, options, target, parallel)
     head = made.draft_model_config.hf_config
     check_fits(head, target)
+    if device != "cpu" and head.model_type != "clover2":
+        raise UserError(
+            f"Heads of type {head.model_type!r} draft on CPUs only so far; on a GPU use a Clover-2 head."
+        )
     _check_ranks(options, made.num_speculative_tokens, head)
     _check_target(head, target)
     if not folder.is_dir() and shared.get("quantization") is None:

@@ -29,8 +29,6 @@ def test_kernels_are_right_in_the_interpreter() -> None:
             "-q",
             "-p",
             "no:cacheprovider",
-            "-p",
-            "no:xdist",
             "tests/interpreted",
         ],
         cwd=ROOT,
