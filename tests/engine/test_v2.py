@@ -40,7 +40,7 @@ def feature_requests() -> list[Json]:
         params["stop_token_ids"] = params.get("stop_token_ids", [])[
             :100
         ]  # V2 takes up to 128 with min_tokens
-        requests.append({"prompt": prompt, "params": params, "step": i})
+        requests.append({"prompt": prompt, "params": params, "step": i // 3})
     for request in requests[5::12]:
         request["abort"] = request["step"] + 4
     return requests
@@ -89,7 +89,7 @@ def specification(target: Path, head: Path, jobs: Json) -> Json:
         "max_num_seqs": 6,
         "max_num_batched_tokens": 64,
         "block_size": 32,
-        "num_gpu_blocks_override": 11,
+        "num_gpu_blocks_override": 9,
         "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     }
     speculative = {
@@ -119,9 +119,9 @@ def test_every_feature_gives_what_plain_v2_gives(runs: Json) -> None:
 
 def test_branching_trees_were_accepted_beside_prompts_and_in_preempted_requests(runs: Json) -> None:
     stats = runs["clover"]["features"]["stats"]
-    assert stats["accepted"] > 40
-    assert stats["accepted_in_branching"] > 10
-    assert stats["moved"] > 10
+    assert stats["accepted"] > 30
+    assert stats["accepted_in_branching"] > 5
+    assert stats["moved"] > 5
     assert stats["mixed_steps"] > 5
     assert stats["preempted"] > 0
     assert stats["cached_tokens"] > 0
@@ -136,7 +136,7 @@ def test_random_requests_give_what_plain_v2_gives(runs: Json) -> None:
         if wrong is not None:
             found[i] = wrong
     assert not found
-    assert trees["stats"]["accepted"] > 10
+    assert trees["stats"]["accepted"] > 5
     assert trees["stats"]["leaked_blocks"] == 0
 
 
