@@ -143,7 +143,7 @@ def clover_config(
     check_fits(head, target)
     if device != "cpu" and head.model_type != "clover2":
         raise UserError(
-            f"Heads of type {head.model_type!r} draft on CPUs only so far; on a GPU use a Clover-2 head."
+            f"{TREE_HEADS[head.model_type].title} heads draft on CPUs only so far; on a GPU use a Clover-2 head."
         )
     _check_ranks(options, made.num_speculative_tokens, head)
     _check_target(head, target)
@@ -267,16 +267,22 @@ def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
     """Refuse a head of another target before anything is loaded.
 
     Raises:
-        UserError: not a Clover-2 head, or other sizes than the target's.
+        UserError: no head that drafts trees, one that the runner cannot draft with, or other sizes than the
+            target's.
     """
     if head.model_type not in TREE_HEADS:
         raise UserError(
             f"The head's config.json says model_type {head.model_type!r}, not 'clover2'; "
             "`clover-vllm convert` turns a published checkpoint into a head."
         )
+    title = TREE_HEADS[head.model_type].title
+    if prefers_v2() and head.model_type != METHOD:
+        raise UserError(
+            f"{title} heads draft with vLLM's V1 model runner only; set VLLM_USE_V2_MODEL_RUNNER=0 to use it."
+        )
     for name, value in (("hidden_size", target.get_hidden_size()), ("vocab_size", target.get_vocab_size())):
         if getattr(head, name) != value:
             raise UserError(
-                f"The Clover-2 head was trained for a target with {name} {getattr(head, name)}, but this "
+                f"The {title} head was trained for a target with {name} {getattr(head, name)}, but this "
                 f"target has {value}; it belongs to {head.target or 'another target'}."
             )

@@ -9,11 +9,15 @@ import pytest
 import torch
 from engines import Json, differing, run_engine, tokens_of
 from pairs import VOCAB, llm, make_pair, random_requests
+from small import one_sentence
+from vllm.config import ModelConfig
 
+from clover_vllm.base.errors import UserError
+from clover_vllm.engine.config import check_fits
 from clover_vllm.heads.base import NewHead
 from clover_vllm.heads.medusa.config import MedusaTreesConfig
 from clover_vllm.heads.medusa.model import MedusaTreesDraftModel
-from clover_vllm.heads.registry import HEADS
+from clover_vllm.heads.registry import HEADS, kind_of
 from clover_vllm.heads.saved import SavedHead
 from clover_vllm.target.frozen import FrozenTarget
 
@@ -103,3 +107,13 @@ def test_adaptive_trees_change_nothing(target: Path, folder: Path, plain: Json) 
     assert stats["accepted_in"]["branching"] > 30
     assert stats["leaked_blocks"] == 0
     assert differing(plain, run) == 0
+
+
+@pytest.mark.parametrize("folder", HEADS_MADE[:2], indirect=True)
+def test_the_v2_runner_is_refused(target: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded: its drafting knows Clover-2 heads alone."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    head = kind_of(folder).head_class().load(folder)
+    with pytest.raises(UserError, match="VLLM_USE_V2_MODEL_RUNNER=0") as caught:
+        check_fits(head.config, ModelConfig(str(target), skip_tokenizer_init=True))
+    one_sentence(caught.value)
