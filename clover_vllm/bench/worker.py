@@ -60,10 +60,11 @@ class _Answer:
     """What a request got so far, and when."""
 
     arrived: float
-    first: float = 0.0
+    first: float = 0.0  # while the clock ran
     last: float = 0.0
     tokens: list[int] = field(default_factory=list)
     timed: int = 0  # tokens while the clock ran
+    at_first: int = 0  # of these, those that came at `first`
 
 
 def run_requests(
@@ -72,7 +73,7 @@ def run_requests(
     """Keep `concurrency` requests running, and time the steady part.
 
     The first requests, as many as run at a time, are given answers of different lengths, so that later ones begin one
-    by one. The clock runs from the end of the last of these until no request is left to fill a free place. So all that is
+    by one. The clock runs from the end of as many requests as run at a time until no request is left to fill a free place. So all that is
     timed happens at the stated concurrency, and for every answer timed a prompt is; neither the batch that
     fills nor the one that drains is part of it. What still runs then is finished, so that `outputs` are whole.
 
@@ -102,10 +103,9 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
     engine, run = llm.llm_engine, Run()
     core = engine.engine_core.engine_core
     before, parts = _counters(llm), _parts(llm)
-    first = {f"{name_of}-{i}" for i in range(concurrency)}
     answers: dict[str, _Answer] = {}
     queue = list(enumerate(requests))[::-1]
-    running, prefilled, timing = 0, False, False
+    running, ended, prefilled, timing = 0, 0, False, False
     started = 0.0
     while queue or running:
         begun = time.perf_counter()
@@ -125,12 +125,11 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
         for output in engine.step():
             answer = answers[output.request_id]
             _take(answer, output.outputs[0].token_ids, time.perf_counter(), run if timing else None)
-            if output.finished:
-                running -= 1
-                first.discard(output.request_id)
+            running -= output.finished
+            ended += output.finished
         if not timing:
             prefilled = prefills
-            if not first and queue and not started:
+            if ended >= concurrency and queue and not started:
                 timing, started = True, time.perf_counter()
                 before, parts = _counters(llm), _parts(llm)
             continue
@@ -145,8 +144,10 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
             run.seconds = time.perf_counter() - started
             _count(run, before, _counters(llm))
             run.parts = {name: value - parts.get(name, 0.0) for name, value in _parts(llm).items()}
+    if not started:
+        raise ValueError(f"{len(requests)} requests do not keep {concurrency} running")
     run.tokens = sum(a.timed for a in answers.values())
-    run.tpot = [(a.last - a.first) / (a.timed - 1) for a in answers.values() if a.timed > 1]
+    run.tpot = [(a.last - a.first) / (a.timed - a.at_first) for a in answers.values() if a.timed > a.at_first]
     run.outputs = [a.tokens for a in answers.values()]
     return run
 
@@ -250,7 +251,7 @@ def _take(answer: _Answer, tokens: Sequence[int], now: float, run: Run | None) -
         if answer.timed:
             run.itl.append(now - answer.last)
         else:
-            answer.first = now
+            answer.first, answer.at_first = now, len(tokens)
             if not answer.tokens:
                 run.ttft.append(now - answer.arrived)
         answer.last = now

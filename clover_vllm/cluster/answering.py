@@ -7,8 +7,8 @@ import os
 import queue
 import threading
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from clover_vllm.base.errors import UserError
@@ -110,7 +110,7 @@ def answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[t
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     parse_flags(settings.flags)
     found: queue.SimpleQueue[tuple[int, str] | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
+    stop: list[Callable[[], object]] = []  # ends what is under way
 
     async def one(to: Answering, request: Request, free: asyncio.Semaphore) -> None:
         try:
@@ -120,11 +120,12 @@ def answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[t
 
     async def all_of_them() -> None:
         free = asyncio.Semaphore(settings.at_once)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        stop.append(lambda: loop.call_soon_threadsafe(task.cancel))
         async with answering(settings.flags) as to, asyncio.TaskGroup() as group:
             for request in requests:
                 await free.acquire()
-                if stop.is_set():
-                    return
                 group.create_task(one(to, request, free))
 
     def run() -> None:
@@ -143,7 +144,9 @@ def answered(settings: BatchSettings, requests: Sequence[Request]) -> Iterator[t
                     raise _explained(next_)
                 yield next_
         finally:
-            stop.set()
+            for end in stop:
+                with suppress(RuntimeError):  # its loop has ended
+                    end()
             worker.join()
 
 

@@ -87,6 +87,7 @@ def run_batch(settings: BatchSettings) -> dict[str, int]:
     if not requests:
         raise UserError(f"{settings.input} holds no request" + (f"; see {report}." if bad else "."))
     if _is_whole(settings.output, requests):
+        settings.output.with_name(f"{settings.output.name}.part").unlink(missing_ok=True)
         return {"answers": len(requests), "by_an_earlier_run": len(requests), "bad_lines": len(bad)}
     answers = Answers(settings, {r.line for r in requests})
     found = len(answers.lines)
@@ -97,6 +98,8 @@ def run_batch(settings: BatchSettings) -> dict[str, int]:
             for line, text in _answered(settings, missing):
                 answers.add(line, text)
                 work.advance()
+    if lost := len(requests) - len(answers.lines):
+        raise UserError(f"{lost} requests got no answer; the same command goes on where it stopped.")
     return {
         "answers": len(requests),
         "by_an_earlier_run": found,

@@ -133,7 +133,7 @@ def clover_config(
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
     """
-    shared, options = _read_options(given, device)
+    shared, options = _read_options(given)
     check_supported(Setup(target, parallel, device, engine_args), trees=options.tree != "chain")
     folder = Path(shared["model"])
     if folder.is_dir() and shared.get("quantization") is None:
@@ -154,7 +154,7 @@ def clover_config(
     return made
 
 
-def _read_options(given: Mapping[str, Any], device: str) -> tuple[dict[str, Any], CloverOptions]:
+def _read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], CloverOptions]:
     """vLLM's options, completed, and Clover's.
 
     Raises:
@@ -164,7 +164,7 @@ def _read_options(given: Mapping[str, Any], device: str) -> tuple[dict[str, Any]
     if not shared.get("model") or not isinstance(shared["model"], str):
         raise UserError('Clover-2 needs a head: give its folder or name as "model".')
     # On the V2 runner trees have one size so far, whatever the option.
-    default = options.default_nodes if device == "cpu" else DEFAULT_NODES
+    default = DEFAULT_NODES if prefers_v2() else options.default_nodes
     nodes = shared.setdefault("num_speculative_tokens", default)
     if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
         raise UserError(
@@ -272,7 +272,7 @@ def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
     """
     if head.model_type not in TREE_HEADS:
         raise UserError(
-            f"The head's config.json says model_type {head.model_type!r}, not 'clover2'; "
+            f"The head's config.json says model_type {head.model_type!r}, none of {', '.join(TREE_HEADS)}; "
             "`clover-vllm convert` turns a published checkpoint into a head."
         )
     title = TREE_HEADS[head.model_type].title

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from clover_vllm.engine.hooks import forget_cached_backends, install_logits_processors
+from clover_vllm.engine.support import refuse_trees
 
 
 class CloverGPUWorker(Worker):
@@ -25,5 +26,9 @@ class CloverGPUWorker(Worker):
             return CloverV2Runner(self.vllm_config, self.device)
         from clover_vllm.engine.runner import CloverRunner
 
+        speculative = self.vllm_config.speculative_config
+        if speculative.clover.tree != "chain" or not speculative.disable_padded_drafter_batch:
+            # vLLM chose V1 for another of its settings, after the configuration was made for V2.
+            raise refuse_trees("the V1 model runner on a GPU")
         install_logits_processors()
         return CloverRunner(self.vllm_config, self.device)

@@ -209,9 +209,8 @@ class CloverRunner(GPUModelRunner):
 
     def _remember(self, trees: dict[int, Tree], requests: int) -> list[list[int]]:
         """Keep the drafts until they are verified, and tell the scheduler their tokens, by request."""
-        trees = agree(
-            trees
-        )  # ranks must verify the very same ones, though their arithmetic may differ in a bit
+        # Ranks must verify the very same trees, though their arithmetic may differ in a bit.
+        trees = agree(trees)
         names = self.input_batch.req_ids
         made = {names[r]: self._usable(names[r], tree) for r, tree in trees.items()}
         made = {name: tree for name, tree in made.items() if len(tree)}

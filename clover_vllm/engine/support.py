@@ -125,6 +125,18 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         "set VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 model runner",
         lambda _: bool(envs.VLLM_USE_V2_MODEL_RUNNER) and not HAS_TRITON,
     ),
+    _trees(
+        "the V1 model runner on a GPU",
+        "tree verification on GPUs is built on V2; leave VLLM_USE_V2_MODEL_RUNNER unset for trees",
+        lambda setup: setup.device != "cpu" and not prefers_v2(),
+        in_worker=True,
+    ),
+    Refusal(
+        "batch-sharded sampling",
+        "each rank would walk the trees of its requests alone",
+        "remove --enable-batch-sharded-sampling",
+        lambda setup: bool(setup.parallel.enable_batch_sharded_sampling),
+    ),
     Refusal(
         "logits processors of users",
         "with the V2 model runner they would see the rows of a tree as if they were a text; V1 serves them",
@@ -134,13 +146,13 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     ),
     Refusal(
         "watermarks",
-        "only vLLM's V2 model runner supports them",
+        "the tokens that a watermark chooses were never compared with plain vLLM's",
         "remove --watermark-config",
         lambda setup: setup.engine_args.watermark_config is not None,
     ),
     Refusal(
         "HiSparse",
-        "only vLLM's V2 model runner supports it",
+        "its cache was never read by the tree kernel",
         "remove hisparse_config from --attention-config",
         lambda setup: setup.engine_args.attention_config.hisparse_config is not None,
     ),

@@ -1,4 +1,4 @@
-"""The kernels of this room in plain PyTorch: what tests and `clover-vllm gpu-check` compare them with. They wait."""
+"""The kernels of this room in plain PyTorch: what tests compare them with. They wait."""
 
 from __future__ import annotations
 

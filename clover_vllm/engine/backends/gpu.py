@@ -56,7 +56,7 @@ class TreeRows:
 class TreeMetadataBuilder:
     """Adds `TreeRows` to the metadata of vLLM's builders; a mixin."""
 
-    step: StepRows | None = None  # set by `TargetLayers`, for the target's layers
+    step: StepRows | None = None  # set by `CloverV2Runner`, for the target's layers
 
     @classmethod
     def get_cudagraph_support(
