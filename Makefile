@@ -55,7 +55,7 @@ docs: setup
 	$(BIN)/clover-vllm render
 
 # A core for each of two workers; engines and servers stay on their worker's.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint $(TRITON_STAMP)
 	$(BIN)/pytest $(PARALLEL)

@@ -34,47 +34,49 @@ FOLDERS = {
 }
 """Marks of the tests in a folder."""
 LONGEST = [
-    "@test_engine_exact.py",
-    "@test_torture.py",
-    "@test_starts.py",
-    "@test_engine.py",
-    "test_bench_runs_through_servers",
-    "@test_server.py",
-    "@half precision",
-    "@test_features.py",
-    "@test_ranks.py",
-    "@test_ray.py",
-    "@test_head_vllm.py",
-    "@test_packaging.py",
-    "test_a_kill_leaves_nothing_or_a_whole_folder",
-    "@two ranks",
-    "test_kills_at_random_moments",
-    "@test_patches.py",
-    "@test_sessions.py",
-    "tests/engine/",
+    "test_engine_exact.py",
+    "test_server.py",
+    "test_bench.py",
+    "test_train.py",
+    "test_v2.py",
+    "test_starts.py",
+    "test_sessions.py",
+    "test_target.py",
+    "test_shipped_path.py",
+    "test_features.py",
+    "test_torture.py",
+    "test_ranks.py",
+    "test_engine.py",
     "test_shipped.py",
-    "test_bench_runs_on_a_tiny_target",
-    "test_two_processes_train",
-    "test_greedy_answers_through_transformers",
-    "test_ranks_agree",
+    "test_triton.py",
+    "test_other_heads.py",
+    "test_head_vllm.py",
+    "test_llama3_shape.py",
+    "test_data.py",
+    "test_packaging.py",
+    "test_ray.py",
+    "test_hooks.py",
+    "test_patches.py",
+    "test_adaptive.py",
+    "test_batch_engine.py",
+    "test_train_serve.py",
+    "test_scorer.py",
+    "test_eval.py",
+    "test_compare.py",
 ]
-"""Groups (@) and tests, the longest first, so that none is taken up last, while the other worker has no more to do.
-Those that read the weights of a whole target in every step are kept apart: two of them share the memory's speed."""
+"""Files, the longest first, so that none is taken up last, while the other worker has no more to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks; the tests of a file that starts engines share its fixtures, hence a worker; long ones go first."""
+    """Marks; long files go first. A file's tests share its fixtures, hence a worker (`--dist loadfile`)."""
     places: dict[str, int] = {}
     for item in items:
         room = item.path.relative_to(Path(__file__).parent).parts[0]
         if room in FOLDERS:
             item.add_marker(FOLDERS[room])
-        if room != "unit" and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-        group = item.get_closest_marker("xdist_group")
-        name = f"{item.nodeid}@{group.args[0]}" if group else item.nodeid
-        places[item.nodeid] = next((i for i, part in enumerate(LONGEST) if part in name), len(LONGEST))
-    items.sort(key=lambda item: places[item.nodeid])
+        name = item.path.name
+        places.setdefault(name, LONGEST.index(name) if name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: places[item.path.name])
 
 
 @pytest.fixture(autouse=True)

@@ -144,7 +144,6 @@ def gap(frozen: FrozenTarget, prompt: list[int], answer: list[int], other: list[
     return float((logits[answer[at]] - logits[other[at]]).abs())
 
 
-@pytest.mark.xdist_group("half precision")
 @pytest.mark.parametrize(
     ("dtype", "count"),
     [("bfloat16", length(24, 64)), ("float16", length(8, 24))],
@@ -173,7 +172,6 @@ def test_half_precision_differs_at_near_ties_only(
     assert max(differences, default=0.0) < 0.5
 
 
-@pytest.mark.xdist_group("half precision")
 def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
     """The engine loses none of the head's quality: same target, same answers, same tree, float32."""
     options = CloverOptions()

@@ -29,6 +29,7 @@ def test_kernels_are_right_in_the_interpreter() -> None:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-n0",
             "tests/interpreted",
         ],
         cwd=ROOT,

@@ -227,7 +227,6 @@ def test_two_processes_train_as_one_with_accumulation(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two ranks")
 def test_two_processes_train_as_one_with_muon(
     muon_by_two: Path, tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +236,6 @@ def test_two_processes_train_as_one_with_muon(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("two ranks")
 def test_two_ranks_resume_as_if_never_killed(
     muon_by_two: Path, tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
