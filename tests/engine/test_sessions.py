@@ -45,7 +45,8 @@ def test_sessions_with_trees_equal_those_of_plain_vllm(smollm2: Path) -> None:
     }
     asked = sessions()
     plain = run_script("run_sessions", {"engine": engine, "sessions": asked})
-    spec = {"model": str(shipped_head()), "draft_min_joint": 0.0}
+    # Of one size: what adaptive trees accept depends on how busy the machine is.
+    spec = {"model": str(shipped_head()), "tree": "best_first", "draft_min_joint": 0.0}
     trees = run_script(
         "run_sessions", {"engine": {**engine, "speculative_config": spec}, "sessions": asked, "watch": True}
     )
