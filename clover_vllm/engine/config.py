@@ -141,10 +141,9 @@ def clover_config(
     made = _make_config(shared, options, target, parallel)
     head = made.draft_model_config.hf_config
     check_fits(head, target)
-    if device != "cpu" and head.model_type != "clover2":
-        raise UserError(
-            f"{TREE_HEADS[head.model_type].title} heads draft on CPUs only so far; on a GPU use a Clover-2 head."
-        )
+    if parallel.tensor_parallel_size > 1 and head.model_type != METHOD:
+        title = TREE_HEADS[head.model_type].title
+        raise UserError(f"{title} heads draft on one rank only so far; set --tensor-parallel-size to 1.")
     _check_ranks(options, made.num_speculative_tokens, head)
     _check_target(head, target)
     if not folder.is_dir() and shared.get("quantization") is None:

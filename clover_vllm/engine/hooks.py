@@ -509,6 +509,8 @@ def _knows_sampling_methods() -> bool:
 def install_sampling(sampling_params: type) -> None:
     """Let min_p and logit_bias pass `SamplingParams.verify` with clover2; a second call does nothing.
 
+    Where drafts are verified, vLLM's V2 runner leaves out the logprobs of `logprob_token_ids`: such requests are refused.
+
     Args:
         sampling_params: `vllm.SamplingParams`.
     """
@@ -520,6 +522,10 @@ def install_sampling(sampling_params: type) -> None:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not samples_every_token(speculative_config):
             original(self, speculative_config)
+        elif getattr(self, "logprob_token_ids", None) and not speculative_config.disable_padded_drafter_batch:
+            raise ValueError(
+                "logprob_token_ids does not work with Clover-2 on vLLM's V2 model runner; leave it out."
+            )
 
     _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
     sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]
@@ -567,6 +573,17 @@ def install_logits_processors() -> None:
 
 
 @contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute for the length of the context."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
 def making_runner(runner: type) -> Iterator[None]:
     """Let `CPUWorker.init_device` make this class of runner; for our worker.
 
@@ -577,12 +594,8 @@ def making_runner(runner: type) -> Iterator[None]:
     if "_make_model_runner" in vars(cpu_worker.CPUWorker):
         yield
         return
-    original = cpu_worker.CPUModelRunner
-    cpu_worker.CPUModelRunner = runner
-    try:
+    with _replaced(cpu_worker, "CPUModelRunner", runner):
         yield
-    finally:
-        cpu_worker.CPUModelRunner = original
 
 
 @contextmanager
@@ -590,12 +603,8 @@ def making_speculator(speculator: type) -> Iterator[None]:
     """Let vLLM's V2 runner make this speculator in its constructor; for our runner."""
     from vllm.v1.worker.gpu import model_runner
 
-    original = model_runner.init_speculator
-    model_runner.init_speculator = lambda config, device, *_: speculator(config, device)
-    try:
+    with _replaced(model_runner, "init_speculator", lambda config, device, *_: speculator(config, device)):
         yield
-    finally:
-        model_runner.init_speculator = original
 
 
 @contextmanager
@@ -603,12 +612,8 @@ def making_v2_runner(runner: type) -> Iterator[None]:
     """Let `CPUWorker.init_device` make this class of V2 runner; for our worker."""
     from vllm.v1.worker.cpu import model_runner
 
-    original = model_runner.CPUModelRunner
-    model_runner.CPUModelRunner = runner
-    try:
+    with _replaced(model_runner, "CPUModelRunner", runner):
         yield
-    finally:
-        model_runner.CPUModelRunner = original
 
 
 def install_async_scheduling() -> None:

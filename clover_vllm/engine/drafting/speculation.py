@@ -18,7 +18,6 @@ from clover_vllm.engine.drafting.measure import costs_of
 from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.retrieval import Retrieval, suffix_cache
 from clover_vllm.engine.drafting.sizing import LONG_PROMPT, Sizer, Wanted
-from clover_vllm.engine.options import DEFAULT_NODES
 from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
@@ -215,10 +214,7 @@ class Speculation:
         if accepted is None:
             return {}
         drafting = [r for r in done.going if r in accepted.complete]
-        nodes = runner.num_spec_tokens
-        if runner.drafter.options.tree == "adaptive":
-            nodes = min(nodes, DEFAULT_NODES)
-        trees = runner.drafter.draft(accepted, drafting, done.common, nodes)
+        trees = runner.drafter.draft(accepted, drafting, done.common, runner.num_spec_tokens)
         return dict(zip(drafting, trees, strict=bool(trees)))
 
     def _take(self, backlog: Backlog, done: Scored, requests: Sequence[int]) -> AcceptedRows | None:

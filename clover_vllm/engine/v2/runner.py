@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+logger = init_logger("vllm.clover")
 
 BUILT_IN_PROCESSORS = 3
 """Logits processors that vLLM's V2 sampler always has: biases, penalties, bad words."""
@@ -49,6 +52,11 @@ class CloverV2Runner(GPUModelRunner):
             raise UserError(
                 f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_speculative_steps + 1} or more "
                 f"with {self.num_speculative_steps} speculative tokens; it is {self.max_num_tokens}."
+            )
+        if self.speculator.options.tree == "adaptive":
+            logger.info(
+                "Clover-2 drafts trees of %d nodes: on the V2 model runner they have one size so far.",
+                self.num_speculative_steps,
             )
         self.use_aux_hidden_state_outputs = True
         self.trees = self.speculator.trees = SlotTrees(self.req_states, self.speculator.deepest)
