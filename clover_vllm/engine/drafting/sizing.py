@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from clover_vllm.engine.drafting.ledger import Ledger
 from clover_vllm.tree import ROOT, Tree
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
@@ -96,6 +97,7 @@ class Sizer:
         limit: most nodes per request.
         asleep: whether the head is not asked, but now and then.
         saved: milliseconds that drafting saves per request and step, as last reckoned.
+        ledger: of what drafting has really spent and saved.
     """
 
     costs: Costs
@@ -106,6 +108,7 @@ class Sizer:
     asleep: bool = False
     saved: float = 0.0
     retrieving: Habit = field(default_factory=Habit)
+    ledger: Ledger = field(default_factory=Ledger)
     _samples: deque[list[tuple[float, int]]] = field(
         default_factory=lambda: deque(maxlen=SAMPLES)
     )  # gain, depth
@@ -165,6 +168,7 @@ class Sizer:
         if len(able) != requests or self._steps - step >= RETHINK_EVERY:
             self._thought = (len(able), self._steps)
             self._think(len(able), forest, prices)
+        self.asleep |= self.ledger.forbids(prices.sampling)
         if self.asleep:
             if self._steps - self._probed < PROBE_EVERY:
                 return []
@@ -219,6 +223,28 @@ class Sizer:
             return True
         cost = self.costs.of_augmenting(wanted.pending) - self.costs.of_augmenting(1)
         return self.saved * min(LIFE, wanted.room) > READING_PAYS * cost
+
+    def settle(self, size: StepSize, emitting: int, nodes: int, accepted: int, drafting: float) -> None:
+        """What a step for which the head was asked has brought.
+
+        Args:
+            size: of the step.
+            emitting: its requests that sampled.
+            nodes: of the head's, verified in it.
+            accepted: of those.
+            drafting: milliseconds before it.
+        """
+        if not emitting:
+            return
+        per_node = size.crossed / max(1, size.sampled - emitting)
+        without = StepSize(
+            size.rows - nodes, size.sampled - nodes, size.cached, size.crossed - nodes * per_node
+        )
+        plain = StepSize(emitting, emitting, size.cached)
+        spared = accepted / emitting * (self.costs.of_step(plain) + self.costs.outside)
+        self.ledger.record(
+            emitting, drafting + self.costs.of_step(size) - self.costs.of_step(without), spared
+        )
 
     def learn_draft(self, forest: Forest, asked: Sequence[int]) -> None:
         """Keep what drafting has found as a sample of what it finds.

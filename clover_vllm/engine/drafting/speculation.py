@@ -21,7 +21,7 @@ from clover_vllm.engine.drafting.sizing import LONG_PROMPT, Sizer, Wanted
 from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
-from clover_vllm.tree.forest import Forest, Prices
+from clover_vllm.tree.forest import Forest, Prices, source_of
 from clover_vllm.tree.step import NEVER, Step
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ class Speculation:
         self.going: list[int] = []  # requests of the last step that can use a draft
         self._kinds: dict[str, int] = {}
         self._begun = self._ended = 0.0
+        self._drafting: float | None = (
+            None  # milliseconds before the step under way; None: the head was not asked
+        )
         self._due: Scored | None = None
 
     def initialize(self) -> None:
@@ -203,8 +206,11 @@ class Speculation:
             made = self._of_one_size(backlog, done)
         else:
             self._learn(self.sizer, done)
+            begun = time.perf_counter()
             made = self._adaptive(self.sizer, backlog, done)
             self._ended = time.perf_counter()
+            if self._drafting is not None:
+                self._drafting = 1e3 * (self._ended - begun)
         return made, len(done.names)
 
     def _of_one_size(self, backlog: Backlog, done: Scored) -> dict[int, Tree]:
@@ -239,6 +245,12 @@ class Speculation:
             1e-3 * sizer.costs.of_step(size), taken, taken if sizer.asleep else 0.0
         )
         sizer.costs.learn_step(size, 1e3 * taken)
+        if self._drafting is not None:
+            ours = [(n in own, source_of(kind) != "retrieved") for tree, own in zip(step.trees, step.accepted, strict=True)
+                    if tree is not None for n, (kind, _) in enumerate(tree.signals)]  # fmt: skip
+            found = [is_accepted for is_accepted, is_ours in ours if is_ours]
+            sizer.settle(size, sum(map(bool, done.sampled)), len(found), sum(found), self._drafting)
+            self._drafting = None
         if nodes.any():
             kinds = self.kinds(done.names)
             for r, own in enumerate(done.sampled):
@@ -263,6 +275,7 @@ class Speculation:
         ended = self._rests(backlog, done) if places and not sizer.asleep else []
         agree((asked, ended))
         if places:
+            self._drafting = None if sizer.asleep else 0.0
             accepted = self._take(backlog, done, [*asked, *ended])
             if accepted is not None:
                 places = [i for i in places if wanted[i].r in accepted.complete]

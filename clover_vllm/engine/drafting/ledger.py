@@ -1,0 +1,68 @@
+"""Whether asking the head has paid, from what steps really took and what was accepted in them.
+
+`Sizer` forecasts what drafting gains. A forecast leaves things out: that the head has to read the prompts of requests
+that come, say, or that it finds less in this text than in the last. The ledger keeps accounts of what drafting has
+spent and saved, and lets it rest where it has lost, longer each time that it loses again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TRIAL = 48
+"""Steps after which drafting for a load is judged."""
+
+MEMORY = 64
+"""Steps that count, roughly: older ones fade."""
+
+FIRST_REST, LONGEST_REST = 256, 8192
+"""Steps without drafting after a loss: at first, and at most after doubling each time."""
+
+
+@dataclass
+class _Account:
+    """Of one load."""
+
+    spent: float = 0.0  # milliseconds
+    saved: float = 0.0
+    steps: int = 0  # since the last rest
+    rest: int = FIRST_REST  # after the next loss
+    resting: int = 0  # steps left
+
+
+@dataclass
+class Ledger:
+    """Accounts by load, the number of requests that decode, in steps of about 1.4."""
+
+    _accounts: dict[tuple[int, int], _Account] = field(default_factory=dict)
+
+    def _of(self, requests: int) -> _Account:
+        bits = requests.bit_length()
+        return self._accounts.setdefault((bits, requests >> max(0, bits - 2)), _Account())
+
+    def record(self, requests: int, spent: float, saved: float) -> None:
+        """A step for which the head was asked.
+
+        Args:
+            requests: that sampled in it.
+            spent: milliseconds of drafting before it, and of verifying the head's nodes in it.
+            saved: milliseconds of steps without drafts that the accepted nodes have spared.
+        """
+        account = self._of(requests)
+        account.spent += spent - account.spent / MEMORY
+        account.saved += saved - account.saved / MEMORY
+        account.steps += 1
+        if account.steps < TRIAL:
+            return
+        if account.saved < account.spent:
+            account.resting, account.rest = account.rest, min(2 * account.rest, LONGEST_REST)
+            account.spent = account.saved = 0.0
+            account.steps = 0
+        elif account.steps >= 4 * TRIAL:
+            account.rest = FIRST_REST
+
+    def forbids(self, requests: int) -> bool:
+        """Whether drafting for this many requests has lost lately. Counts a step."""
+        account = self._of(requests)
+        account.resting = max(0, account.resting - 1)
+        return account.resting > 0

@@ -1,0 +1,48 @@
+"""Drafting rests where it has lost, and comes back."""
+
+from __future__ import annotations
+
+from clover_vllm.engine.drafting.ledger import FIRST_REST, LONGEST_REST, TRIAL, Ledger
+
+
+def _rest(ledger: Ledger, requests: int) -> int:
+    """Steps until drafting is allowed."""
+    return next(steps for steps in range(10 * LONGEST_REST) if not ledger.forbids(requests))
+
+
+def _run(ledger: Ledger, requests: int, steps: int, spent: float, saved: float) -> None:
+    for _ in range(steps):
+        ledger.record(requests, spent, saved)
+
+
+def test_gains_are_not_forbidden() -> None:
+    ledger = Ledger()
+    _run(ledger, 4, 1000, spent=1.0, saved=1.2)
+    assert not ledger.forbids(4)
+
+
+def test_losses_rest_longer_each_time_at_that_load_alone() -> None:
+    ledger = Ledger()
+    rests = []
+    for _ in range(8):
+        _run(ledger, 16, TRIAL, spent=1.0, saved=0.9)
+        assert not ledger.forbids(4)
+        rests.append(_rest(ledger, 16))
+    assert rests[:3] == [FIRST_REST - 1, 2 * FIRST_REST - 1, 4 * FIRST_REST - 1]
+    assert rests[-1] == LONGEST_REST - 1
+
+
+def test_gains_shorten_the_next_rest() -> None:
+    ledger = Ledger()
+    _run(ledger, 16, TRIAL, spent=1.0, saved=0.5)
+    _rest(ledger, 16)
+    _run(ledger, 16, 5 * TRIAL, spent=1.0, saved=2.0)
+    _run(ledger, 16, TRIAL // 2, spent=10.0, saved=0.0)
+    assert _rest(ledger, 16) == FIRST_REST - 1
+
+
+def test_a_short_loss_among_gains_is_forgiven() -> None:
+    ledger = Ledger()
+    _run(ledger, 8, 100, spent=1.0, saved=2.0)
+    _run(ledger, 8, 10, spent=1.0, saved=0.0)
+    assert not ledger.forbids(8)
