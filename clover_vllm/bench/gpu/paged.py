@@ -49,8 +49,17 @@ class Case:
         ]
         return torch.tensor(found, dtype=torch.int64)
 
-    def with_output(self, output: torch.Tensor) -> Case:
-        return replace(self, output=output)
+    def on(self, device: torch.device) -> Case:
+        """A copy on a device, with the same strides and the same gaps in memory."""
+        tensors = ("block_table", "query_start_loc", "seq_lens", "bits")
+        trees = replace(self.trees, **{name: moved(getattr(self.trees, name), device) for name in tensors})
+        return replace(
+            self,
+            query=moved(self.query, device),
+            cache=moved(self.cache, device),
+            output=moved(self.output, device),
+            trees=trees,
+        )
 
 
 def random_tree(rng: random.Random, nodes: int) -> Tree:
@@ -132,3 +141,14 @@ def layer_view(memory: torch.Tensor, layout: str) -> torch.Tensor:
     """[blocks, kv heads, block size, content] of a layer."""
     order = LAYOUTS[layout]
     return memory[:, 1].transpose(1, 2) if order is None else memory.permute(order)
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[elements], all that the tensor's memory holds."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of the whole memory, seen in the same way."""
+    memory = memory_of(tensor).to(device, copy=True)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
