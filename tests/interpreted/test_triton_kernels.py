@@ -227,7 +227,7 @@ def test_layers_of_the_engine_split_contexts(alone: bool) -> None:
         def forward(self, *given: Any) -> None:
             given[6][:] = 7.0  # the output
 
-    class Impl(TreeAttentionImpl, Base):
+    class Impl(TreeAttentionImpl, Base):  # type: ignore[misc]
         pass
 
     rng = random.Random(1)

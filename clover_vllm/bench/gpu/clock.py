@@ -1,10 +1,11 @@
-"""Microseconds on the device, by replaying CUDA graphs: launching from Python would take longer than the kernels."""
+"""The device, and microseconds on it by replaying CUDA graphs: Python would take longer to launch most kernels."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,6 +17,17 @@ SECONDS = 0.004
 """Each round takes about this long."""
 CALLS = 8
 """At least in a graph: launching one takes some microseconds too."""
+
+
+def workers(threads: int) -> ThreadPoolExecutor:
+    """Threads that launch kernels, with two cores each for what PyTorch computes on the CPU."""
+
+    def begin() -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(torch.cuda.current_device())
+            torch.set_num_threads(2)
+
+    return ThreadPoolExecutor(threads, initializer=begin)
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from clover_vllm.attention.triton.cache_rows import CacheRows
 from clover_vllm.attention.triton.inputs import CAUSAL, PagedTrees
 from clover_vllm.attention.triton.tree_attention import Partials, Tiling, processors_of, tree_attention
 from clover_vllm.attention.triton.walk import walk_trees
-from clover_vllm.bench.gpu.clock import DEVICE, microseconds
+from clover_vllm.bench.gpu.clock import DEVICE, microseconds, workers
 from clover_vllm.bench.gpu.paged import random_tree
 
 Json = dict[str, Any]
@@ -32,9 +32,9 @@ TILINGS = (
     Tiling(128, tile=32, warps=8, stages=5),
     Tiling(128, tile=64, warps=8, stages=2),
     Tiling(128, tile=64, warps=8, stages=3),
-    Tiling(128, tile=64, warps=4, stages=3),
     Tiling(128, tile=128, warps=8, stages=2),
     Tiling(64, tile=32, warps=4, stages=3),
+    Tiling(64, tile=32, warps=4, stages=5),
     Tiling(64, tile=64, warps=4, stages=3),
     Tiling(64, tile=128, warps=4, stages=2),
 )
@@ -60,7 +60,7 @@ class Limits:
     @classmethod
     def of_device(cls) -> Limits:
         properties = torch.cuda.get_device_properties(DEVICE)
-        free, _ = torch.cuda.mem_get_info(DEVICE)
+        free, _ = torch.cuda.mem_get_info()
         return cls(min(60 << 30, free * 3 // 4), properties.L2_cache_size, 1 << 30, threads=8)
 
 
@@ -169,13 +169,13 @@ class Step:
 
     def vllm(self) -> list[Callable[[], None]]:
         """vLLM's Triton attention over the same cache, of plain rows."""
-        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
-        point = self.point
+        point, attend = self.point, _load_vllm()
+        if isinstance(attend, str):
+            raise ImportError(attend)
         keys, values = self.cache.transpose(1, 2).split(point.dim, dim=-1)
         return [
             partial(
-                unified_attention,
+                attend,
                 q=self.query,
                 k=keys,
                 v=values,
@@ -214,6 +214,16 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_()
 
 
+@cache
+def _load_vllm() -> Any:
+    """vLLM's Triton attention, or why there is none: looked for once."""
+    try:
+        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+    except Exception as error:
+        return f"vLLM cannot be imported ({type(error).__name__}: {error})."
+    return unified_attention
+
+
 def bandwidth(limits: Limits) -> float:
     """Bytes per second that a copy reads and writes."""
     source = torch.zeros(limits.copied, dtype=torch.uint8, device=DEVICE)
@@ -224,14 +234,10 @@ def compile_first(variants: Iterable[Sequence[Callable[[], object]]], threads: i
     """Call each once, in threads, since Triton compiles outside of Python's lock. Who fails will fail again."""
 
     def call(variant: Sequence[Callable[[], object]]) -> None:
-        if DEVICE.type == "cuda":
-            torch.cuda.set_device(torch.cuda.current_device())
-        try:
+        with suppress(Exception):
             variant[0]()
-        except Exception:
-            return
 
-    with ThreadPoolExecutor(threads) as pool:
+    with workers(threads) as pool:
         list(pool.map(call, variants))
 
 
@@ -254,7 +260,7 @@ def time_point(point: Point, limits: Limits, per_second: float, seed: int) -> Js
     chosen = tiling.splits(point.requests, point.rows, group, point.kv_heads, processors_of(DEVICE))
     by_splits = {splits: step.ours(splits) for splits in SPLITS}
     compile_first(by_splits.values(), limits.threads)
-    times = {splits: _time(calls) for splits, calls in by_splits.items()}
+    times = {splits: _attempt(partial(microseconds, calls)) for splits, calls in by_splits.items()}
     found: Json = {
         "point": asdict(point),
         "caches": len(step.tables),
@@ -263,9 +269,9 @@ def time_point(point: Point, limits: Limits, per_second: float, seed: int) -> Js
         "rule_splits": chosen,
         "rule": times[chosen],
         "splits": times,
-        "vllm": _of(step.vllm),
-        "vllm_differs": _of(lambda: _difference(step)),
-        "flash": _of(step.flash),
+        "vllm": _attempt(lambda: microseconds(step.vllm())),
+        "vllm_differs": _attempt(lambda: _difference(step)),
+        "flash": _attempt(lambda: microseconds(step.flash())),
     }
     if point.tuned:
         best = min(SPLITS, key=lambda splits: _number(times[splits]))
@@ -282,7 +288,8 @@ def _tune(step: Step, splits: int, limits: Limits) -> list[Json]:
     ]
     compile_first([calls for _, _, calls in variants], limits.threads)
     found: list[Json] = [
-        {**asdict(tiling), "splits": parts, "us": _time(calls)} for parts, tiling, calls in variants
+        {**asdict(tiling), "splits": parts, "us": _attempt(partial(microseconds, calls))}
+        for parts, tiling, calls in variants
     ]
     return sorted(found, key=lambda one: _number(one["us"]))
 
@@ -291,16 +298,10 @@ def _number(time: float | str) -> float:
     return time if isinstance(time, float) else float("inf")
 
 
-def _time(calls: Sequence[Callable[[], object]]) -> float | str:
-    """Microseconds, or why there are none."""
-    return _of(lambda: calls)
-
-
-def _of(made: Callable[[], Any]) -> Any:
-    """A number as it is, or the time of calls, or why it failed."""
+def _attempt(measure: Callable[[], float]) -> float | str:
+    """A number, or why there is none."""
     try:
-        found = made()
-        return found if isinstance(found, float) else microseconds(found)
+        return measure()
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:500]
 
@@ -327,7 +328,8 @@ def time_others(requests: int, layers: int, nodes: int, blocks: int) -> Json:
     tokens = torch.randint(0, 3, (requests, nodes), device=DEVICE)
     parents = torch.tensor([random_tree(random.Random(0), nodes).parents] * requests, device=DEVICE).int()
     emitted = torch.randint(0, 3, (rows,), device=DEVICE)
-    walk = partial(walk_trees, emitted, starts, starts[:-1], tokens, parents)
+    slots_of = torch.arange(requests, dtype=torch.int32, device=DEVICE)
+    walk = partial(walk_trees, emitted, starts, slots_of, tokens, parents)
     caches = [_noise(blocks, PAGE, 8, 256).transpose(1, 2) for _ in range(layers)]
     slots = torch.randperm(blocks * PAGE, device=DEVICE)[:rows]
     path = torch.zeros(requests, nodes, dtype=torch.int32, device=DEVICE)
@@ -337,6 +339,6 @@ def time_others(requests: int, layers: int, nodes: int, blocks: int) -> Json:
         "requests": requests,
         "layers": layers,
         "nodes": nodes,
-        "walk": _time([walk]),
-        "move": _time([move]),
+        "walk": microseconds([walk]),
+        "move": microseconds([move]),
     }

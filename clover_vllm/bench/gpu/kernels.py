@@ -12,8 +12,8 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.provenance import provenance
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.gpu.clock import DEVICE, captured
+from clover_vllm.bench.gpu.clock import DEVICE, captured, workers
 from clover_vllm.bench.gpu.kernel_times import (
     ALL_POINTS,
     POINTS,
@@ -130,8 +130,8 @@ class Plan:
     """What is checked and timed; `check_kernels` makes it.
 
     Args:
-        kinds: of attention, each with `draws` random steps.
-        draws: steps of a kind.
+        kinds: of attention.
+        draws: random steps of each.
         graphs: captured and replayed with `draws` other steps.
         trees: requests of the walks.
         points: timed.
@@ -199,7 +199,7 @@ def draw(kind: Kind, seed: int) -> Case:
         tree(rng.randrange(40), rng.randrange(kind.rows)),
         tree(0, kind.rows - 1),
         Request(rng.randrange(1, kind.longest), 1),
-        Request(rng.randrange(kind.longest), rng.randrange(1, chunk + 1)),
+        Request(rng.randrange(max(1, kind.longest - chunk)), rng.randrange(1, chunk + 1)),
         Request(0, 0),
     ]
     rng.shuffle(requests)
@@ -395,28 +395,26 @@ def _check_right(plan: Plan, report: Report, seed: int) -> None:
     """At most half of the time."""
 
     def attend(kind: Kind) -> None:
-        if DEVICE.type == "cuda":
-            torch.cuda.set_device(torch.cuda.current_device())
         seeds = range(seed, seed + plan.draws)
-        report.attempt("attention", asdict(kind), lambda: check_attention(kind, seeds), share=0.5)
+        report.attempt("attention", asdict(kind), partial(check_attention, kind, seeds), share=0.5)
 
     attend(plan.kinds[0])  # alone, since the first launch prepares Triton
-    with ThreadPoolExecutor(plan.limits.threads) as pool:
+    with workers(plan.limits.threads) as pool:
         list(pool.map(attend, plan.kinds[1:]))
     report.save()
     for kind in plan.graphs:
         seeds = range(seed, seed + plan.draws)
-        report.attempt("graphs", asdict(kind), lambda k=kind, s=seeds: check_graph(k, s), share=0.4)
+        report.attempt("graphs", asdict(kind), partial(check_graph, kind, seeds), share=0.4)
     for nodes in (1, 25, 63):
         what = {"nodes": nodes, "requests": plan.trees}
-        report.attempt("walk", what, lambda n=nodes: check_walk(n, plan.trees, seed), share=0.4)
+        report.attempt("walk", what, partial(check_walk, nodes, plan.trees, seed), share=0.4)
     for dtype, cache, layout in (
         ("bfloat16", None, "LBNHC"),
         ("float32", None, "LBHNC"),
         ("bfloat16", FP8, "BLNHC"),
     ):
         kind = Kind(dtype, cache, layout=layout, dim=96, longest=100)
-        report.attempt("move", asdict(kind), lambda k=kind: check_move(k, seed), share=0.4)
+        report.attempt("move", asdict(kind), partial(check_move, kind, seed), share=0.4)
 
 
 def _time(plan: Plan, report: Report, seed: int) -> None:
@@ -432,7 +430,7 @@ def _time(plan: Plan, report: Report, seed: int) -> None:
         return
     for requests, layers, nodes, blocks in plan.others:
         what = {"requests": requests}
-        report.attempt("others", what, lambda r=requests, m=(layers, nodes, blocks): time_others(r, *m))
+        report.attempt("others", what, partial(time_others, requests, layers, nodes, blocks))
     for point in plan.points:
         if point.memory(plan.limits) > plan.limits.memory:
             report.results.setdefault("times", []).append(
@@ -442,7 +440,7 @@ def _time(plan: Plan, report: Report, seed: int) -> None:
         report.attempt(
             "times",
             {"point": asdict(point)},
-            lambda p=point: time_point(p, plan.limits, per_second[0], seed),
+            partial(time_point, point, plan.limits, per_second[0], seed),
         )
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
@@ -518,7 +516,7 @@ def _print_times(report: Report) -> None:
             continue
         times = {splits: us for splits, us in one["splits"].items() if isinstance(us, float)}
         best = min(times, key=lambda splits: times[splits], default=None)
-        tiling = next(iter(one.get("tilings", [])), {})
+        tiling: Json = next(iter(one.get("tilings", [])), {})
         table.add_row(
             *shape,
             _us(one["floor"]),

@@ -51,14 +51,20 @@ class Case:
 
     def on(self, device: torch.device) -> Case:
         """A copy on a device, with the same strides and the same gaps in memory."""
-        tensors = ("block_table", "query_start_loc", "seq_lens", "bits")
-        trees = replace(self.trees, **{name: moved(getattr(self.trees, name), device) for name in tensors})
+        trees = self.trees
+        there = PagedTrees(
+            moved(trees.block_table, device),
+            moved(trees.query_start_loc, device),
+            moved(trees.seq_lens, device),
+            moved(trees.bits, device),
+            trees.max_rows,
+        )
         return replace(
             self,
             query=moved(self.query, device),
             cache=moved(self.cache, device),
             output=moved(self.output, device),
-            trees=trees,
+            trees=there,
         )
 
 

@@ -98,6 +98,7 @@ class TreeAttentionImpl:
     """Runs the tree kernel over what vLLM's implementation leaves to it; a mixin."""
 
     scale: float
+    num_heads: int
     kv_cache_dtype: str
     contexts: SplitContexts  # set by `CloverV2Runner`
 
