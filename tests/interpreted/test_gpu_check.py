@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from clover_vllm.attention.triton.tree_attention import tree_attention
-from clover_vllm.bench.gpu import kernel_times, kernels
+from clover_vllm.bench.gpu import kernel_checks, kernel_times, kernels
+from clover_vllm.bench.gpu.kernel_checks import FP8, Kind
 from clover_vllm.bench.gpu.kernel_times import Limits, Point
-from clover_vllm.bench.gpu.kernels import FP8, Kind, Plan
+from clover_vllm.bench.gpu.kernels import Plan
 from clover_vllm.check.interpreter import interpret
 
 interpret()  # else vLLM's CPU build takes Triton for absent
@@ -76,7 +77,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch
         tree_attention(query, cache, output, *more, **named)
         output[0] *= 1.1
 
-    monkeypatch.setattr(kernels, "tree_attention", attend)
+    monkeypatch.setattr(kernel_checks, "tree_attention", attend)
     plan = Plan(PLAN.limits, PLAN.kinds[:1], 1, PLAN.graphs, 3, points=[], others=[])
     ok, found = found_by(plan, tmp_path)
     assert not ok
