@@ -1,1 +1,1 @@
-"""Checks that need a GPU: `clover-vllm gpu-check`."""
+"""`clover-vllm gpu-check`: the code for GPUs, on one. Speed here; whether tokens stay the same in `check`."""
