@@ -237,7 +237,7 @@ def test_layers_of_the_engine_split_contexts(alone: bool) -> None:
         case.output[:] = 7.0  # what vLLM's own attention leaves
     layer: Any = Impl()
     layer.scale, layer.contexts = case.scale, split_contexts(8, 13)
-    parts = layer.contexts.of(3)
+    parts = layer.contexts.of(3, 13)
     assert parts.splits == 4
     for tensor in (parts.values, parts.maxima, parts.sums):
         tensor.fill_(torch.nan)
@@ -250,15 +250,16 @@ def test_layers_of_the_engine_split_contexts(alone: bool) -> None:
 
 def test_more_requests_are_split_into_fewer_parts_and_all_fit() -> None:
     contexts = split_contexts(64, 9)
-    splits = []
-    for requests in range(1, 65):
-        parts = contexts.of(requests)
-        assert parts is contexts.of(requests)
-        splits.append(parts.splits if parts is not None else 1)
-        assert parts is None or parts.values.shape == (requests * 9, 6, splits[-1], 64)
-    assert splits[0] == 16
-    assert splits == sorted(splits, reverse=True)
-    assert splits[-1] == 1
+    for rows in range(1, 10):
+        splits = []
+        for requests in range(1, 65):
+            parts = contexts.of(requests, rows)
+            assert parts is contexts.of(requests, rows)
+            splits.append(parts.splits if parts is not None else 1)
+            assert parts is None or parts.values.shape == (requests * rows, 6, splits[-1], 64)
+        assert splits == sorted(splits, reverse=True)
+        assert splits[0] == 16
+        assert splits[-1] == 1
 
 
 def random_drafts(

@@ -88,9 +88,9 @@ class Tiling:
 class SplitContexts:
     """How layers split the contexts of a step, and the memory for that: one of both for all layers of these sizes.
 
-    It depends on how many requests the step has, so it is the same whenever a captured graph runs again. Since more
-    requests are split into fewer parts, the memory grows with the GPU's processors rather than with the requests: for
-    a tree of 25 nodes, 32 heads of size 128, 8 of them kv heads, and 132 processors it is 57 MB.
+    It depends on how many requests and rows the step has, so it is the same whenever a captured graph runs again. Since
+    more requests are split into fewer parts, the memory grows with the GPU's processors rather than with the requests:
+    for trees of up to 25 nodes, 32 heads of size 128, 8 of them kv heads, and 132 processors it is 28 MB.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SplitContexts:
         """
         Args:
             requests: most of a step.
-            rows: `PagedTrees.max_rows` of every step.
+            rows: largest `PagedTrees.max_rows` of a step.
             heads: of queries.
             kv_heads: of keys and values.
             dim: channels of a head.
@@ -115,21 +115,25 @@ class SplitContexts:
             device: of the step.
             processors: of the device that run at the same time (see `processors_of`).
         """
-        self._rows = rows
-        tiling = Tiling.of(rows, heads // kv_heads, dim, dtype.itemsize)
-        self._splits = [
-            tiling.splits(r, rows, heads // kv_heads, kv_heads, processors) for r in range(1, requests + 1)
-        ]
-        parts = max((r * splits for r, splits in enumerate(self._splits, 1) if splits > 1), default=0)
-        self._memory = Partials.empty(parts * rows, heads, 1, dim, device)
-        self._views: dict[int, Partials] = {}
+        group = heads // kv_heads
 
-    def of(self, requests: int) -> Partials | None:
-        """For a step of `requests` requests, padding included; None: contexts are not split."""
-        splits = self._splits[requests - 1]
-        if splits > 1 and requests not in self._views:
-            self._views[requests] = self._memory.view(requests * self._rows, splits)
-        return self._views.get(requests)
+        def splits(requests: int, rows: int) -> int:
+            tiling = Tiling.of(rows, group, dim, dtype.itemsize)
+            return tiling.splits(requests, rows, group, kv_heads, processors)
+
+        few = min(requests, 2 * processors)  # more keep all processors busy without it
+        found = {(r, n): splits(r, n) for r in range(1, few + 1) for n in range(1, rows + 1)}
+        self._splits = {step: count for step, count in found.items() if count > 1}
+        parts = [r * n * count for (r, n), count in self._splits.items()]
+        self._memory = Partials.empty(max(parts, default=0), heads, 1, dim, device)
+        self._views: dict[tuple[int, int], Partials] = {}
+
+    def of(self, requests: int, rows: int) -> Partials | None:
+        """For a step of `requests` requests, padding included, of up to `rows` rows; None: contexts are not split."""
+        step = requests, rows
+        if step in self._splits and step not in self._views:
+            self._views[step] = self._memory.view(requests * rows, self._splits[step])
+        return self._views.get(step)
 
 
 def processors_of(device: torch.device) -> int:

@@ -138,7 +138,7 @@ class TreeAttentionImpl:
                 rows.trees,
                 self.scale,
                 all_rows=rows.alone,
-                partials=self.contexts.of(rows.trees.seq_lens.shape[0]),
+                partials=self.contexts.of(rows.trees.seq_lens.shape[0], rows.trees.max_rows),
             )
         return output
 
