@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from length import length
-from paged import LAYOUTS, Case, Request, make_case, random_requests, random_tree
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel
 from clover_vllm.attention import tree_attention as tree_attention_on_cpu
@@ -21,8 +22,9 @@ from clover_vllm.attention.triton.reference import (
     tree_attention_reference,
     walk_trees_reference,
 )
-from clover_vllm.attention.triton.tree_attention import Partials, Tiling, tree_attention
+from clover_vllm.attention.triton.tree_attention import Partials, SplitContexts, Tiling, tree_attention
 from clover_vllm.attention.triton.walk import walk_trees
+from clover_vllm.bench.gpu.paged import LAYOUTS, Case, Request, make_case, random_requests, random_tree
 from clover_vllm.tree import Tree, walk
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -209,6 +211,55 @@ def test_a_program_has_whole_rows(dim: int, group: int) -> None:
         assert tiling.rows(group) >= 1
         assert tiling.block_m >= 16
         assert tiling.splits(1, rows, group, 8, 132) >= tiling.splits(64, rows, group, 8, 132) == 1
+
+
+def split_contexts(requests: int, rows: int) -> SplitContexts:
+    """On a GPU of 24 processors, for cases of 2 kv heads and a group of 3."""
+    return SplitContexts(requests, rows, 6, 2, 64, torch.float32, torch.device("cpu"), processors=24)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_layers_of_the_engine_split_contexts(alone: bool) -> None:
+    """As many parts as the processors ask for, in memory that all layers share."""
+    from clover_vllm.engine.backends.gpu import TREES, TreeAttentionImpl, TreeRows
+
+    class Base:
+        def forward(self, *given: Any) -> None:
+            given[6][:] = 7.0  # the output
+
+    class Impl(TreeAttentionImpl, Base):  # type: ignore[misc]
+        pass
+
+    rng = random.Random(1)
+    requests = [Request(150, 13, random_tree(rng, 12)), Request(3, 13, random_tree(rng, 12)), Request(90, 1)]
+    case = make_case(requests)
+    if not alone:
+        case.output[:] = 7.0  # what vLLM's own attention leaves
+    layer: Any = Impl()
+    layer.scale, layer.contexts = case.scale, split_contexts(8, 13)
+    parts = layer.contexts.of(3, 13)
+    assert parts.splits == 4
+    for tensor in (parts.values, parts.maxima, parts.sums):
+        tensor.fill_(torch.nan)
+    output = case.output.clone()
+    metadata = SimpleNamespace(**{TREES: TreeRows(case.trees, alone)})
+    layer.forward(None, case.query, None, None, case.cache, metadata, output)
+    assert_near(output, expect(case, all_rows=alone), torch.float32)
+    assert not parts.values.isnan().all()
+
+
+def test_more_requests_are_split_into_fewer_parts_and_all_fit() -> None:
+    contexts = split_contexts(64, 9)
+    for rows in range(1, 10):
+        splits = []
+        for requests in range(1, 65):
+            parts = contexts.of(requests, rows)
+            assert parts is contexts.of(requests, rows)
+            splits.append(parts.splits if parts is not None else 1)
+            assert parts is None or parts.values.shape == (requests * rows, 6, splits[-1], 64)
+        assert splits == sorted(splits, reverse=True)
+        assert splits[0] == 16
+        assert splits[-1] == 1
 
 
 def random_drafts(

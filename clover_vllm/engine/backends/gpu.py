@@ -7,7 +7,7 @@ without drafts run vLLM's code untouched; the rows of draft trees are attended b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -26,6 +26,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from clover_vllm.attention.triton.inputs import CAUSAL, PagedTrees
 from clover_vllm.engine.support import is_tree_cache_dtype, refuse_trees
+
+if TYPE_CHECKING:
+    from clover_vllm.attention.triton.tree_attention import SplitContexts
 
 TREES = "clover_trees"
 """Attribute of vLLM's attention metadata that holds `TreeRows` in a step that verifies drafts."""
@@ -95,7 +98,9 @@ class TreeAttentionImpl:
     """Runs the tree kernel over what vLLM's implementation leaves to it; a mixin."""
 
     scale: float
+    num_heads: int
     kv_cache_dtype: str
+    contexts: SplitContexts  # set by `CloverV2Runner`
 
     def forward(
         self,
@@ -126,7 +131,15 @@ class TreeAttentionImpl:
         if rows is not None:
             from clover_vllm.attention.triton.tree_attention import tree_attention
 
-            tree_attention(query, kv_cache, output, rows.trees, self.scale, all_rows=rows.alone)
+            tree_attention(
+                query,
+                kv_cache,
+                output,
+                rows.trees,
+                self.scale,
+                all_rows=rows.alone,
+                partials=self.contexts.of(rows.trees.seq_lens.shape[0], rows.trees.max_rows),
+            )
         return output
 
     def fused_output_quant_supported(self, quant_key: object) -> bool:

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from clover_vllm.attention.triton.cache_rows import CacheRows
+from clover_vllm.attention.triton.tree_attention import SplitContexts, processors_of
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMetadataBuilder
 from clover_vllm.engine.hooks import making_speculator
@@ -94,6 +95,7 @@ class CloverV2Runner(GPUModelRunner):
         drafts = self.speculator.draft_attn_layer_names
         layers = self.compilation_config.static_forward_context
         caches: list[torch.Tensor] = []
+        contexts: dict[int, SplitContexts] = {}  # by query heads
         for group in (group for groups in self.attn_groups for group in groups):
             builder = group.get_metadata_builder()
             if not isinstance(builder, TreeMetadataBuilder):
@@ -101,9 +103,22 @@ class CloverV2Runner(GPUModelRunner):
             builder.step = step
             for name in group.layer_names:
                 if name not in drafts:
-                    assert isinstance(layers[name].impl, TreeAttentionImpl)
-                    layers[name].impl.check_trees(self.dtype)
-                    caches.append(layers[name].kv_cache)
+                    impl, cache = layers[name].impl, layers[name].kv_cache
+                    assert isinstance(impl, TreeAttentionImpl)
+                    impl.check_trees(self.dtype)
+                    if impl.num_heads not in contexts:
+                        contexts[impl.num_heads] = SplitContexts(
+                            self.max_num_reqs,
+                            step.nodes + 1,
+                            impl.num_heads,
+                            cache.shape[1],
+                            cache.shape[3] // 2,
+                            self.dtype,
+                            self.device,
+                            processors_of(self.device),
+                        )
+                    impl.contexts = contexts[impl.num_heads]
+                    caches.append(cache)
         if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
             raise refuse_trees("layers whose caches differ in shape")
         return CacheRows(caches)

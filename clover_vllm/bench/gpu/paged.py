@@ -49,8 +49,23 @@ class Case:
         ]
         return torch.tensor(found, dtype=torch.int64)
 
-    def with_output(self, output: torch.Tensor) -> Case:
-        return replace(self, output=output)
+    def on(self, device: torch.device) -> Case:
+        """A copy on a device, with the same strides and the same gaps in memory."""
+        trees = self.trees
+        there = PagedTrees(
+            moved(trees.block_table, device),
+            moved(trees.query_start_loc, device),
+            moved(trees.seq_lens, device),
+            moved(trees.bits, device),
+            trees.max_rows,
+        )
+        return replace(
+            self,
+            query=moved(self.query, device),
+            cache=moved(self.cache, device),
+            output=moved(self.output, device),
+            trees=there,
+        )
 
 
 def random_tree(rng: random.Random, nodes: int) -> Tree:
@@ -132,3 +147,14 @@ def layer_view(memory: torch.Tensor, layout: str) -> torch.Tensor:
     """[blocks, kv heads, block size, content] of a layer."""
     order = LAYOUTS[layout]
     return memory[:, 1].transpose(1, 2) if order is None else memory.permute(order)
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[elements], all that the tensor's memory holds."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of the whole memory, seen in the same way."""
+    memory = memory_of(tensor).to(device, copy=True)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
