@@ -68,7 +68,7 @@ class Seen:
         runner.sample = self.sample
 
     def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
-        trees, slots = self._runner.trees, batch.idx_mapping
+        trees, slots = self._runner.trees.kept, batch.idx_mapping
         tokens, parents = trees.tokens[slots].clone(), trees.parents[slots].clone()
         made = self._sample(hidden, batch, grammar)
         self.counts["steps"] += 1
