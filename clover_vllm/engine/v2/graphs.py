@@ -42,9 +42,9 @@ class DraftGraphs(CudaGraphManager):
     def _init_candidates(self) -> None:
         if not self.cudagraph_mode:
             return
-        sizes = request_sizes(self.compilation_config.cudagraph_capture_sizes or [], self.max_num_reqs)
+        captured = self.compilation_config.cudagraph_capture_sizes or []
         for rows in self._rows:
-            self._sizes[rows] = [size for size in sizes if size * rows <= self._most_rows]
+            self._sizes[rows] = request_sizes(captured, min(self.max_num_reqs, self._most_rows // rows))
         found = [_description(size, rows) for rows in self._rows for size in self._sizes[rows]]
         if found:
             self._capture_descs[CUDAGraphMode.FULL] = sorted(found, key=lambda d: d.num_tokens, reverse=True)
@@ -63,10 +63,10 @@ def request_sizes(capture_sizes: Sequence[int], most: int) -> list[int]:
 
     Args:
         capture_sizes: vLLM's.
-        most: requests that run at once.
+        most: requests that run at once; 0 if none have a graph.
     """
     found: list[int] = []
-    for size in sorted({min(size, most) for size in capture_sizes}):
+    for size in sorted({min(size, most) for size in capture_sizes} - {0}):
         if size <= DENSE or size >= GROWTH * found[-1] or size == most:
             found.append(size)
     return found
