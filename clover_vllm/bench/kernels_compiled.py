@@ -193,8 +193,15 @@ def compile_attention(shape: Shape, capability: int) -> list[Compiled]:
 
 
 def compile_others(capability: int) -> list[Compiled]:
-    """The walk over trees of 25 nodes, and moving rows of head size 128."""
+    """What is done with trees of 25 nodes before and behind a step, and moving rows of head size 128."""
     from clover_vllm.attention.triton.cache_rows import CacheRows
+    from clover_vllm.attention.triton.slots import (
+        HeadTensors,
+        KeptTrees,
+        lay_out_head,
+        lay_out_trees,
+        put_trees,
+    )
     from clover_vllm.attention.triton.walk import walk_trees
 
     requests, nodes = 8, 25
@@ -203,10 +210,31 @@ def compile_others(capability: int) -> list[Compiled]:
     trees = torch.zeros(requests, nodes, dtype=torch.int32)
     emitted = torch.zeros(requests * (nodes + 1), dtype=torch.int64)
     with _compiling(capability, f"{nodes} nodes, head size 128, bfloat16") as compiling:
-        _, num_sampled, path = walk_trees(
+        sampled, num_sampled, path = walk_trees(
             emitted, index, index[:-1], emitted.view(requests, -1)[:, 1:], trees
         )
         CacheRows(caches).move_accepted(emitted, index[:-1], path, num_sampled)
+        kept, slots = KeptTrees.make(requests, nodes, index.device), emitted[:requests]
+        put_trees(kept, slots, kept.tokens, kept.parents, index, emitted.view(requests, -1), kept.tokens)
+        for bits in (emitted, None):
+            lay_out_trees(kept, slots, index, index, index, emitted, bits)
+        head = HeadTensors(*(emitted,) * 4, index, index, emitted, emitted)
+        for taken in (path, None):
+            lay_out_head(
+                head,
+                requests,
+                1,
+                slots=slots,
+                query_start_loc=index,
+                cu_num_logits=index,
+                seq_lens=index,
+                input_ids=index,
+                cache_slots=emitted,
+                sampled=sampled,
+                path=taken,
+                num_sampled=num_sampled,
+                next_prefill_tokens=index,
+            )
     return compiling.found
 
 

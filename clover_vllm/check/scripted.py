@@ -154,33 +154,39 @@ class ScriptedSlots:
         self._rng = random.Random(seed)
         self._runner = runner
         self.share = share
-        self._original = runner.trees.put
-        runner.trees.put = self._put
-        runner.speculator.deepest = runner.trees.deepest = runner.num_speculative_steps
+        self._original = runner.speculator.propose
+        runner.speculator.propose = self._propose
+        runner.speculator.deepest = runner.num_speculative_steps
 
     def know(self, answers: list[list[list[int]]]) -> None:
         """As `ScriptedTrees.know`."""
         self._known = answers
 
-    def _put(self, slots: Any, on_host: Any, trees: Any) -> Any:
+    def _propose(self, batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
         import torch
 
         from clover_vllm.tree import ROOT, TreeBatch
         from clover_vllm.tree.batch import PADDING
 
-        runner, rng, nodes = self._runner, self._rng, self._runner.num_speculative_steps
-        trees = trees.padded(nodes)
-        tokens, parents = trees.tokens.clone(), trees.parents.clone()
-        for r, slot in enumerate(on_host.tolist()):
-            if rng.random() >= self.share:
-                continue
+        drafts = self._original(batch, *args, dummy_run=dummy_run, **kwargs)
+        runner, rng = self._runner, self._rng
+        chosen = [r for r in range(batch.num_reqs) if rng.random() < self.share]
+        if dummy_run or not chosen:
+            return drafts
+        requests, nodes = drafts.shape
+        slots = torch.full((requests,), -1)
+        tokens, parents = torch.full((requests, nodes), PADDING), torch.full((requests, nodes), ROOT)
+        for r in chosen:
+            slots[r] = slot = int(batch.idx_mapping_np[r])
             done = int(runner.req_states.total_len.gpu[slot]) - int(runner.req_states.prompt_len.np[slot])
             right = rest_of(self._known, runner.req_states.index_to_req_id[slot], done)
             own = hide(rng, right, rng.randrange(nodes + 1), runner.vocab_size)
-            tokens[r], parents[r] = PADDING, ROOT
             tokens[r, : len(own[0])] = torch.tensor(own[0])
             parents[r, : len(own[1])] = torch.tensor(own[1])
-        return self._original(slots, on_host, TreeBatch(tokens, parents, trees.log_probs))
+        on_device = (part.to(drafts.device) for part in (slots, tokens, parents))
+        slots, tokens, parents = on_device
+        runner.trees.put(slots, TreeBatch(tokens, parents, torch.zeros(tokens.shape)), drafts)
+        return drafts
 
 
 def rest_of(known: list[list[list[int]]], request_id: str, done: int) -> list[int]:

@@ -360,6 +360,14 @@ _ON_V2 = (
         "attention of the augmenting layers",
     ),
     Symbol(
+        f"{_V2}.cudagraph_utils",
+        "CudaGraphManager.capture",
+        ("self", "create_forward_fn", "progress_bar_desc"),
+        "CUDA graphs of drafting",
+    ),
+    Symbol(f"{_V2}.cudagraph_utils", "CudaGraphManager._init_candidates", ("self",), "which of them"),
+    Symbol(f"{_V2}.cudagraph_utils", "CudaGraphManager.run_fullgraph", ("self", "desc"), "their replay"),
+    Symbol(
         _SPECULATOR,
         "BaseSpeculator.propose",
         (

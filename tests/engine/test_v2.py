@@ -1,5 +1,7 @@
 """Trees on vLLM's V2 model runner, the one for GPUs, give what plain V2 gives: in Triton's interpreter, on a CPU.
 
+CUDA graphs are stood in for by records of what is launched.
+
 All runs share one plain engine and one with trees, whose cache is so small that requests are preempted, and whose
 steps are so small that prompts come in chunks.
 """
@@ -72,9 +74,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
     target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"), kv_heads=1)
     jobs = {
         "features": {"requests": feature_requests(), "scripted": 0.8},
-        "torture": {"requests": torture_requests(), "scripted": 0.6},
         "head": {"requests": short_requests(), "count_reads": True},
         "script": {"requests": short_requests(), "count_reads": True, "scripted": 1.0},
+        "torture": {"requests": torture_requests(), "scripted": 0.6, "graphs": [1, 3, 8, 24, 40]},
     }
     found: Json = run_script("run_v2", specification(target, head, jobs), 3000, {"TRITON_INTERPRET": "1"})
     return {**found, "jobs": jobs}
@@ -138,6 +140,13 @@ def test_random_requests_give_what_plain_v2_gives(runs: Json) -> None:
     assert not found
     assert trees["stats"]["accepted"] > 5
     assert trees["stats"]["leaked_blocks"] == 0
+
+
+def test_random_requests_were_served_by_graphs_of_all_parts_padded_and_not(runs: Json) -> None:
+    replays = runs["clover"]["torture"]["stats"]["replays"]
+    for part, sizes in (("target", "135"), ("block", "135"), ("growth", "136")):
+        assert sorted(replays[part]) == list(sizes), part
+        assert sum(replays[part].values()) > 5, part
 
 
 def test_the_head_drafts_and_nothing_is_read_on_the_host(runs: Json) -> None:

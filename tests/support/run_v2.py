@@ -7,7 +7,8 @@ Keys of what `main` takes:
     llm: arguments of vllm.LLM for both.
     speculative: Clover's speculative configuration.
     jobs: by name, {"requests": see `clover_vllm.check.scripted.drive`, "scripted": share of the drafts (0) that hide
-        the plain answers in random trees, "count_reads": whether to count what our code reads on the host}.
+        the plain answers in random trees, "count_reads": whether to count what our code reads on the host, "graphs":
+        sizes of CUDA graphs, in tokens, that Clover captures before this job}.
 
 It returns by engine, "plain" and "clover", what `drive` returns by job, with more statistics of the latter.
 """
@@ -30,6 +31,7 @@ def main(spec: Json) -> Json:
     from clover_vllm.check.interpreter import interpret
 
     interpret()
+    import recorded_graphs
     from vllm import LLM
 
     from clover_vllm.check.scripted import ScriptedSlots, drive, runner_of
@@ -45,6 +47,10 @@ def main(spec: Json) -> Json:
     script = ScriptedSlots(runner, seed=1, share=0.0)
     results["clover"] = {}
     for name, job in spec["jobs"].items():
+        if "graphs" in job:
+            assert clover.reset_prefix_cache()
+            recorded_graphs.install()
+            recorded_graphs.capture(runner, job["graphs"])
         script.share = job.get("scripted", 0.0)
         script.know(
             [[sequence["tokens"] for sequence in outputs] for outputs in results["plain"][name]["outputs"]]
@@ -53,6 +59,7 @@ def main(spec: Json) -> Json:
             result = drive(clover, job["requests"])
         result["stats"] |= seen.take()
         result["stats"]["reads"] = dict(reads)
+        result["stats"]["replays"] = recorded_graphs.replays(runner)
         results["clover"][name] = result
     results["scheduler"] = type(clover.llm_engine.engine_core.engine_core.scheduler).__name__
     results["clover runner"] = [kind.__name__ for kind in type(runner).__mro__]
@@ -68,7 +75,7 @@ class Seen:
         runner.sample = self.sample
 
     def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
-        trees, slots = self._runner.trees, batch.idx_mapping
+        trees, slots = self._runner.trees.kept, batch.idx_mapping
         tokens, parents = trees.tokens[slots].clone(), trees.parents[slots].clone()
         made = self._sample(hidden, batch, grammar)
         self.counts["steps"] += 1

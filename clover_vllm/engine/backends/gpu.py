@@ -88,8 +88,9 @@ class TreeMetadataBuilder:
 
     @staticmethod
     def _add(made: Any, common: CommonAttentionMetadata, step: StepRows, alone: bool) -> None:
+        most = min(step.nodes + 1, common.max_query_len)
         trees = PagedTrees(
-            common.block_table_tensor, common.query_start_loc, common.seq_lens, step.bits, step.nodes + 1
+            common.block_table_tensor, common.query_start_loc, common.seq_lens, step.bits, most
         )
         setattr(made, TREES, TreeRows(trees, alone))
 

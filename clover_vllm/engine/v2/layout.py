@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+from clover_vllm.attention.triton.slots import HeadTensors, lay_out_head
 
 
 @dataclass(frozen=True)
@@ -25,73 +27,74 @@ class Scored:
     path: torch.Tensor | None  # int32 [R, N], see `walk_trees`; None: no request verified anything
 
 
-@dataclass(frozen=True)
-class HeadRows:
-    """The head's rows of a step, on the device."""
+class HeadRows(HeadTensors):
+    """The head's rows, on the device. The tensors live as long as the engine, so that CUDA graphs find them."""
 
-    starts_np: np.ndarray  # int32 [R + 1], on the host, first row of each request
-    source: torch.Tensor  # int64 [H], row of the step
-    next_tokens: torch.Tensor  # int64 [H], the token behind each
-    positions: torch.Tensor  # int64 [H]
-    slots: torch.Tensor  # int64 [H], cache slot, or PAD_SLOT_ID
-    starts: torch.Tensor  # int32 [R + 1]
-    seq_lens: torch.Tensor  # int32 [R], tokens before and in the head's rows
-    last: torch.Tensor  # int64 [R], each request's last row that is true
+    @classmethod
+    def make(cls, buffers: InputBuffers, requests: torch.Tensor) -> HeadRows:
+        """Beside vLLM's buffers of a draft model's inputs, and its place for the requests' slots."""
+        rows, device = buffers.max_num_tokens, buffers.device
+        return cls(
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            buffers.positions,
+            torch.full((rows,), PAD_SLOT_ID, dtype=torch.int64, device=device),
+            buffers.query_start_loc,
+            buffers.seq_lens,
+            torch.zeros_like(requests),
+            requests,
+        )
+
+    def lay_out(
+        self,
+        batch: InputBatch,
+        scored: Scored,
+        num_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        lengths: np.ndarray,
+        padded: int,
+    ) -> np.ndarray:
+        """Lay out the rows of a step.
+
+        Args:
+            batch: of the step.
+            scored: what it emitted.
+            num_sampled: int32 [R].
+            next_prefill_tokens: int32 [request slots], the prompt's token behind the step's rows, where it goes on.
+            slot_mapping: int64 [rows of the step], of the head's layers.
+            lengths: int32 [R], see `head_lengths`.
+            padded: R or more requests, of which the others are none and have no rows. Where they have places of their
+                own in a CUDA graph, those are as many as the first request's rows, and write no cache.
+
+        Returns:
+            int32 [padded + 1], first row of each request, on the host.
+        """
+        starts = np.zeros(padded + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1 : len(lengths) + 1])
+        starts[len(lengths) + 1 :] = starts[len(lengths)]
+        async_tensor_h2d(starts, out=self.starts[: padded + 1])
+        lay_out_head(
+            self,
+            padded,
+            int(lengths[0]),
+            slots=batch.idx_mapping,
+            query_start_loc=batch.query_start_loc,
+            cu_num_logits=batch.cu_num_logits,
+            seq_lens=batch.seq_lens,
+            input_ids=batch.input_ids,
+            cache_slots=slot_mapping,
+            sampled=scored.sampled,
+            path=scored.path,
+            num_sampled=num_sampled,
+            next_prefill_tokens=next_prefill_tokens,
+        )
+        return starts
 
 
-def head_rows(
-    batch: InputBatch,
-    scored: Scored,
-    num_sampled: torch.Tensor,
-    next_prefill_tokens: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    deepest: int,
-) -> HeadRows:
-    """Lay out the head's rows.
-
-    Args:
-        batch: of the step.
-        scored: what it emitted.
-        num_sampled: int32 [R].
-        next_prefill_tokens: int32 [request slots], the prompt's token behind the step's rows, where it goes on.
-        slot_mapping: int64 [rows of the step], of the head's layers.
-        deepest: most levels of a tree.
-    """
-    device = batch.input_ids.device
-    scheduled, drafts = batch.num_scheduled_tokens, batch.num_draft_tokens_per_req
-    drafts = np.zeros_like(scheduled) if drafts is None else drafts
-    certain = scheduled - drafts
-    rows = certain + np.minimum(drafts, deepest)
-    starts_np = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum(rows, out=starts_np[1:])
-    request_np = np.repeat(np.arange(len(rows)), rows)
-    row_np = np.arange(starts_np[-1]) - starts_np[:-1][request_np]
-    given = np.stack([request_np, row_np, row_np - certain[request_np] + 1])
-    request, row, node = async_tensor_h2d(given, device=device)  # node: 0 at a root, below it in a prompt
-    of_request = async_tensor_h2d(np.stack([certain, rows]).astype(np.int64), device=device)
-
-    first = batch.query_start_loc[:-1].long()
-    first = first[: batch.num_reqs]
-    base = batch.seq_lens[: batch.num_reqs] - batch.query_start_loc.diff()[: batch.num_reqs]
-    emitted = num_sampled.clamp(min=1).long()
-    below = row
-    if scored.path is not None:
-        accepted = scored.path[request, (node - 1).clamp(min=0)].long()
-        below = torch.where(node > 0, row - node + accepted, row)
-    source = first[request] + below
-    width = scored.sampled.shape[1]
-    sampled = scored.sampled[request, node.clamp(min=0, max=width - 1)]
-    behind = batch.input_ids[(source + 1).clamp(max=len(batch.input_ids) - 1)].long()
-    prompt_goes_on = next_prefill_tokens[batch.idx_mapping][request].long()
-    tokens = torch.where(node < 0, behind, torch.where(num_sampled[request] > 0, sampled, prompt_goes_on))
-    is_true = node < emitted[request]
-    return HeadRows(
-        starts_np,
-        source,
-        tokens.where(is_true, 0),
-        base[request] + row,
-        slot_mapping[first[request] + row].where(is_true, PAD_SLOT_ID),
-        async_tensor_h2d(starts_np, device=device),
-        base + of_request[1].int(),
-        async_tensor_h2d(starts_np[:-1].astype(np.int64), device=device) + of_request[0] + emitted - 2,
-    )
+def head_lengths(batch: InputBatch, deepest: int) -> np.ndarray:
+    """Rows of the head for each request, int32 [R]; with trees of at most `deepest` levels."""
+    drafts = batch.num_draft_tokens_per_req
+    if drafts is None:
+        return batch.num_scheduled_tokens
+    return batch.num_scheduled_tokens - drafts + np.minimum(drafts, deepest)

@@ -60,7 +60,7 @@ class CloverV2Runner(GPUModelRunner):
                 self.num_speculative_steps,
             )
         self.use_aux_hidden_state_outputs = True
-        self.trees = self.speculator.trees = SlotTrees(self.req_states, self.speculator.deepest)
+        self.trees = self.speculator.trees = SlotTrees(self.req_states)
         self._step: StepRows | None = None  # where trees may branch
         self._rows: CacheRows | None = None  # of the target's layers, where trees may branch
         self._slots: torch.Tensor | None = None  # int64, cache slots of the step's rows
@@ -73,11 +73,14 @@ class CloverV2Runner(GPUModelRunner):
             self.sampler, self.speculative_config, self.device, self.trees
         )
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if self.speculator.options.tree != "chain":
             self._step = StepRows.make(self.max_num_tokens, self.num_speculative_steps, self.device)
-            self._rows = self._find_layers(self._step)
+            rows = self._find_layers(self._step)
+            self._rows = None if is_profiling else rows  # vLLM frees that cache before it makes the real one
 
     def _find_layers(self, step: StepRows) -> CacheRows:
         """The target's attention layers, whose metadata are made to know the step.

@@ -108,7 +108,7 @@ class DeviceScorer(RejectionSampler):
             return_logprobs=self.sampler.sampling_states.max_num_logprobs(idx_mapping_np) >= 0,
         )
         sampled, num_sampled, path = walk_trees(
-            emitted, cu_num_logits, idx_mapping, self._trees.tokens, self._trees.parents
+            emitted, cu_num_logits, idx_mapping, self._trees.kept.tokens, self._trees.kept.parents
         )
         self._paths.append(path)
         if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES or self.sampler.return_sampling_mask:

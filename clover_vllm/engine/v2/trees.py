@@ -14,12 +14,16 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
 from clover_vllm.attention.triton.inputs import CAUSAL
+from clover_vllm.attention.triton.slots import KeptTrees, lay_out_trees, put_trees
 from clover_vllm.engine.backends.gpu import StepRows
-from clover_vllm.tree import ROOT, TreeBatch
-from clover_vllm.tree.batch import PADDING, ancestry, likeliest_chains
+from clover_vllm.tree import TreeBatch
+from clover_vllm.tree.batch import PADDING
 
 MOST_ENDINGS = 128
 """Tokens by which a request may end; with more, nothing is accepted for it. vLLM allows as many with `min_tokens`."""
+
+NO_SLOT = -1
+"""Slot of a request that is none: what fills a batch up to the size of a CUDA graph."""
 
 
 class SlotTrees:
@@ -28,64 +32,44 @@ class SlotTrees:
     A node that would end its request, by its token or as the last one allowed, is never accepted: the target emits that
     token itself, as the step's last. So nothing behind the end is ever computed, on which sessions rely that go on
     (`Scheduler._handle_stopped_request`).
+
+    Attributes:
+        kept: the trees.
     """
 
-    def __init__(self, requests: RequestState, deepest: int) -> None:
+    def __init__(self, requests: RequestState) -> None:
         """
         Args:
             requests: vLLM's, with S slots and N drafts each.
-            deepest: most levels of a tree.
         """
-        slots, nodes, device = requests.max_num_reqs, requests.num_speculative_steps, requests.device
-        self.tokens = torch.full((slots, nodes), PADDING, dtype=torch.int64, device=device)
-        self.parents = torch.full((slots, nodes), ROOT, dtype=torch.int64, device=device)
-        self.deepest = deepest
+        slots, device = requests.max_num_reqs, requests.device
+        self.kept = KeptTrees.make(slots, requests.num_speculative_steps, device)
         self._requests = requests
-        self._bits = torch.ones((slots, nodes + 1), dtype=torch.int64, device=device)  # of root and nodes
-        self._depths = torch.zeros((slots, nodes + 1), dtype=torch.int64, device=device)
-        self._chain = torch.arange(ROOT, nodes - 1, device=device)  # its parents
-        self._takes_chains = np.zeros(slots, dtype=bool)  # on the host
-        self._endings = torch.full((slots, MOST_ENDINGS), PADDING, dtype=torch.int64, device=device)
-        self._limits = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens, the prompt's included
+        # See `put_trees`.
+        self._rules = torch.zeros((slots, 3 + MOST_ENDINGS), dtype=torch.int64, device=device)
 
     def add_request(self, slot: int, params: SamplingParams | None) -> None:
         """A request that begins in a slot; it verifies chains alone if its sampling looks at what is before a row."""
-        self._takes_chains[slot] = params is not None and needs_history(params)
         endings = sorted(params.all_stop_token_ids) if params is not None else []
         fits = len(endings) <= MOST_ENDINGS
-        row = np.full(MOST_ENDINGS + 1, PADDING)
-        row[: len(endings) if fits else 0] = endings if fits else []
-        row[-1] = self._requests.max_seq_len[slot] if fits else 0
-        on_device = async_tensor_h2d(row, device=self.tokens.device)
-        self._endings[slot] = on_device[:-1]
-        self._limits[slot] = on_device[-1]
+        row = np.zeros(3 + MOST_ENDINGS, dtype=np.int64)
+        if fits:
+            row[0] = self._requests.max_seq_len[slot]
+            row[2] = len(endings)
+            row[3 : 3 + len(endings)] = endings
+        row[1] = params is not None and needs_history(params)
+        async_tensor_h2d(row, out=self._rules[slot])
 
-    def put(self, slots: torch.Tensor, on_host: np.ndarray, trees: TreeBatch) -> torch.Tensor:
+    def put(self, slots: torch.Tensor, trees: TreeBatch, drafts: torch.Tensor) -> None:
         """Remember trees until they are verified.
 
         Args:
-            slots: int64 [R].
-            on_host: the same.
-            trees: of these requests.
-
-        Returns:
-            int64 [R, N], tokens that can be read as a step's inputs.
+            slots: int64 [R], or NO_SLOT.
+            trees: of these requests, of at most N nodes.
+            drafts: int64 [R, N], takes tokens that can be read as a step's inputs.
         """
-        padded = trees.padded(self.tokens.shape[1])
-        tokens, parents = padded.tokens, padded.parents
-        chains = self._takes_chains[on_host]
-        if chains.any():
-            chosen = async_tensor_h2d(chains, device=tokens.device)[:, None]
-            tokens = torch.where(chosen, likeliest_chains(tokens, parents, self.deepest), tokens)
-            parents = torch.where(chosen, self._chain, parents)
-        bits, depths = ancestry(parents)
-        left = self._limits[slots] - self._requests.total_len.gpu[slots]
-        ends = (tokens[:, :, None] == self._endings[slots][:, None]).any(2) | (depths >= left[:, None])
-        self.tokens[slots] = tokens.masked_fill(ends, PADDING)
-        self.parents[slots] = parents
-        self._bits[slots, 1:] = bits
-        self._depths[slots, 1:] = depths
-        return tokens.clamp(min=0)
+        total_lens = self._requests.total_len.gpu
+        put_trees(self.kept, slots, trees.tokens, trees.parents, total_lens, self._rules, drafts)
 
     def lay_out(self, batch: InputBatch, prefill_lens: torch.Tensor, step: StepRows | None) -> None:
         """Prepare a step that verifies drafts: positions, and who sees whom.
@@ -98,18 +82,17 @@ class SlotTrees:
             prefill_lens: int32 [S], tokens that each request began with.
             step: takes the bits; None where trees are chains and vLLM's own attention verifies them.
         """
-        rows, local = batch.logits_indices, batch.expanded_local_pos.long()
-        slots = batch.expanded_idx_mapping
-        positions = batch.positions[rows] - local  # of the roots
-        decodes = positions >= prefill_lens[slots]
-        roots = batch.cu_num_logits[:-1].long()
-        own = batch.idx_mapping
-        self.tokens[own] = torch.where(decodes[roots][:, None], self.tokens[own], PADDING)
-        if step is None:
-            return
-        step.bits.fill_(CAUSAL)
-        step.bits[rows] = torch.where(decodes, self._bits[slots, local], CAUSAL)
-        batch.positions[rows] = positions + torch.where(decodes, self._depths[slots, local], local)
+        if step is not None:
+            step.bits.fill_(CAUSAL)
+        lay_out_trees(
+            self.kept,
+            batch.idx_mapping,
+            batch.query_start_loc,
+            batch.cu_num_logits,
+            prefill_lens,
+            batch.positions,
+            step.bits if step is not None else None,
+        )
 
     def drop(self, rows: torch.Tensor, batch: InputBatch) -> None:
         """Never accept the nodes of these rows.
@@ -118,9 +101,9 @@ class SlotTrees:
             rows: bool [L].
             batch: of the step.
         """
-        gone = torch.zeros_like(self._bits, dtype=torch.bool)
+        gone = torch.zeros_like(self.kept.bits, dtype=torch.bool)
         gone[batch.expanded_idx_mapping, batch.expanded_local_pos.long()] = rows
-        self.tokens.masked_fill_(gone[:, 1:], PADDING)
+        self.kept.tokens.masked_fill_(gone[:, 1:], PADDING)
 
 
 def needs_history(params: SamplingParams) -> bool:

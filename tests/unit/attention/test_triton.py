@@ -58,6 +58,11 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(
     assert [(made.kernel, made.spilled) for made in compile_others(capability)] == [
         ("walk_kernel", 0),
         ("move_kernel", 0),
+        ("put_kernel", 0),
+        ("lay_out_kernel", 0),
+        ("lay_out_kernel", 0),
+        ("rows_kernel", 0),
+        ("rows_kernel", 0),
     ]
 
 

@@ -10,27 +10,28 @@ import numpy as np
 import torch
 import vllm.v1.worker.cpu_worker  # noqa: F401  (vLLM's copies to the device are then its CPU build's)
 from vllm import SamplingParams
+from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from clover_vllm.attention.triton.inputs import CAUSAL
 from clover_vllm.engine.backends.gpu import StepRows
-from clover_vllm.engine.v2.layout import Scored, head_rows
-from clover_vllm.engine.v2.trees import SlotTrees, needs_history
-from clover_vllm.tree import ROOT, Tree, TreeBatch
+from clover_vllm.engine.v2.layout import HeadRows, Scored, head_lengths
+from clover_vllm.engine.v2.trees import NO_SLOT, SlotTrees, needs_history
+from clover_vllm.tree import MAX_NODES, ROOT, Tree, TreeBatch
 from clover_vllm.tree.batch import PADDING
 
 SLOTS, NODES = 6, 5
 TREE = Tree([7, 8, 9, 4, 5], [-1, -1, 0, 1, 2])  # 7 -> 9 -> 5, and 8 -> 4
 
 
-def slot_trees(total: int = 10, longest: int = 100) -> SlotTrees:
+def slot_trees(total: int = 10, longest: int = 100, nodes: int = NODES) -> SlotTrees:
     requests = SimpleNamespace(
         max_num_reqs=SLOTS,
-        num_speculative_steps=NODES,
+        num_speculative_steps=nodes,
         device=torch.device("cpu"),
         max_seq_len=np.full(SLOTS, longest),
         total_len=SimpleNamespace(gpu=torch.full((SLOTS,), total, dtype=torch.int32)),
     )
-    return SlotTrees(cast(Any, requests), NODES)
+    return SlotTrees(cast(Any, requests))
 
 
 def batch_of(*trees: Tree) -> TreeBatch:
@@ -40,14 +41,14 @@ def batch_of(*trees: Tree) -> TreeBatch:
 
 def put(trees: SlotTrees, slot: int, params: SamplingParams) -> list[int]:
     trees.add_request(slot, params)
-    trees.put(torch.tensor([slot]), np.array([slot]), batch_of(TREE))
-    return trees.tokens[slot].tolist()
+    trees.put(torch.tensor([slot]), batch_of(TREE), torch.empty(1, NODES, dtype=torch.int64))
+    return trees.kept.tokens[slot].tolist()
 
 
 def test_a_tree_is_kept_as_it_is() -> None:
     trees = slot_trees()
     assert put(trees, 2, SamplingParams(max_tokens=50)) == list(TREE.tokens)
-    assert trees.parents[2].tolist() == list(TREE.parents)
+    assert trees.kept.parents[2].tolist() == list(TREE.parents)
 
 
 def test_requests_with_a_history_get_their_likeliest_chain() -> None:
@@ -60,7 +61,7 @@ def test_requests_with_a_history_get_their_likeliest_chain() -> None:
     ):
         trees = slot_trees()
         assert put(trees, 1, SamplingParams(**params)) == [7, 9, 5, PADDING, PADDING]
-        assert trees.parents[1].tolist() == [-1, 0, 1, 2, 3]
+        assert trees.kept.parents[1].tolist() == [-1, 0, 1, 2, 3]
     assert not needs_history(
         SamplingParams(temperature=0.8, top_p=0.5, min_p=0.1, logit_bias={3: 1.0}, seed=1)
     )
@@ -111,8 +112,8 @@ def test_positions_and_masks_of_a_mixed_step() -> None:
     assert batch.positions[4:10].tolist() == [20, 21, 21, 22, 22, 23]
     assert batch.positions[10:14].tolist() == [30, 31, 31, 32]
     assert batch.positions[14:].tolist() == list(range(11, 17))
-    assert trees.tokens[2].tolist() == [PADDING] * 5
-    assert trees.tokens[0].tolist() == list(TREE.tokens)
+    assert trees.kept.tokens[2].tolist() == [PADDING] * 5
+    assert trees.kept.tokens[0].tolist() == list(TREE.tokens)
 
 
 def test_what_a_grammar_has_not_seen_is_dropped() -> None:
@@ -121,8 +122,8 @@ def test_what_a_grammar_has_not_seen_is_dropped() -> None:
         put(trees, slot, SamplingParams(max_tokens=50))
     batch = step_batch([6, 6], [5, 5], [20, 30], [1, 4])
     trees.drop(torch.tensor([False] * 6 + [False, False, False, True, True, True]), batch)
-    assert trees.tokens[1].tolist() == list(TREE.tokens)
-    assert trees.tokens[4].tolist() == [7, 8, PADDING, PADDING, PADDING]
+    assert trees.kept.tokens[1].tolist() == list(TREE.tokens)
+    assert trees.kept.tokens[4].tolist() == [7, 8, PADDING, PADDING, PADDING]
 
 
 def test_the_heads_rows_are_those_of_plain_loops() -> None:
@@ -146,11 +147,18 @@ def test_the_heads_rows_are_those_of_plain_loops() -> None:
         next_prompt = torch.arange(900, 900 + SLOTS, dtype=torch.int32)
         slot_mapping = torch.arange(1000, 1000 + sum(rows))
         num_sampled = torch.tensor(emitted, dtype=torch.int32)
-        found = head_rows(batch, Scored(sampled, path), num_sampled, next_prompt, slot_mapping, deepest)
+        found = HeadRows.make(
+            InputBuffers(SLOTS, 64, torch.device("cpu")), torch.zeros(SLOTS, dtype=torch.int64)
+        )
+        lengths = head_lengths(batch, deepest)
+        starts = found.lay_out(
+            batch, Scored(sampled, path), num_sampled, next_prompt, slot_mapping, lengths, padded=SLOTS
+        )
         at = 0
         for r in range(4):
             first, certain = sum(rows[:r]), rows[r] - drafts[r]
-            assert found.starts[r] == found.starts_np[r] == at
+            assert found.starts[r] == starts[r] == at
+            assert found.requests[r] == slots[r]
             true = certain + max(emitted[r] - 1, 0)
             assert found.last[r] == at + true - 1
             for j in range(certain + min(drafts[r], deepest)):
@@ -168,12 +176,47 @@ def test_the_heads_rows_are_those_of_plain_loops() -> None:
                     assert found.slots[at] == -1
                 at += 1
             assert found.seq_lens[r] == computed[r] + certain + min(drafts[r], deepest)
-        assert found.starts[-1] == at
+        assert found.starts[4:].tolist() == starts[4:].tolist() == [at] * 3
+        assert found.seq_lens[4:].tolist() == found.last[4:].tolist() == [0, 0]
+        assert found.requests[4:].tolist() == [NO_SLOT] * 2
+        assert found.slots[at : at + 2 * lengths[0]].tolist() == [-1] * (2 * lengths[0])
 
 
 def test_padding_belongs_to_no_tree() -> None:
     trees = slot_trees()
     trees.add_request(0, SamplingParams(max_tokens=50))
-    made = trees.put(torch.tensor([0]), np.array([0]), batch_of(Tree([3], [ROOT])))
+    made = torch.full((1, NODES), 77)
+    trees.put(torch.tensor([0]), batch_of(Tree([3], [ROOT])), made)
     assert made.tolist() == [[3, 0, 0, 0, 0]]
-    assert trees.tokens[0].tolist() == [3] + [PADDING] * 4
+    assert trees.kept.tokens[0].tolist() == [3] + [PADDING] * 4
+
+
+def test_masks_and_chains_are_those_of_each_tree() -> None:
+    rng = random.Random(3)
+    for nodes in (1, 2, 16, MAX_NODES):
+        trees = slot_trees(nodes=nodes)
+        for slot in range(SLOTS):
+            trees.add_request(slot, SamplingParams(presence_penalty=slot % 2, max_tokens=50))
+        above = [[rng.randrange(-1, node) for node in range(nodes)] for _ in range(SLOTS - 1)]
+        given = [Tree([rng.randrange(9) for _ in own], own) for own in [*above, list(range(-1, nodes - 1))]]
+        trees.put(torch.arange(SLOTS), batch_of(*given), torch.empty(SLOTS, nodes, dtype=torch.int64))
+        rows = [nodes + 1] * SLOTS
+        batch = step_batch(rows, [nodes] * SLOTS, [20] * SLOTS, list(range(SLOTS)))
+        step = StepRows.make(sum(rows), nodes, torch.device("cpu"))
+        trees.lay_out(batch, torch.zeros(SLOTS, dtype=torch.int32), step)
+        bits, positions = step.bits.view(SLOTS, -1), batch.positions.view(SLOTS, -1)
+        for slot, tree in enumerate(given):
+            expected = tree.likeliest_chain() if slot % 2 else tree
+            count = len(expected) + 1
+            assert trees.kept.tokens[slot].tolist()[: count - 1] == list(expected.tokens)
+            assert trees.kept.tokens[slot].tolist()[count - 1 :] == [PADDING] * (nodes + 1 - count)
+            assert bits[slot].tolist()[:count] == expected.masks
+            assert positions[slot].tolist()[:count] == [20, *(20 + depth for depth in expected.depths)]
+
+
+def test_requests_of_padding_keep_nothing() -> None:
+    trees = slot_trees()
+    before, made = trees.kept.tokens.clone(), torch.full((1, NODES), 77)
+    trees.put(torch.tensor([NO_SLOT]), batch_of(TREE), made)
+    assert torch.equal(trees.kept.tokens, before)
+    assert made.tolist() == [[77] * NODES]
