@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engines import Json, assert_same, run_engine, tokens_of
-from features import FEATURES, KINDS
+from clover_vllm.check.features import FEATURES, KINDS
 from pairs import speculative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
