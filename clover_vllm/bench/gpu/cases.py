@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -104,7 +105,7 @@ def run_case(function: str, spec: Json, machine: Machine, seconds: float) -> Jso
         what it said; with "error", and the end of its log, where it failed or did not end in time.
     """
     seconds = min(seconds, machine.left)
-    if seconds < SHORTEST and not machine.interpret:
+    if machine.left < SHORTEST:
         return {"error": "not begun: no time was left"}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as made:
@@ -136,10 +137,8 @@ def run_case(function: str, spec: Json, machine: Machine, seconds: float) -> Jso
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill what a case started and left behind."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -152,6 +151,7 @@ def _environment(folder: Path, machine: Machine, more: dict[str, str]) -> dict[s
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "TOKENIZERS_PARALLELISM": "false",
         **({"TRITON_INTERPRET": "1"} if machine.interpret else {}),
     }
@@ -161,7 +161,7 @@ def _environment(folder: Path, machine: Machine, more: dict[str, str]) -> dict[s
 def _entry_points(folder: Path) -> Path:
     """A folder for PYTHONPATH, whose package metadata make vLLM load our plugin in each of its processes."""
     group = "vllm.general_plugins"
-    lines = [f"[{group}]", f"clover_gpu_check = clover_vllm.bench.gpu.flash:stand_in_for_flash_attention"]
+    lines = [f"[{group}]", "clover_gpu_check = clover_vllm.bench.gpu.flash:stand_in_for_flash_attention"]
     if not any(found.name == "clover" for found in importlib.metadata.entry_points(group=group)):
         lines.append("clover = clover_vllm.engine.plugin:register")
     site = folder / "site"

@@ -52,9 +52,7 @@ class Forced:
         return self._put(
             slots,
             on_host,
-            type(trees)(
-                self._tokens.expand(count, -1), self._parents.expand(count, -1), padded.log_probs
-            ),
+            type(trees)(self._tokens.expand(count, -1), self._parents.expand(count, -1), padded.log_probs),
         )
 
     def _sample_forced(self, logits: Any, rows_slots: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,9 @@
-"""Models of a shape with weights that mean nothing, and trees of which a known path is accepted."""
+"""Sizes of models, and ways to decode with trees of which a known path is accepted."""
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from pathlib import Path
 
 from clover_vllm.tree.shapes import Shape, chain
 
@@ -75,6 +74,23 @@ class Method:
         return "plain" if not self.nodes else f"{'chain' if self.is_chain else 'tree'} of {self.nodes}"
 
 
+@dataclass(frozen=True)
+class Models:
+    """A target without weights, and a head, of a shape."""
+
+    shape: str  # of MODELS
+    target: str  # folder
+    head: str
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.shape == "tiny"
+
+    @property
+    def dtype(self) -> str:
+        return MODELS[self.shape].dtype
+
+
 METHODS = (
     Method(0),
     Method(16, (3, 2, 4, 1)),
@@ -83,48 +99,3 @@ METHODS = (
     Method(26, (3, 2, 4, 2)),
     Method(63, (4, 3, 2, 3)),
 )
-
-
-def make_models(shape: ModelShape, folder: Path) -> tuple[Path, Path]:
-    """Write a target's configuration, without weights, and a head.
-
-    Returns:
-        their folders.
-    """
-    import torch
-    from transformers import LlamaConfig
-
-    from clover_vllm.heads.clover2 import Clover2DraftModel
-    from clover_vllm.heads.clover2.checkpoint import save_head
-    from clover_vllm.heads.clover2.init import config_for_target
-
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.wide,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=8192,
-        architectures=["LlamaForCausalLM"],
-        tie_word_embeddings=False,
-        torch_dtype=shape.dtype,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    target, head = folder / "target", folder / "head"
-    config.save_pretrained(target)
-    with torch.device("meta"):
-        made = Clover2DraftModel(config_for_target(config, draft_vocab_size=shape.draft_vocab, target="shape"))
-    made = made.to(torch.bfloat16).to_empty(device="cpu")
-    noise = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.dim() == 1:
-                weight.fill_(1.0)
-            else:  # repeated noise is quick to make, and as slow to multiply by
-                count = weight.numel()
-                weight.copy_(noise.repeat(-(-count // len(noise)))[:count].view_as(weight))
-    made.draft_vocab = torch.arange(shape.draft_vocab)
-    save_head(made, head)
-    return target, head
