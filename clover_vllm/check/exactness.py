@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
         whether all is as it should be.
     """
     sizes = INTERPRETED if machine.interpret else QUICK if machine.quick else ON_GPU
-    cases = CASES[:1] if machine.interpret else CASES[:4] if machine.quick else CASES
+    cases: Sequence[Case] = CASES[:1] if machine.interpret else CASES[:4] if machine.quick else CASES
     report = Report(output / "gpu-exactness.json", {"sizes": vars(sizes), "near tie": NEAR_TIE})
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(AT_ONCE) as pool:
         folder = Path(made)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.bench.gpu.cases import Machine
+from clover_vllm.bench.gpu.cases import Machine, Report
 from clover_vllm.bench.gpu.shapes import MODELS, Models
 
 SECONDS = {"kernels": 150.0, "step": 120.0, "exactness": 220.0, "speed": 420.0}
@@ -69,6 +69,7 @@ def run_parts(
                 ok = _run_part(part, output, machine, compiled, models)
             except Exception:  # the next part may tell something
                 traceback.print_exc()
+                Report(output / f"gpu-{part}-failed.json", {}).add(part, {"error": traceback.format_exc()})
                 ok = False
             if not ok:
                 failed.append(part)

@@ -23,10 +23,9 @@ def parts_of(runner: Any) -> list[Part]:
         ("attention metadata", runner, "prepare_attn"),
         ("logits, sampling, walk, compaction", runner, "sample"),
     ]
-    speculator, trees = getattr(runner, "speculator", None), getattr(runner, "trees", None)
-    if trees is None:
+    if not hasattr(runner, "trees"):  # plain vLLM's
         return found
-    scorer = runner.rejection_sampler
+    speculator, trees, scorer = runner.speculator, runner.trees, runner.rejection_sampler
     found += [
         ("sampling and walk", scorer, "_verify"),
         ("walk", importlib.import_module(type(scorer).__module__), "walk_trees"),
