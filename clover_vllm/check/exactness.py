@@ -145,13 +145,11 @@ def specification(
     }
     if case.mode == "eager":
         llm["enforce_eager"] = True
-    elif case.mode == "graphs":
+    else:
         counts = [1, 4, sizes.requests // 2, sizes.requests]  # batches between them are padded
-        llm["compilation_config"] = {
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [rows * count for count in counts],
-        }
+        llm["compilation_config"] = {"cudagraph_capture_sizes": [rows * count for count in counts]}
+        if case.mode == "graphs":
+            llm["compilation_config"] |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     if not machine.interpret:
         llm |= {"attention_backend": case.backend, "gpu_memory_utilization": 0.1}
     if head:
