@@ -1,4 +1,4 @@
-"""Cases of a GPU check that fail, each in its way; see `test_gpu_check.py`."""
+"""Cases of a GPU check that fail, each in its way; see `test_gpu_engines.py`."""
 
 from __future__ import annotations
 
