@@ -354,7 +354,7 @@ class Seen:
 
     def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
         """In the place of the runner's."""
-        trees, slots = self._runner.trees, batch.idx_mapping
+        trees, slots = getattr(self._runner.trees, "kept", self._runner.trees), batch.idx_mapping
         tokens, parents = trees.tokens[slots].clone(), trees.parents[slots].clone()
         made = self._sample(hidden, batch, grammar)
         self.counts["steps"] += 1

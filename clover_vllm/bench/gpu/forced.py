@@ -2,7 +2,7 @@
 
 Everything is computed as ever: the head drafts, the target verifies, the sampler samples every row. Then the drafted
 trees get a fixed form and fixed tokens, and the sampled tokens are replaced by such that a path of known length is
-accepted.
+accepted. That takes some launches per step, which a timed step has too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from clover_vllm.bench.gpu.shapes import Method
+from clover_vllm.tree import TreeBatch
 
 FIRST = 3
 """Token of the first node; further nodes have the next ones."""
@@ -40,20 +41,27 @@ class Forced:
         self._lengths = torch.tensor(method.accepted, device=device)
         self._parents = torch.tensor([shape.parents], device=device)
         self._tokens = torch.arange(FIRST, FIRST + nodes, device=device)[None]
+        self._none = torch.zeros(1, nodes, device=device)  # log-probabilities, which nobody reads
         self._never = runner.vocab_size - 1
         self._calls = 0
         self._trees = runner.trees
-        self._put, runner.trees.put = runner.trees.put, self._put_shaped
+        self._kept = getattr(runner.trees, "kept", runner.trees)
+        self._propose, runner.speculator.propose = runner.speculator.propose, self._propose_shaped
         self._sample, runner.sampler.sample = runner.sampler.sample, self._sample_forced
 
-    def _put_shaped(self, slots: Any, on_host: Any, trees: Any) -> Any:
-        count = len(trees.tokens)
-        padded = trees.padded(self._tokens.shape[1])
-        return self._put(
-            slots,
-            on_host,
-            type(trees)(self._tokens.expand(count, -1), self._parents.expand(count, -1), padded.log_probs),
-        )
+    def _propose_shaped(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = self._propose(batch, *args, **kwargs)
+        if kwargs.get("dummy_run"):
+            return drafts
+        count, slots = batch.num_reqs, batch.idx_mapping
+        tokens, parents = self._tokens.expand(count, -1), self._parents.expand(count, -1)
+        if self._kept is self._trees:
+            return self._trees.put(
+                slots, batch.idx_mapping_np, TreeBatch(tokens, parents, self._none.expand(count, -1))
+            )
+        tokens, parents = tokens.contiguous(), parents.contiguous()
+        self._trees.put(slots, TreeBatch(tokens, parents, self._none.expand(count, -1)), drafts)
+        return drafts
 
     def _sample_forced(self, logits: Any, rows_slots: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
@@ -64,6 +72,6 @@ class Forced:
         slots, local = rows_slots.long(), local.long()
         node = self._following[local]
         length = self._lengths[(slots + self._calls) % len(self._lengths)]
-        token = self._trees.tokens[slots, node.clamp(min=0)]
+        token = self._kept.tokens[slots, node.clamp(min=0)]
         follows = (node >= 0) & (self._depths[local] < length) & (token >= 0)
         return torch.where(follows, token, self._never).to(emitted.dtype), processed

@@ -32,11 +32,22 @@ def parts_of(runner: Any) -> list[Part]:
         ("compaction", getattr(runner, "_rows", None), "move_accepted"),
         ("lay_out", trees, "lay_out"),
         ("drafting", speculator, "propose"),
-        ("layout", importlib.import_module(type(speculator).__module__), "head_rows"),
-        ("head's block", speculator.model, "forward"),
-        ("growth", speculator, "grow"),
-        ("put", trees, "put"),
     ]
+    if hasattr(speculator, "_run_block"):  # launched one by one, or as a graph
+        found += [
+            ("layout", importlib.import_module(type(speculator.rows).__module__), "lay_out_head"),
+            ("head's block", speculator, "_run_block"),
+            ("head's block", speculator._block_graphs, "run_fullgraph"),
+            ("growth", speculator, "_run_growth"),
+            ("growth", speculator._growth_graphs, "run_fullgraph"),
+        ]
+    else:
+        found += [
+            ("layout", importlib.import_module(type(speculator).__module__), "head_rows"),
+            ("head's block", speculator.model, "forward"),
+            ("growth", speculator, "grow"),
+            ("put", trees, "put"),
+        ]
     return [part for part in found if hasattr(part[1], part[2])]
 
 
