@@ -23,6 +23,9 @@ VERIFY_TARGET = 1.15
 DRAFT_TARGET = 0.08
 """Drafting, in plain steps."""
 
+PROMPT = 32
+"""Tokens of a prompt end to end, where reading it counts too."""
+
 ON_GPU = {
     "counts": [1, 8, 32, 128, 256],
     "points": [[512, [128, 32, 8, 1]], [4096, [32, 8, 1]]],
@@ -133,9 +136,9 @@ def measure(spec: Json, say: Callable[..., None]) -> None:
         decoding.keep(names, 0)
     rates: Json = {}
     for count in spec["ends"]:
-        decoding.add(count, min(128, spec["longest"] // 2), 8)
+        decoding.add(count, PROMPT, 8)
         decoding.finish(8)  # compiles what this many requests need
-        decoding.add(count, min(128, spec["longest"] // 2), spec["answer"])
+        decoding.add(count, PROMPT, spec["answer"])
         rates[str(count)] = decoding.finish(count * spec["answer"])
         say(**{"tokens per second": rates})
 
