@@ -152,6 +152,8 @@ def _environment(folder: Path, machine: Machine, more: dict[str, str]) -> dict[s
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_HOST_IP": "127.0.0.1",  # a machine without a network may not know its own name
+        "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
         **({"TRITON_INTERPRET": "1"} if machine.interpret else {}),
     }
