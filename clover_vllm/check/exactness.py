@@ -67,8 +67,8 @@ class Sizes:
     blocks: int  # few enough that requests are preempted
 
 
-ON_GPU = Sizes(nodes=16, longest=40, copies=2, requests=16, block=16, blocks=72)
-QUICK = Sizes(nodes=16, longest=24, copies=1, requests=16, block=16, blocks=72)
+ON_GPU = Sizes(nodes=16, longest=40, copies=2, requests=16, block=16, blocks=60)
+QUICK = Sizes(nodes=16, longest=24, copies=1, requests=16, block=16, blocks=52)
 INTERPRETED = Sizes(nodes=7, longest=7, copies=0, requests=6, block=32, blocks=9)
 
 
