@@ -12,7 +12,7 @@ TRITON_STAMP := $(VENV)/.installed-triton
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup check-kernel demo test test-fast soak lint docs clean
+.PHONY: setup check-kernel demo test test-fast soak gpu-check lint docs clean
 
 setup: $(STAMP)
 
@@ -67,6 +67,10 @@ test-fast: setup $(TRITON_STAMP)
 # The tests of `make test` at full length, for hours.
 soak: lint $(TRITON_STAMP)
 	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL)
+
+# On a machine with a GPU and vLLM's CUDA build, in whose environment this package is installed; needs no network.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m clover_vllm.cli gpu-check --output results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -333,6 +333,38 @@ def kernels_compiled(settings: KernelsCompiledSettings) -> None:
 
 @app.command()
 @_one_line
+def gpu_check(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="kernels, step, exactness, speed; all of them by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for gpu-PART.json.")] = Path("results"),
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Most seconds of each part, instead of its own bound.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Speed with torch.compile, as vLLM runs by default.")
+    ] = False,
+    interpreter: Annotated[
+        bool, typer.Option("--interpreter", help="Without a GPU: tiny engines in Triton's interpreter.")
+    ] = False,
+    shape: Annotated[str, typer.Option(hidden=True, help="Of the model for step and speed.")] = "8b",
+) -> None:
+    """Check kernels, engines and speed on this machine's GPU.
+
+    Each part writes its own JSON as it goes; a case that fails is recorded and the others go on. Acceptance is forced
+    where speed is measured: models are random and nothing is downloaded.
+    """
+    from clover_vllm.check.gpu import run_parts
+
+    failed = run_parts(parts or [], output, seconds, quick, compiled, interpreter, shape)
+    if failed:
+        _errors.print(f"Failed: {', '.join(failed)}; see gpu-*.json in {output}.", markup=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_line
 def trees(
     prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, max=2048, help="Longest answer, tokens.")] = 96,

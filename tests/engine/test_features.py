@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from engines import Json, assert_same, run_engine, tokens_of
-from features import FEATURES, KINDS
 from pairs import speculative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from clover_vllm.check.features import FEATURES, KINDS
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
 
 CASES = [

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from engines import Json, assert_same, run_script
-from features import FEATURES, KINDS
 from length import length
 
+from clover_vllm.check.features import FEATURES, KINDS
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.check.torture import difference, random_wave
 

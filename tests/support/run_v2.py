@@ -34,6 +34,7 @@ def main(spec: Json) -> Json:
     import recorded_graphs
     from vllm import LLM
 
+    from clover_vllm.check.exactness import Seen
     from clover_vllm.check.scripted import ScriptedSlots, drive, runner_of
 
     given = {"disable_log_stats": True, "kv_cache_memory_bytes": 1 << 24, **spec["llm"]}
@@ -64,42 +65,6 @@ def main(spec: Json) -> Json:
     results["scheduler"] = type(clover.llm_engine.engine_core.engine_core.scheduler).__name__
     results["clover runner"] = [kind.__name__ for kind in type(runner).__mro__]
     return results
-
-
-class Seen:
-    """Counts what a V2 runner verifies."""
-
-    def __init__(self, runner: Any) -> None:
-        self.counts: Counter[str] = Counter()
-        self._sample, self._runner = runner.sample, runner
-        runner.sample = self.sample
-
-    def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
-        trees, slots = self._runner.trees.kept, batch.idx_mapping
-        tokens, parents = trees.tokens[slots].clone(), trees.parents[slots].clone()
-        made = self._sample(hidden, batch, grammar)
-        self.counts["steps"] += 1
-        if batch.num_draft_tokens == 0:
-            return made
-        self.counts["mixed_steps"] += bool(batch.has_prefill)
-        paths = self._runner.rejection_sampler.path.tolist()
-        drafts = batch.num_draft_tokens_per_req.tolist()
-        for path, count, own, above, given in zip(
-            paths, made[1].tolist(), tokens.tolist(), parents.tolist(), drafts, strict=True
-        ):
-            nodes = sum(token >= 0 for token in own[:given])
-            self.counts["drafts"] += nodes
-            if count > 1:
-                self.counts["accepted"] += count - 1
-                branching = any(parent != i - 1 for i, parent in enumerate(above[:nodes]))
-                self.counts["accepted_in_branching"] += branching
-                self.counts["moved"] += any(row != depth + 1 for depth, row in enumerate(path[: count - 1]))
-        return made
-
-    def take(self) -> Json:
-        """Counts since the last call."""
-        found, self.counts = dict(self.counts), Counter()
-        return found
 
 
 READS = {
