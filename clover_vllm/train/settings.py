@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clover_vllm.base.command_line import HIDDEN
+from clover_vllm.base.command_line import HIDDEN, Parsed, numbers
 from clover_vllm.heads.registry import HEADS
 
 
@@ -81,6 +81,11 @@ class TrainSettings:
         weight_decay: AdamW's weight decay.
         draft_vocab: Draft only this many tokens, the most frequent of the answers.
         num_heads: Draft depths that are trained.
+        num_layers: Augmenting layers of a new Clover-2 head [2].
+        norm_state: A new Clover-2 head norms the recurrent state that it passes on.
+        target_layers: A new Clover-2 head also reads what enters these layers of the target, such as 2,15.
+        target_temperature: Of the target's distribution in the vocabulary loss; below 1 is nearer to greedy.
+        acceptance: How fast the vocabulary loss gives way to total variation as drafts get accepted; 3 is usual.
         scale_inputs: Bring both inputs to RMS 1; off, as published.
         max_length: Longest prompt plus answer, tokens.
         limit_tokens: Stop after this many answer tokens.
@@ -121,6 +126,11 @@ class TrainSettings:
     weight_decay: float = 0.0
     draft_vocab: int | None = None
     num_heads: int = 5
+    num_layers: Annotated[int | None, typer.Option(min=1)] = None
+    norm_state: bool = False
+    target_layers: Annotated[list[int], Parsed(numbers)] = field(default_factory=list)
+    target_temperature: Annotated[float, typer.Option(min=0.01)] = 1.0
+    acceptance: Annotated[float, typer.Option(min=0)] = 0.0
     scale_inputs: bool = True
     max_length: int = 2048
     limit_tokens: Annotated[int | None, typer.Option(min=1)] = None

@@ -89,7 +89,8 @@ class HeadTrainer(Trainer):
         batch: Batch = inputs["batch"]
         hidden = self._hidden_states(batch)
         with torch.no_grad():
-            post_norm = self._hidden_states.target.norm(hidden)
+            target = self._hidden_states.target
+            post_norm = target.norm(hidden[..., -target.config.hidden_size :])
         loss, metrics = model(batch, hidden, post_norm, self._teacher)
         self._window.append(metrics)
         return (loss, metrics) if return_outputs else loss
@@ -232,6 +233,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             settings.cache or home() / "hidden" / files_key(settings.data),
             int(settings.cache_gib * 2**30),
             key=f"{target.fingerprint()} {files_key(settings.data)} {answers.max_length} {len(answers)}",
+            layers=head.target_layers,
         )
     objective = DraftObjective(head, loss_weights(settings))
     optimizer = make_optimizer(objective, settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -262,6 +264,8 @@ def loss_weights(settings: TrainSettings) -> LossWeights:
         vocabulary=kind.vocabulary if settings.vocabulary_weight is None else settings.vocabulary_weight,
         decay=kind.decay if settings.depth_decay is None else settings.depth_decay,
         of_tokens=kind.of_tokens,
+        temperature=settings.target_temperature,
+        acceptance=settings.acceptance,
     )
 
 
@@ -295,6 +299,10 @@ def _check(settings: TrainSettings) -> None:
     if settings.init_from is not None and not kind.head_class().saves_draft_vocab:
         raise UserError(
             f"--init-from cannot continue {kind.title} heads: their draft vocabulary is not saved."
+        )
+    if _asked_fields(settings) and (settings.method != "clover2" or settings.init_from is not None):
+        raise UserError(
+            "--num-layers, --norm-state and --target-layers shape new Clover-2 heads; leave them out."
         )
     if settings.init_from is not None and settings.draft_vocab is not None:
         raise UserError("--init-from brings its own draft vocabulary; leave --draft-vocab out.")
@@ -357,8 +365,19 @@ def _new_head(
         token_ids=sample.token_ids[real],
         scale_inputs=settings.scale_inputs,
         seed=settings.seed,
+        fields=_asked_fields(settings),
     )
     return head_kind(settings.method).head_class().new(target, wanted)
+
+
+def _asked_fields(settings: TrainSettings) -> dict[str, Any]:
+    """Fields of the configuration that only some heads have, where they were asked for."""
+    asked = {
+        "num_hidden_layers": settings.num_layers,
+        "norm_state": settings.norm_state or None,
+        "target_layers": settings.target_layers or None,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _teacher(head: Head, target: FrozenTarget) -> Teacher:

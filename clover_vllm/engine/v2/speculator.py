@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from clover_vllm.engine.drafting.proposer import HeadDrafter
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
+from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.engine.v2.layout import HeadRows, Scored, head_rows
 from clover_vllm.engine.v2.trees import SlotTrees
@@ -79,7 +80,7 @@ class Clover2Speculator(DraftModelSpeculator):
         Args:
             input_batch: of the step.
             slot_mappings: by layer, int64 [rows of the step].
-            aux_hidden_states: its only entry is the target's last layer, [rows, hidden size].
+            aux_hidden_states: those that the head reads, each [rows, hidden size]; the last is the last layer's.
             num_sampled: int32 [R], tokens that each request emitted.
             next_prefill_tokens: int32 [1, request slots], the prompt's token behind the step's rows.
             dummy_run: nothing was computed; the head is run for compilation and for the measurement of memory.
@@ -89,7 +90,7 @@ class Clover2Speculator(DraftModelSpeculator):
         """
         del attn_metadata, last_hidden_states, num_rejected, last_sampled, args, kwargs
         assert aux_hidden_states is not None
-        hidden = aux_hidden_states[0]
+        hidden = joined(aux_hidden_states)
         if dummy_run:
             return self._run_idly(hidden, input_batch.num_reqs)
         assert self.scored is not None, "the runner scores first"
