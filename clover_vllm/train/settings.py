@@ -30,6 +30,9 @@ class DataSettings:
         max_temperature: Highest temperature of the others.
         limit: Use at most this many prompts.
         skip: Leave out this many prompts at the beginning.
+        tasks: Also answer this many prompts made from the others: translation, retrieval, summaries, code, second turns.
+        task_answers: Answers to some of the prompts, which second turns and changes to code are made from.
+        seconds: Begin no further shard after this many seconds of generating.
         held_out: Answer the held-out 2% of prompts instead of the rest.
         shard_size: Prompts per shard; a kill loses at most one.
         max_num_seqs: Requests that run at once.
@@ -47,6 +50,9 @@ class DataSettings:
     max_temperature: float = 1.0
     limit: int | None = None
     skip: int = 0
+    tasks: Annotated[int, typer.Option(min=0)] = 0
+    task_answers: list[Path] = field(default_factory=list)
+    seconds: float | None = None
     held_out: bool = False
     shard_size: int = 512
     max_num_seqs: int = 96
