@@ -79,7 +79,7 @@ class FrozenTarget:
             for module in (*(self.layers[i] for i in layers), self.norm)
         ]
         try:
-            self._body(input_ids=token_ids.to(self.device), use_cache=False)
+            self._body(input_ids=token_ids.to(self.device, non_blocking=True), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -242,7 +242,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         args=arguments,
         optimizers=(optimizer, None),
         train_dataset=PlannedBatches(plan),
-        data_collator=_Collate(answers),
+        data_collator=_Collate(answers, head.num_heads),
         callbacks=[_Checkpoints(settings, head)],
         hidden_states=hidden_states,
         teacher=_teacher(head, target),
@@ -334,16 +334,20 @@ def _arguments(settings: TrainSettings, device: str) -> TrainingArguments:
         report_to=[],
         remove_unused_columns=False,
         seed=settings.seed,
+        # A GPU waits for nothing that others can prepare; a CPU has no others.
+        dataloader_num_workers=2 if device == "cuda" else 0,
+        dataloader_pin_memory=device == "cuda",
     )
 
 
 class _Collate:
-    def __init__(self, answers: AnswerSet) -> None:
+    def __init__(self, answers: AnswerSet, num_heads: int) -> None:
         self.answers = answers
+        self.num_heads = num_heads
 
     def __call__(self, items: list[list[int]]) -> dict[str, Batch]:
         (indices,) = items
-        return {"batch": collate(indices, [self.answers.sequence(i) for i in indices])}
+        return {"batch": collate(indices, [self.answers.sequence(i) for i in indices], self.num_heads)}
 
 
 def _new_head(
