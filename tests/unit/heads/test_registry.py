@@ -17,7 +17,7 @@ from clover_vllm.target.frozen import FrozenTarget
 VOCAB = torch.arange(3, 90)
 
 
-EVERY_HEAD = [(method, {}) for method in HEADS]
+EVERY_HEAD: list[tuple[str, dict[str, object]]] = [(method, {}) for method in HEADS]
 EVERY_HEAD.append(("clover2", {"norm_state": True, "target_layers": [0, 1], "num_hidden_layers": 1}))
 
 
