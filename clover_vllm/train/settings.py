@@ -51,7 +51,7 @@ class DataSettings:
     limit: int | None = None
     skip: int = 0
     tasks: Annotated[int, typer.Option(min=0)] = 0
-    task_answers: list[Path] = field(default_factory=list)
+    task_answers: list[Path] | None = None
     seconds: float | None = None
     held_out: bool = False
     shard_size: int = 512
