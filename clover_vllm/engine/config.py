@@ -59,7 +59,10 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         self.disable_padded_drafter_batch = not prefers_v2()
         self.draft_model_config = draft_model_config(self, target)
         hf_config = self.draft_model_config.hf_config
-        hf_config.eagle_aux_hidden_state_layer_ids = [target.get_total_num_hidden_layers()]
+        hf_config.eagle_aux_hidden_state_layer_ids = [
+            *getattr(hf_config, "target_layers", ()),
+            target.get_total_num_hidden_layers(),
+        ]
         # Drafting positions are the target's (as for EAGLE, vLLM issue 48894).
         hf_config.max_position_embeddings = target.max_model_len
         ranks = SpeculativeConfig._verify_and_get_draft_tp(

@@ -26,6 +26,7 @@ from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.speculation import Speculation
 from clover_vllm.engine.endings import ending_of
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
+from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.scorer import TreeScorer
 from clover_vllm.engine.verification import TargetLayers
 from clover_vllm.tree import Tree
@@ -193,7 +194,7 @@ class CloverRunner(GPUModelRunner):
         assert isinstance(sampled_token_ids, list)
         assert aux_hidden_states is not None
         self.speculation.scored(
-            self.current.value, sampled_token_ids, aux_hidden_states[0], common_attn_metadata
+            self.current.value, sampled_token_ids, joined(aux_hidden_states), common_attn_metadata
         )
         return [[] for _ in sampled_token_ids]
 

@@ -157,9 +157,9 @@ class Evaluator:
         """
         ids = torch.cat([answer.prompt_ids, answer.answer_ids]).to(self.target.device)
         first = len(answer.prompt_ids) - 1
-        hidden = self.target.hidden_states(ids[None])
+        hidden = self.target.hidden_states(ids[None], self.head.target_layers)
         self.target.check_finite(hidden)
-        post_norm = self.target.norm(hidden)[0, :-1]
+        post_norm = self.target.norm(hidden[..., -self.target.config.hidden_size :])[0, :-1]
         said = (post_norm[first:] @ self.target.lm_head.T).argmax(dim=-1)
         embeds = F.embedding(ids[1:], self.tables.embed).float()
         rows = torch.arange(first, len(ids) - 1, device=ids.device)

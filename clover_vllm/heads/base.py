@@ -8,8 +8,8 @@ Legend: B sequences, T positions, D hidden size, V vocabulary, N rows of any kin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -41,6 +41,7 @@ class NewHead:
     token_ids: torch.Tensor  # int64 [N], the tokens there
     scale_inputs: bool  # whether the head may scale its inputs to an RMS of 1
     seed: int
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of its configuration, that were asked for
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class TeacherForced:
     """A batch of sequences whose tokens are all known (filled by the objective)."""
 
     token_ids: torch.Tensor  # int64 [B, T]
-    hidden: torch.Tensor  # [B, T, D], the target's pre-norm hidden states
+    hidden: (
+        torch.Tensor
+    )  # [B, T, D], the target's pre-norm hidden states, behind those of `Head.target_layers`
     post_norm: torch.Tensor  # [B, T, D], after its final norm
     embed: torch.Tensor  # [V, D], what `Head.embeddings_of` gave
     source: torch.Tensor  # int64 [N], positions to draft from, as b * T + t
@@ -63,7 +66,7 @@ class TeacherForced:
 class Prefix:
     """One sequence that the target has seen (filled by the evaluator)."""
 
-    hidden: torch.Tensor  # float32 [T, D], pre-norm
+    hidden: torch.Tensor  # float32 [T, D], pre-norm, behind those of `Head.target_layers`
     post_norm: torch.Tensor  # float32 [T, D]
     embeds: torch.Tensor  # float32 [T, D], of the tokens one further on
 
@@ -99,11 +102,16 @@ class Head(nn.Module, ABC):
         config: its sizes and constants.
         draft_vocab: int64, increasing token ids that it drafts from, or None for all.
         saves_draft_vocab: whether its checkpoint holds them.
+        target_layers: layers of the target whose input the head reads besides the last one's output.
     """
 
     config: Any
     draft_vocab: torch.Tensor | None
     saves_draft_vocab: bool = True
+
+    @property
+    def target_layers(self) -> Sequence[int]:
+        return ()
 
     @property
     @abstractmethod

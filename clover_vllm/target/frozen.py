@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,28 @@ class FrozenTarget:
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
-    def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Pre-norm hidden states of the last layer.
+    def hidden_states(self, token_ids: torch.Tensor, layers: Sequence[int] = ()) -> torch.Tensor:
+        """Pre-norm hidden states of the last layer, behind what enters some earlier ones.
 
         Args:
             token_ids: int64 [B, T], padded on the right with anything (causal attention never
                 lets a real position see the padding).
+            layers: numbers of the earlier layers, increasing.
 
         Returns:
-            [B, T, D] in the target's dtype.
+            [B, T, (layers + 1) D] in the target's dtype.
         """
         seen: list[torch.Tensor] = []
-        handle = self.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handles = [
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            for module in (*(self.layers[i] for i in layers), self.norm)
+        ]
         try:
-            self._body(input_ids=token_ids.to(self.device), use_cache=False)
+            self._body(input_ids=token_ids.to(self.device, non_blocking=True), use_cache=False)
         finally:
-            handle.remove()
-        return seen[0]
+            for handle in handles:
+                handle.remove()
+        return torch.cat(seen, dim=-1) if layers else seen[0]
 
     def check_finite(self, hidden: torch.Tensor) -> None:
         """Refuse a target whose weights are broken.

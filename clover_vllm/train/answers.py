@@ -11,28 +11,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value, load_dataset
-from datasets import List as ListOf
-from datasets.exceptions import DatasetGenerationError
-from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import expand, open_text
 from clover_vllm.base.paths import home
 
-_FEATURES = Features(
-    {
-        "source": Value("string"),
-        "temperature": Value("float32"),
-        "prompt_ids": ListOf(Value("int32")),
-        "answer_ids": ListOf(Value("int32")),
-        "finish": Value("string"),
-    }
-)
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_FIELDS = ("source", "temperature", "prompt_ids", "answer_ids", "finish")
 
 
 @dataclass
@@ -91,13 +82,25 @@ def read_answers(
     files = [file for file in expand(paths) if _looks_right(file)]
     if not files:
         raise UserError(f"{paths[0]} holds no usable answer.")
+    from datasets import Features, Value, load_dataset
+    from datasets import List as ListOf
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
+
+    kinds = [
+        Value("string"),
+        Value("float32"),
+        ListOf(Value("int32")),
+        ListOf(Value("int32")),
+        Value("string"),
+    ]
     disable_progress_bar()
     set_verbosity(CRITICAL)  # it logs tracebacks of files that we name ourselves
     try:
         rows = load_dataset(
             "json",
             data_files=[str(f) for f in files],
-            features=_FEATURES,
+            features=Features(dict(zip(_FIELDS, kinds, strict=True))),
             split="train",
             cache_dir=str(home() / "datasets"),
         )
@@ -178,7 +181,6 @@ def _line_problem(line: str) -> str | None:
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             return f"{name} must be a list of token ids"
-    extra = sorted(row.keys() - _FEATURES.keys())
-    if extra or row.keys() < _FEATURES.keys():
-        return f"fields must be {', '.join(_FEATURES)}"
+    if row.keys() != set(_FIELDS):
+        return f"fields must be {', '.join(_FIELDS)}"
     return None

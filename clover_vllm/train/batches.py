@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,31 +74,6 @@ def _cut(
 
 
 @dataclass
-class Batch:
-    """Sequences of one micro-batch, padded on the right (filled by `collate`)."""
-
-    indices: list[int]  # of the sequences in the data set
-    token_ids: torch.Tensor  # int64 [B, T], prompt then answer, padded with 0
-    prompt_lengths: torch.Tensor  # int64 [B]
-    lengths: torch.Tensor  # int64 [B]
-
-
-def collate(indices: list[int], sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """Build a Batch from (prompt ids, answer ids) pairs."""
-    lengths = torch.tensor([len(p) + len(a) for p, a in sequences])
-    token_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(sequences):
-        token_ids[row, : len(prompt)] = torch.from_numpy(prompt)
-        token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.from_numpy(answer)
-    return Batch(
-        indices=list(indices),
-        token_ids=token_ids,
-        prompt_lengths=torch.tensor([len(p) for p, _ in sequences]),
-        lengths=lengths,
-    )
-
-
-@dataclass
 class Rows:
     """Positions that drafting starts from, and what each head predicts there.
 
@@ -111,15 +86,54 @@ class Rows:
     source: torch.Tensor  # int64 [N], index b * T + t into flattened [B, T]
     valid: torch.Tensor  # bool [heads, N]
 
+    def pin_memory(self) -> Rows:
+        """Copies that a GPU reads without waiting; PyTorch's loader asks for it."""
+        return Rows(self.source.pin_memory(), self.valid.pin_memory())
+
+
+@dataclass
+class Batch:
+    """Sequences of one micro-batch, padded on the right (filled by `collate`)."""
+
+    indices: list[int]  # of the sequences in the data set
+    token_ids: torch.Tensor  # int64 [B, T], prompt then answer, padded with 0
+    prompt_lengths: torch.Tensor  # int64 [B]
+    lengths: torch.Tensor  # int64 [B]
+    rows: Rows | None = None  # as `trained_rows` gives, where they were made beforehand
+
+    def pin_memory(self) -> Batch:
+        """As `Rows.pin_memory`."""
+        rows = self.rows and self.rows.pin_memory()
+        return replace(self, token_ids=self.token_ids.pin_memory(), rows=rows)
+
+
+def collate(
+    indices: list[int], sequences: Sequence[tuple[np.ndarray, np.ndarray]], num_heads: int | None = None
+) -> Batch:
+    """Build a Batch from (prompt ids, answer ids) pairs, with its rows where `num_heads` is given."""
+    lengths = torch.tensor([len(p) + len(a) for p, a in sequences])
+    token_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+    for row, (prompt, answer) in enumerate(sequences):
+        token_ids[row, : len(prompt)] = torch.from_numpy(prompt)
+        token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.from_numpy(answer)
+    batch = Batch(
+        indices=list(indices),
+        token_ids=token_ids,
+        prompt_lengths=torch.tensor([len(p) for p, _ in sequences]),
+        lengths=lengths,
+    )
+    if num_heads is not None:
+        batch.rows = trained_rows(batch, num_heads)
+    return batch
+
 
 def trained_rows(batch: Batch, num_heads: int) -> Rows:
     """The rows of a batch for `num_heads` heads."""
-    source, valid = [], []
     width = batch.token_ids.shape[1]
-    for b, (prompt, length) in enumerate(
-        zip(batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True)
-    ):
-        t = torch.arange(max(prompt - 1, 0), length - 2)
-        source.append(b * width + t)
-        valid.append(torch.stack([t + 2 + i < length for i in range(num_heads)]))
-    return Rows(torch.cat(source), torch.cat(valid, dim=1))
+    first = (batch.prompt_lengths - 1).clamp(min=0)
+    counts = (batch.lengths - 2 - first).clamp(min=0)
+    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    place = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
+    left = counts[sequence] - place  # tokens behind the one at t + 1
+    valid = torch.arange(num_heads)[:, None] < left
+    return Rows(sequence * width + first[sequence] + place, valid)

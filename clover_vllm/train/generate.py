@@ -23,6 +23,7 @@ from rich.console import Console
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import (
     check_same_settings,
+    expand,
     files_key,
     make_folder,
     open_text,
@@ -34,6 +35,7 @@ from clover_vllm.base.progress import Work
 from clover_vllm.base.prompts import Prompt, read_prompts, token_ids
 from clover_vllm.target.frozen import check_loadable
 from clover_vllm.train.settings import DataSettings
+from clover_vllm.train.tasks import Exchange, make_tasks
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,13 @@ def generate(settings: DataSettings) -> dict[str, Any]:
             f"No prompt is left: of {len(every)} read, {selected} are {which}, and --skip is {settings.skip}."
         )
     tokenizer = check_loadable(settings.target)
+    if settings.tasks:
+        prompts += make_tasks(
+            prompts, _exchanges(settings, tokenizer, prompts), settings.tasks, settings.seed
+        )
     requests, too_long = _requests(settings, tokenizer, prompts)
     fields = _plain(settings)
-    del fields["output"]
+    del fields["output"], fields["seconds"]
     make_folder(settings.output)
     stamp = settings.output / "settings.json"
     if not any(settings.output.glob("answers-*.jsonl.gz")):
@@ -91,7 +97,7 @@ def generate(settings: DataSettings) -> dict[str, Any]:
     }
     if missing:
         summary |= _run(settings, missing)
-    summary |= _totals(parts)
+    summary |= _totals(path for path in parts if path.exists())
     write_json(settings.output / "summary.json", summary | {"settings": _plain(settings)})
     return summary
 
@@ -137,6 +143,19 @@ def _requests(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> 
     return requests, len(prompts) - len(requests)
 
 
+def _exchanges(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> list[Exchange]:
+    """The prompts that `task_answers` answers, with their answers as text."""
+    if not settings.task_answers:
+        return []
+    known = {tuple(token_ids(prompt, tokenizer)): prompt for prompt in prompts}
+    rows = [json.loads(line) for file in expand(settings.task_answers) for line in open_text(file)]
+    return [
+        Exchange(prompt, tokenizer.decode(row["answer_ids"], skip_special_tokens=True))
+        for row in rows
+        if (prompt := known.get(tuple(row["prompt_ids"]))) is not None and row["finish"] == "stop"
+    ]
+
+
 def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[str, Any]:
     Console(stderr=True).print("Starting vLLM; this takes up to a minute.")
     engine = start_engine(
@@ -153,6 +172,8 @@ def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[st
     started, tokens = time.monotonic(), 0
     with Work("answers", sum(map(len, missing.values()))) as work:
         for path, requests in missing.items():
+            if settings.seconds is not None and time.monotonic() - started > settings.seconds:
+                break
             lines: dict[int, dict[str, Any]] = {}
             for index, completion in _complete(engine, requests, settings.max_tokens):
                 lines[index] = _line(requests[index], completion)

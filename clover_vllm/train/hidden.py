@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class HiddenStates:
         budget_bytes: most bytes on disk; the first sequences that fit are kept.
         key: identifies target and data; a folder with another key is emptied first. States that
             another run of the same target and data left are used.
+        layers: of the target whose inputs are wanted too (see `FrozenTarget.hidden_states`).
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class HiddenStates:
         folder: Path | None = None,
         budget_bytes: int = 0,
         key: str = "",
+        layers: Sequence[int] = (),
     ) -> None:
         self.target = target
         self.dtype = target.dtype
-        self.size = int(target.config.hidden_size)
+        self.layers = list(layers)
+        self.size = int(target.config.hidden_size) * (1 + len(self.layers))
         self._code = _CODES[self.dtype]
         per_token = self.size * np.dtype(self._code).itemsize
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -61,7 +65,13 @@ class HiddenStates:
 
     def _open(self, folder: Path, tokens: int, key: str) -> None:
         make_folder(folder)
-        meta = {"key": key, "tokens": tokens, "size": self.size, "dtype": str(self.dtype)}
+        meta = {
+            "key": key,
+            "tokens": tokens,
+            "size": self.size,
+            "dtype": str(self.dtype),
+            "layers": self.layers,
+        }
         stamp = folder / "meta.json"
         data, written = folder / "states.bin", folder / "written.bin"
         if not _has_stamp(stamp, meta):
@@ -85,7 +95,7 @@ class HiddenStates:
         """
         keep = [row for row, i in enumerate(batch.indices) if i < self.kept]
         if not keep:
-            return self.target.hidden_states(batch.token_ids)
+            return self.target.hidden_states(batch.token_ids, self.layers)
         self._read_journal()
         stored = [row for row in keep if self._written[batch.indices[row]]]
         missing = [row for row in keep if not self._written[batch.indices[row]]]
@@ -94,7 +104,7 @@ class HiddenStates:
         for rows in (missing, others):
             if rows:
                 width = int(batch.lengths[rows].max())
-                out[rows, :width] = self.target.hidden_states(batch.token_ids[rows, :width])
+                out[rows, :width] = self.target.hidden_states(batch.token_ids[rows, :width], self.layers)
         if missing:
             self._write(batch, missing, out)
         for row in stored:

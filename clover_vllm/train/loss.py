@@ -1,7 +1,9 @@
 """The vocabulary loss of all heads at once, in bounded memory.
 
 For head i the loss is the cross entropy between the target's distribution, or the token that it
-emitted, and the head's distribution, over the vocabulary that is drafted from. A [rows, vocabulary] matrix for every head of a batch would be
+emitted, and the head's distribution, over the vocabulary that is drafted from. With `acceptance` a
+row moves on to what decides whether drafts are accepted, the total variation between the two, as it
+is learnt (the hybrid LK loss, arXiv 2602.23881). A [rows, vocabulary] matrix for every head of a batch would be
 gigabytes with a 128k vocabulary, so the rows are taken in chunks and the gradient with respect to
 the head's states is formed on the spot; nothing of vocabulary size outlives a chunk.
 """
@@ -28,6 +30,9 @@ class VocabularyTargets:
     tokens: torch.Tensor | None = (
         None  # int64 [N], its row of `weight`, where it is what counts, not `states`
     )
+    temperature: float = 1.0  # of the target's distribution; lower is nearer to its greedy choice
+    acceptance: float = 0.0  # share e^(-acceptance * a) of a row's loss is cross entropy, the rest total
+    # variation 1 - a, where the acceptance rate a is the sum of min(p, q)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -60,10 +65,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 q = torch.softmax(logits, dim=-1)
                 log_z = top - q.gather(1, index[:, None]).squeeze(1).log()
                 p_i = p[i : i + n]
-                loss[i] += ((log_z - (p_i * logits).sum(dim=-1)) * mask).sum()
                 right[i] += ((index == best[i : i + n]) & mask).sum()
-                q.sub_(p_i).mul_((mask / count[i])[:, None])
-                gradient[i, start : start + n] = q.to(weight.dtype) @ weight
+                row_loss = log_z - (p_i * logits).sum(dim=-1)
+                if targets.acceptance:
+                    distance, slope = _total_variation(p_i, q)
+                    share = torch.exp(targets.acceptance * (distance - 1))
+                    row_loss = share * row_loss + (1 - share) * distance
+                    slope.mul_((1 - share)[:, None]).add_(q.sub_(p_i).mul_(share[:, None]))
+                else:
+                    slope = q.sub_(p_i)
+                loss[i] += (row_loss * mask).sum()
+                slope.mul_((mask / count[i])[:, None])
+                gradient[i, start : start + n] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.dtype = states.dtype
         accuracy = right / count
@@ -76,6 +89,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (gradient * grads[0][:, None, None]).to(ctx.dtype), None, None
 
 
+def _total_variation(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total variation [rows] between distributions [rows, V], and its gradient by the logits of q."""
+    over = q > p
+    slope = q * over
+    surplus = slope.sum(dim=-1)
+    slope.sub_(q * surplus[:, None])
+    return surplus - (p * over).sum(dim=-1), slope
+
+
 def _distribution(targets: VocabularyTargets, goal: torch.Tensor, rows: slice) -> torch.Tensor:
     """What should be predicted for some rows: float32 [rows, V].
 
@@ -85,7 +107,7 @@ def _distribution(targets: VocabularyTargets, goal: torch.Tensor, rows: slice) -
         rows: of these.
     """
     if targets.tokens is None:
-        return torch.softmax((goal[rows] @ targets.weight.T).float(), dim=-1)
+        return torch.softmax((goal[rows] @ targets.weight.T).float() / targets.temperature, dim=-1)
     tokens = targets.tokens[rows]
     p = torch.zeros(len(tokens), len(targets.weight), device=tokens.device)
     return p.scatter_(1, tokens[:, None], 1.0)

@@ -25,6 +25,8 @@ class LossWeights:
     vocabulary: float = 1.0
     decay: float = 0.7
     of_tokens: bool = False  # CE of the tokens that the target emitted, not of its distribution
+    temperature: float = 1.0  # of the target's distribution
+    acceptance: float = 0.0  # how fast CE gives way to total variation (see `VocabularyTargets`)
 
 
 @dataclass
@@ -67,10 +69,11 @@ class DraftObjective(nn.Module):
         Returns:
             scalar loss, and a dict of [heads] tensors: accuracy, vocabulary, regression.
         """
-        rows = trained_rows(batch, self.head.num_heads)
         device = hidden.device
-        rows = Rows(rows.source.to(device), rows.valid.to(device))
-        ids = batch.token_ids.to(device)
+        rows = batch.rows or trained_rows(batch, self.head.num_heads)
+        valid = rows.valid[: self.head.num_heads]
+        rows = Rows(rows.source.to(device, non_blocking=True), valid.to(device, non_blocking=True))
+        ids = batch.token_ids.to(device, non_blocking=True)
         states = self.head.trained_states(TeacherForced(ids, hidden, post_norm, teacher.embed, rows.source))
         goal = post_norm.flatten(0, 1)[rows.source + 1]
         w = self.weights
@@ -81,6 +84,8 @@ class DraftObjective(nn.Module):
             valid=rows.valid,
             covered=teacher.drafted[emitted],
             tokens=teacher.columns[emitted] if w.of_tokens else None,
+            temperature=w.temperature,
+            acceptance=w.acceptance,
         )
         elements = 1 << (21 if device.type == "cpu" else 26)
         vocabulary, accuracy = vocabulary_loss(states, targets, elements)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clover_vllm.base.command_line import HIDDEN
+from clover_vllm.base.command_line import HIDDEN, Parsed, numbers
 from clover_vllm.heads.registry import HEADS
 
 
@@ -30,6 +30,9 @@ class DataSettings:
         max_temperature: Highest temperature of the others.
         limit: Use at most this many prompts.
         skip: Leave out this many prompts at the beginning.
+        tasks: Also answer this many prompts made from the others: translation, retrieval, summaries, code, second turns.
+        task_answers: Answers to some of the prompts, which second turns and changes to code are made from.
+        seconds: Begin no further shard after this many seconds of generating.
         held_out: Answer the held-out 2% of prompts instead of the rest.
         shard_size: Prompts per shard; a kill loses at most one.
         max_num_seqs: Requests that run at once.
@@ -47,6 +50,9 @@ class DataSettings:
     max_temperature: float = 1.0
     limit: int | None = None
     skip: int = 0
+    tasks: Annotated[int, typer.Option(min=0)] = 0
+    task_answers: list[Path] | None = None
+    seconds: float | None = None
     held_out: bool = False
     shard_size: int = 512
     max_num_seqs: int = 96
@@ -81,6 +87,11 @@ class TrainSettings:
         weight_decay: AdamW's weight decay.
         draft_vocab: Draft only this many tokens, the most frequent of the answers.
         num_heads: Draft depths that are trained.
+        num_layers: Augmenting layers of a new Clover-2 head [2].
+        norm_state: A new Clover-2 head norms the recurrent state that it passes on.
+        target_layers: A new Clover-2 head also reads what enters these layers of the target, such as 2,15.
+        target_temperature: Of the target's distribution in the vocabulary loss; below 1 is nearer to greedy.
+        acceptance: How fast the vocabulary loss gives way to total variation as drafts get accepted; 3 is usual.
         scale_inputs: Bring both inputs to RMS 1; off, as published.
         max_length: Longest prompt plus answer, tokens.
         limit_tokens: Stop after this many answer tokens.
@@ -121,6 +132,11 @@ class TrainSettings:
     weight_decay: float = 0.0
     draft_vocab: int | None = None
     num_heads: int = 5
+    num_layers: Annotated[int | None, typer.Option(min=1)] = None
+    norm_state: bool = False
+    target_layers: Annotated[list[int], Parsed(numbers)] = field(default_factory=list)
+    target_temperature: Annotated[float, typer.Option(min=0.01)] = 1.0
+    acceptance: Annotated[float, typer.Option(min=0)] = 0.0
     scale_inputs: bool = True
     max_length: int = 2048
     limit_tokens: Annotated[int | None, typer.Option(min=1)] = None

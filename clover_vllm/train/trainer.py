@@ -89,7 +89,8 @@ class HeadTrainer(Trainer):
         batch: Batch = inputs["batch"]
         hidden = self._hidden_states(batch)
         with torch.no_grad():
-            post_norm = self._hidden_states.target.norm(hidden)
+            target = self._hidden_states.target
+            post_norm = target.norm(hidden[..., -target.config.hidden_size :])
         loss, metrics = model(batch, hidden, post_norm, self._teacher)
         self._window.append(metrics)
         return (loss, metrics) if return_outputs else loss
@@ -232,6 +233,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             settings.cache or home() / "hidden" / files_key(settings.data),
             int(settings.cache_gib * 2**30),
             key=f"{target.fingerprint()} {files_key(settings.data)} {answers.max_length} {len(answers)}",
+            layers=head.target_layers,
         )
     objective = DraftObjective(head, loss_weights(settings))
     optimizer = make_optimizer(objective, settings.optimizer, settings.learning_rate, settings.weight_decay)
@@ -240,7 +242,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         args=arguments,
         optimizers=(optimizer, None),
         train_dataset=PlannedBatches(plan),
-        data_collator=_Collate(answers),
+        data_collator=_Collate(answers, head.num_heads),
         callbacks=[_Checkpoints(settings, head)],
         hidden_states=hidden_states,
         teacher=_teacher(head, target),
@@ -262,6 +264,8 @@ def loss_weights(settings: TrainSettings) -> LossWeights:
         vocabulary=kind.vocabulary if settings.vocabulary_weight is None else settings.vocabulary_weight,
         decay=kind.decay if settings.depth_decay is None else settings.depth_decay,
         of_tokens=kind.of_tokens,
+        temperature=settings.target_temperature,
+        acceptance=settings.acceptance,
     )
 
 
@@ -296,6 +300,10 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(
             f"--init-from cannot continue {kind.title} heads: their draft vocabulary is not saved."
         )
+    if _asked_fields(settings) and (settings.method != "clover2" or settings.init_from is not None):
+        raise UserError(
+            "--num-layers, --norm-state and --target-layers shape new Clover-2 heads; leave them out."
+        )
     if settings.init_from is not None and settings.draft_vocab is not None:
         raise UserError("--init-from brings its own draft vocabulary; leave --draft-vocab out.")
     if not math.isfinite(settings.cache_gib) or settings.cache_gib < 0:
@@ -326,16 +334,20 @@ def _arguments(settings: TrainSettings, device: str) -> TrainingArguments:
         report_to=[],
         remove_unused_columns=False,
         seed=settings.seed,
+        # A GPU waits for nothing that others can prepare; a CPU has no others.
+        dataloader_num_workers=2 if device == "cuda" else 0,
+        dataloader_pin_memory=device == "cuda",
     )
 
 
 class _Collate:
-    def __init__(self, answers: AnswerSet) -> None:
+    def __init__(self, answers: AnswerSet, num_heads: int) -> None:
         self.answers = answers
+        self.num_heads = num_heads
 
     def __call__(self, items: list[list[int]]) -> dict[str, Batch]:
         (indices,) = items
-        return {"batch": collate(indices, [self.answers.sequence(i) for i in indices])}
+        return {"batch": collate(indices, [self.answers.sequence(i) for i in indices], self.num_heads)}
 
 
 def _new_head(
@@ -357,8 +369,19 @@ def _new_head(
         token_ids=sample.token_ids[real],
         scale_inputs=settings.scale_inputs,
         seed=settings.seed,
+        fields=_asked_fields(settings),
     )
     return head_kind(settings.method).head_class().new(target, wanted)
+
+
+def _asked_fields(settings: TrainSettings) -> dict[str, Any]:
+    """Fields of the configuration that only some heads have, where they were asked for."""
+    asked = {
+        "num_hidden_layers": settings.num_layers,
+        "norm_state": settings.norm_state or None,
+        "target_layers": settings.target_layers or None,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _teacher(head: Head, target: FrozenTarget) -> Teacher:

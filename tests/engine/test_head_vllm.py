@@ -16,11 +16,17 @@ from clover_vllm.heads.clover2.config import Clover2Config
 
 
 def compare(
-    folder: Path, family: str, draft_vocab: int | None, requests: list[Json], share: float, **settings: Any
+    folder: Path,
+    family: str,
+    draft_vocab: int | None,
+    requests: list[Json],
+    share: float,
+    fields: Json | None = None,
+    **settings: Any,
 ) -> Json:
     """Check a random head in an engine, and return plain vLLM's answers and those of the engine."""
     target, untrained = make_pair(folder, family)
-    config = Clover2Config.from_pretrained(untrained)
+    config = Clover2Config.from_pretrained(untrained, **(fields or {}))
     config.draft_vocab_size = draft_vocab
     torch.manual_seed(7)
     head = Clover2DraftModel(config)
@@ -51,6 +57,12 @@ def test_head_in_vllm_equals_the_reference(family: str, draft_vocab: int | None,
     """Prefill, chunked prefill, prefix hits, preemptions, accepted paths, one request and many."""
     spec = speculative(tmp_path, draft_min_joint=0.0)
     compare(tmp_path, family, draft_vocab, random_requests(24), 1.0, speculative_config=spec)
+
+
+def test_states_are_normed_and_earlier_layers_are_read_as_in_the_reference(tmp_path: Path) -> None:
+    fields = {"norm_state": True, "target_layers": [0, 1]}
+    spec = speculative(tmp_path, draft_min_joint=0.0)
+    compare(tmp_path, "llama tied", 90, random_requests(24), 1.0, fields, speculative_config=spec)
 
 
 def test_method_is_inferred_from_the_head_and_compiled_targets_and_heads_work(tmp_path: Path) -> None:

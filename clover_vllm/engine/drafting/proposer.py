@@ -138,7 +138,7 @@ class Clover2Proposer(EagleProposer):
         if self.idle:
             return
         tokens = min(num_tokens, self.max_num_tokens)
-        hidden = self.hidden_states[:tokens]
+        hidden = torch.zeros(tokens, self.model.width, dtype=self.dtype, device=self.device)
         with set_forward_context(None, self.vllm_config, num_tokens=tokens):
             ids = self.input_ids[:tokens].long()
             g = self.model(self.positions[:tokens], hidden, self.model.embed(ids))
@@ -153,6 +153,7 @@ class Clover2Proposer(EagleProposer):
 
         def prepare(rows: int) -> Callable[[], object]:
             states = torch.zeros(rows, size, dtype=self.dtype, device=self.device)
+            hidden = torch.zeros(rows, self.model.width, dtype=self.dtype, device=self.device)
             ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
             places = self.positions[:rows]
             roots = self.model.root_states(states) if part == "level" else states
@@ -160,7 +161,7 @@ class Clover2Proposer(EagleProposer):
             def run() -> object:
                 with set_forward_context(None, self.vllm_config, num_tokens=rows):
                     if part == "augment":
-                        return self.model(places, states, self.model.embed(ids))
+                        return self.model(places, hidden, self.model.embed(ids))
                     if part == "first":
                         return self.model.first(self.model.root_states(states))
                     return self.model.expand(roots, ids)

@@ -174,6 +174,24 @@ class AugmentingLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class LayerMixer(nn.Module):
+    """`head.model.LayerMixer`."""
+
+    def __init__(self, config: Clover2Config, quant: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        size, count = config.hidden_size, len(config.target_layers)
+        self.norms = nn.ModuleList(RMSNorm(size, eps=config.rms_norm_eps) for _ in range(count))
+        self.mix = ReplicatedLinear(
+            count * size, size, bias=False, quant_config=quant, prefix=f"{prefix}.mix", return_bias=False
+        )
+
+    def forward(self, hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """hidden: [N, (1 + layers) D], last: [N, D] -> [N, D]."""
+        parts = hidden.split(last.shape[-1], dim=-1)
+        known = [norm(part) for norm, part in zip(self.norms, parts[:-1], strict=True)]
+        return last + self.mix(torch.cat(known, dim=-1))
+
+
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden": 0, "embeds": 0})
 class AugmentingBlock(nn.Module):
     """The augmenting block (paper, section 3): mix in the token, then causal layers, then a norm."""
@@ -183,6 +201,10 @@ class AugmentingBlock(nn.Module):
         assert vllm_config.speculative_config is not None
         config = vllm_config.speculative_config.draft_model_config.hf_config
         quant = get_draft_quant_config(vllm_config)
+        self.size = config.hidden_size
+        self.clover_mixer = None
+        if config.target_layers:
+            self.clover_mixer = LayerMixer(config, quant, maybe_prefix(prefix, "clover_mixer"))
         self.hidden_scale = config.hidden_scale
         self.embed_scale = config.embed_scale
         first = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
@@ -199,7 +221,10 @@ class AugmentingBlock(nn.Module):
         self.clover_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        x = self.clover_head_mlp_rnn(hidden * self.hidden_scale, embeds * self.embed_scale)
+        last = hidden[:, -self.size :] * self.hidden_scale
+        if self.clover_mixer is not None:
+            last = self.clover_mixer(hidden, last)
+        x = self.clover_head_mlp_rnn(last, embeds * self.embed_scale)
         for layer in self.layers:
             x = layer(positions, x)
         return self.clover_norm(x)
@@ -215,11 +240,13 @@ class NextStep(nn.Module):
         rnn: ResAttentionBlock,
         mlp: nn.Module,
         norm: nn.Module,
+        state_norm: nn.Module,
         embed_scale: float,
         num_candidates: int,
     ) -> None:
         super().__init__()
         self.lm_head, self.rnn, self.mlp, self.norm = lm_head, rnn, mlp, norm
+        self.state_norm = state_norm
         self.embed_scale = embed_scale
         self.num_candidates = num_candidates
 
@@ -228,7 +255,7 @@ class NextStep(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """States [N, D] and tokens [N] -> next states [N, D], then as `SharedLmHead.candidates`."""
         embeds = self.lm_head.embed(tokens) * self.embed_scale
-        states = self.rnn(states, embeds)
+        states = self.state_norm(self.rnn(states, embeds))
         outputs = self.norm(self.mlp(torch.cat([states, embeds], dim=-1)))
         return states, *self.lm_head.candidates(outputs, self.num_candidates)
 
@@ -263,12 +290,15 @@ class Clover2DraftModel(TreeHead):
             return_bias=False,
         )
         self.clover_head_norm = RMSNorm(size, eps=config.rms_norm_eps)
+        if config.norm_state:
+            self.clover_head_state_norm = RMSNorm(size, eps=config.rms_norm_eps)
         with set_model_tag("clover2_next"):  # a tag of its own, for vLLM's compile cache
             self._next = NextStep(
                 lm_head=self.shared,
                 rnn=self.clover_head_mlp_rnn2,
                 mlp=self.clover_head_mlp2,
                 norm=self.clover_head_norm,
+                state_norm=self.clover_head_state_norm if config.norm_state else nn.Identity(),
                 embed_scale=config.embed_scale,
                 num_candidates=self.num_candidates,
             )
@@ -278,7 +308,7 @@ class Clover2DraftModel(TreeHead):
 
         Args:
             positions: int64 [N].
-            hidden: [N, D], the target's pre-norm hidden states h_t.
+            hidden: [N, `width`], the target's pre-norm hidden states h_t, behind those of `target_layers`.
             embeds: [N, D], from `embed`, of the tokens at t + 1.
 
         Returns:

@@ -115,6 +115,7 @@ class TreeHead(nn.Module, ABC):
         title: of the method, in sentences.
         num_candidates: K, children considered per node.
         max_rows: that its modules are compiled for.
+        width: numbers that `forward` reads of the target per position.
 
     Raises:
         UserError: the checkpoint lacks weights, or does not fit the ranks or the target.
@@ -130,6 +131,7 @@ class TreeHead(nn.Module, ABC):
         options: CloverOptions = vllm_config.speculative_config.clover
         self.num_candidates = options.candidates(vllm_config.speculative_config.num_speculative_tokens)
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.width = (1 + len(getattr(self.config, "target_layers", ()))) * self.config.hidden_size
         self._in_int8 = is_int8_quicker(options.head_precision, vllm_config.model_config.dtype)
         self._int8: dict[nn.Module, Int8Linear] = {}
 
@@ -139,7 +141,7 @@ class TreeHead(nn.Module, ABC):
 
         Args:
             positions: int64 [N].
-            hidden: [N, D], the target's pre-norm hidden states h_t.
+            hidden: [N, `width`], the target's pre-norm hidden states h_t, behind those of other layers.
             embeds: [N, D], from `embed`, of the tokens at t + 1.
 
         Returns:
@@ -276,6 +278,11 @@ class TreeHead(nn.Module, ABC):
 
 def _are_tokens(tensor: torch.Tensor, vocab_size: int) -> bool:
     return not tensor.is_floating_point() and bool(((tensor >= 0) & (tensor < vocab_size)).all())
+
+
+def joined(hidden_states: list[torch.Tensor]) -> torch.Tensor:
+    """What a head reads of the target, side by side, from the states of its layers, each [N, D]."""
+    return torch.cat(hidden_states, dim=-1) if len(hidden_states) > 1 else hidden_states[0]
 
 
 def language_model_of(target: nn.Module) -> Any:

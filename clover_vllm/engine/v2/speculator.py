@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from clover_vllm.engine.drafting.proposer import HeadDrafter
 from clover_vllm.engine.models.clover2 import Clover2DraftModel
+from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.engine.v2.graphs import DraftGraphs
 from clover_vllm.engine.v2.layout import HeadRows, Scored, head_lengths
@@ -47,7 +48,7 @@ class Clover2Speculator(DraftModelSpeculator):
         self.trees: SlotTrees  # set by the runner
         self.scored: Scored | None = None  # of the step under way; set by the runner
         self.rows = HeadRows.make(self.input_buffers, self.idx_mapping)
-        self._hidden = torch.zeros(self.max_num_tokens, self.hidden_size, dtype=self.dtype, device=device)
+        self._hidden: torch.Tensor  # [most rows of a step, width], what the block reads
         self._roots = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
         self._block_graphs: DraftGraphs
         self._growth_graphs: DraftGraphs
@@ -62,6 +63,7 @@ class Clover2Speculator(DraftModelSpeculator):
         head = get_model(vllm_config=self.vllm_config, model_config=self.draft_model_config)
         assert isinstance(head, Clover2DraftModel)
         head.bind_target(target_model)
+        self._hidden = torch.zeros(self.max_num_tokens, head.width, dtype=self.dtype, device=self.device)
         return head
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -109,7 +111,7 @@ class Clover2Speculator(DraftModelSpeculator):
         Args:
             input_batch: of the step.
             slot_mappings: by layer, int64 [rows of the step].
-            aux_hidden_states: its only entry is the target's last layer, [rows, hidden size].
+            aux_hidden_states: those that the head reads, each [rows, hidden size]; the last is the last layer's.
             num_sampled: int32 [R], tokens that each request emitted.
             next_prefill_tokens: int32 [1, request slots], the prompt's token behind the step's rows.
             dummy_run: nothing was computed; the head is run for compilation and for the measurement of memory.
@@ -119,7 +121,7 @@ class Clover2Speculator(DraftModelSpeculator):
         """
         del attn_metadata, last_hidden_states, num_rejected, last_sampled, args, kwargs
         assert aux_hidden_states is not None
-        hidden, requests = aux_hidden_states[0], input_batch.num_reqs
+        hidden, requests = joined(aux_hidden_states), input_batch.num_reqs
         if dummy_run:
             return self._run_idly(hidden, requests)
         assert self.scored is not None, "the runner scores first"

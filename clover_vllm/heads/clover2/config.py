@@ -43,6 +43,10 @@ class Clover2Config(PretrainedConfig):
         hidden_scale: multiplies the target's hidden state before it enters the head (1.0 for
             published checkpoints).
         embed_scale: multiplies lm_head rows used as token embeddings (1.0 for published ones).
+        norm_state: whether the recurrent state goes on normed, so that it does not grow with depth
+            (arXiv 2605.09992).
+        target_layers: further layers of the target whose input is read, besides the last one's output, increasing;
+            None for none.
         target: name of the target model, for error messages and model cards.
         target_probe: what `probe_lm_head` measured on the target, or None if unknown.
         first_acceptance: share of steps whose likeliest draft token is accepted, greedy on held-out
@@ -73,6 +77,8 @@ class Clover2Config(PretrainedConfig):
         qk_norm: bool = False,
         hidden_scale: float = 1.0,
         embed_scale: float = 1.0,
+        norm_state: bool = False,
+        target_layers: Sequence[int] | None = None,
         target: str | None = None,
         target_probe: Sequence[float] | None = None,
         first_acceptance: float | None = None,
@@ -101,6 +107,8 @@ class Clover2Config(PretrainedConfig):
         self.qk_norm = qk_norm
         self.hidden_scale = hidden_scale
         self.embed_scale = embed_scale
+        self.norm_state = norm_state
+        self.target_layers = list(target_layers or [])
         self.target = target
         self.target_probe = None if target_probe is None else list(target_probe)
         self.first_acceptance = first_acceptance
@@ -134,6 +142,11 @@ class Clover2Config(PretrainedConfig):
                 raise UserError(
                     f"{self._name}: {name} is {getattr(self, name)}; it must be at most {MOST_LAYERS}."
                 )
+        layers = self.target_layers
+        if not all(isinstance(i, int) and i >= 0 for i in layers) or layers != sorted(set(layers)):
+            raise UserError(
+                f"{self._name}: target_layers is {layers!r}; it must be increasing layer numbers."
+            )
         share = self.first_acceptance
         if share is not None and share != 0 and not (_is_positive(share) and share <= 1):
             raise UserError(

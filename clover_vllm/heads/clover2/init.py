@@ -86,14 +86,18 @@ def config_fields_for_new(target: FrozenTarget, wanted: NewHead) -> dict[str, An
         UserError: as `config_for_target` does.
     """
     hidden_scale, embed_scale = measure_scales(wanted.hidden, target.lm_head.cpu(), wanted.token_ids)
-    return _target_fields(target.config) | {
-        "num_heads": wanted.num_heads,
-        "draft_vocab_size": None if wanted.draft_vocab is None else len(wanted.draft_vocab),
-        "hidden_scale": hidden_scale if wanted.scale_inputs else 1.0,
-        "embed_scale": embed_scale if wanted.scale_inputs else 1.0,
-        "target": target.name,
-        "target_probe": probe_lm_head(target.lm_head),
-    }
+    return (
+        _target_fields(target.config)
+        | {
+            "num_heads": wanted.num_heads,
+            "draft_vocab_size": None if wanted.draft_vocab is None else len(wanted.draft_vocab),
+            "hidden_scale": hidden_scale if wanted.scale_inputs else 1.0,
+            "embed_scale": embed_scale if wanted.scale_inputs else 1.0,
+            "target": target.name,
+            "target_probe": probe_lm_head(target.lm_head),
+        }
+        | dict(wanted.fields)
+    )
 
 
 def has_attention_bias(target_config: Any) -> bool:
@@ -138,7 +142,7 @@ def init_from_target(
 
     Augmenting layers and norms are copies of the target's last layers and final norm; the
     residual blocks' q and k are the identity plus U(0, 0.01), v is U(0, 0.01); the projectors are
-    [identity | about 0].
+    [identity | about 0]. What other target layers add is 0 at first.
 
     The copied layers add to a residual stream whose size the head's `hidden_scale` has changed;
     what they write (o_proj, down_proj) is scaled by the same constant, so that they change the
@@ -155,8 +159,13 @@ def init_from_target(
     """
     generator = torch.Generator().manual_seed(seed)
     copy_layers(head.layers, target_layers, head.config.hidden_scale)
-    for norm in (head.clover_norm, head.clover_head_norm):
+    norms = [head.clover_norm, head.clover_head_norm]
+    if head.config.norm_state:
+        norms.append(head.clover_head_state_norm)
+    for norm in norms:
         copy_norm(norm, target_norm)
+    if head.config.target_layers:
+        head.clover_mixer.mix.weight.zero_()
     for block in (head.clover_head_mlp_rnn, head.clover_head_mlp_rnn2):
         init_block(block, generator)
     size = head.config.hidden_size

@@ -55,6 +55,22 @@ class ResAttentionBlock(nn.Module):
         return x + (gate.unsqueeze(-1) * v).reshape(x.shape).to(x.dtype)
 
 
+class LayerMixer(nn.Module):
+    """Adds what earlier layers of the target know to its last hidden state: each is normed, one projection mixes them."""
+
+    def __init__(self, config: Clover2Config) -> None:
+        super().__init__()
+        size, count = config.hidden_size, len(config.target_layers)
+        self.norms = nn.ModuleList(RMSNorm(size, config.rms_norm_eps) for _ in range(count))
+        self.mix = nn.Linear(count * size, size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., (1 + layers) D], of which the last D are not read; last: [..., D] -> [..., D]."""
+        parts = hidden.split(last.shape[-1], dim=-1)
+        known = [norm(part) for norm, part in zip(self.norms, parts[:-1], strict=True)]
+        return last + self.mix(torch.cat(known, dim=-1))
+
+
 class Clover2DraftModel(SavedHead):
     """The Clover-2 head. Carries neither lm_head nor embeddings: they are the target's.
 
@@ -72,11 +88,15 @@ class Clover2DraftModel(SavedHead):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.clover_norm = RMSNorm(size, eps)
+        if config.target_layers:
+            self.clover_mixer = LayerMixer(config)
         self.clover_head_mlp_rnn = ResAttentionBlock(config)
         self.clover_head_mlp_rnn2 = ResAttentionBlock(config)
         self.clover_head_mlp = nn.Linear(size, size)
         self.clover_head_mlp2 = nn.Linear(2 * size, size)
         self.clover_head_norm = RMSNorm(size, eps)
+        if config.norm_state:
+            self.clover_head_state_norm = RMSNorm(size, eps)
         self.rotary = Rotary(config)
 
     def new_cache(self) -> list[KVCache]:
@@ -92,7 +112,8 @@ class Clover2DraftModel(SavedHead):
         """The augmenting block, paper section 3: mix in the token, then causal layers.
 
         Args:
-            hidden: [B, T, D], the target's pre-norm hidden states h_t.
+            hidden: [B, T, (1 + target layers) D], the target's hidden states: what enters `target_layers`,
+                then the pre-norm h_t.
             embeds: [B, T, D], unscaled lm_head rows of the tokens at t + 1.
             cache: from `new_cache`, when the positions continue an earlier call; grown in place.
 
@@ -102,7 +123,10 @@ class Clover2DraftModel(SavedHead):
         past = cache[0].length if cache else 0
         positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
         cos, sin = self.rotary(positions)
-        x = self.clover_head_mlp_rnn(hidden * self.config.hidden_scale, embeds * self.config.embed_scale)
+        last = hidden[..., -self.config.hidden_size :] * self.config.hidden_scale
+        if self.config.target_layers:
+            last = self.clover_mixer(hidden, last)
+        x = self.clover_head_mlp_rnn(last, embeds * self.config.embed_scale)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache[index] if cache else None)
         return self.clover_norm(x)
@@ -123,6 +147,8 @@ class Clover2DraftModel(SavedHead):
         """
         e = embeds * self.config.embed_scale
         r = self.clover_head_mlp_rnn2(r, e)
+        if self.config.norm_state:
+            r = self.clover_head_state_norm(r)
         return r, self.clover_head_norm(self.clover_head_mlp2(torch.cat([r, e], dim=-1)))
 
     def draft_states(self, g: torch.Tensor, next_embeds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -144,6 +170,10 @@ class Clover2DraftModel(SavedHead):
     @property
     def num_heads(self) -> int:
         return self.config.num_heads
+
+    @property
+    def target_layers(self) -> Sequence[int]:
+        return self.config.target_layers
 
     @staticmethod
     def embeddings_of(target: FrozenTarget) -> torch.Tensor:

@@ -17,15 +17,21 @@ from clover_vllm.target.frozen import FrozenTarget
 VOCAB = torch.arange(3, 90)
 
 
-def new_head(kind: HeadKind, frozen: FrozenTarget) -> Head:
+EVERY_HEAD: list[tuple[str, dict[str, object]]] = [(method, {}) for method in HEADS]
+EVERY_HEAD.append(("clover2", {"norm_state": True, "target_layers": [0, 1], "num_hidden_layers": 1}))
+
+
+def new_head(kind: HeadKind, frozen: FrozenTarget, **fields: object) -> Head:
     ids = torch.randint(3, 211, (1, 20), generator=torch.Generator().manual_seed(0))
     hidden = frozen.hidden_states(ids)[0]
-    return kind.head_class().new(frozen, NewHead(5, VOCAB, hidden, ids[0], True, seed=0))
+    return kind.head_class().new(frozen, NewHead(5, VOCAB, hidden, ids[0], True, 0, fields))
 
 
-@pytest.mark.parametrize("method", HEADS)
-def test_a_saved_head_is_found_by_its_config(method: str, frozen: FrozenTarget, tmp_path: Path) -> None:
-    head = new_head(HEADS[method], frozen).to(torch.bfloat16)
+@pytest.mark.parametrize(("method", "fields"), EVERY_HEAD)
+def test_a_saved_head_is_found_by_its_config(
+    method: str, fields: dict[str, object], frozen: FrozenTarget, tmp_path: Path
+) -> None:
+    head = new_head(HEADS[method], frozen, **fields).to(torch.bfloat16)
     head.save(tmp_path / "head", frozen.path)
     kind = kind_of(tmp_path / "head")
     assert kind is HEADS[method]
@@ -37,16 +43,18 @@ def test_a_saved_head_is_found_by_its_config(method: str, frozen: FrozenTarget, 
     assert (again.draft_vocab is not None) == head.saves_draft_vocab
 
 
-@pytest.mark.parametrize("method", HEADS)
-def test_drafters_predict_what_training_teaches(method: str, frozen: FrozenTarget) -> None:
+@pytest.mark.parametrize(("method", "fields"), EVERY_HEAD)
+def test_drafters_predict_what_training_teaches(
+    method: str, fields: dict[str, object], frozen: FrozenTarget
+) -> None:
     """Depth by depth, drafting along a known answer gives the teacher-forced states' tokens."""
-    head = new_head(HEADS[method], frozen)
+    head = new_head(HEADS[method], frozen, **fields)
     torch.manual_seed(1)
     for parameter in head.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     ids = torch.randint(3, 90, (1, 14))
-    hidden = frozen.hidden_states(ids)
-    post_norm = frozen.norm(hidden)
+    hidden = frozen.hidden_states(ids, head.target_layers)
+    post_norm = frozen.norm(hidden[..., -128:])
     embed = head.embeddings_of(frozen)
     tables = DraftTables(embed, frozen.lm_head[VOCAB], VOCAB)
     source = torch.arange(3, 8)

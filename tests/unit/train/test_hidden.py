@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,8 @@ class CountingTarget:
         self.calls: list[list[int]] = []  # first tokens of the sequences that were computed
         self.last: torch.Tensor | None = None
 
-    def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, token_ids: torch.Tensor, layers: Sequence[int] = ()) -> torch.Tensor:
+        assert not layers
         self.calls.append(token_ids[:, 0].tolist())
         self.last = (token_ids + len(self.calls) / 100)[..., None].expand(*token_ids.shape, SIZE).clone()
         return self.last

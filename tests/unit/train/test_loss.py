@@ -43,9 +43,11 @@ def test_rows_are_the_positions_that_drafting_starts_from() -> None:
                 assert expected[n + i] == (b, t + i)
 
 
-@pytest.mark.parametrize("of_tokens", [False, True])
+@pytest.mark.parametrize(("of_tokens", "acceptance"), [(False, 0.0), (True, 0.0), (False, 3.0)])
 @pytest.mark.parametrize("chunk_elements", [1, 400, 10**6])
-def test_chunked_loss_and_gradient_equal_dense(chunk_elements: int, of_tokens: bool) -> None:
+def test_chunked_loss_and_gradient_equal_dense(
+    chunk_elements: int, of_tokens: bool, acceptance: float
+) -> None:
     torch.manual_seed(0)
     heads, rows, size, vocab = 3, 40, 16, 50
     states = torch.randn(heads, rows, size, requires_grad=True)
@@ -55,20 +57,30 @@ def test_chunked_loss_and_gradient_equal_dense(chunk_elements: int, of_tokens: b
         valid[i, rows - i :] = False
     covered = torch.rand(rows) < 0.9
     tokens = torch.randint(vocab, (rows,)) if of_tokens else None
-    targets = VocabularyTargets(goal, weight, valid, covered, tokens)
+    temperature = 0.5 if acceptance else 1.0
+    targets = VocabularyTargets(goal, weight, valid, covered, tokens, temperature, acceptance)
     loss, accuracy = vocabulary_loss(states, targets, chunk_elements)
     scale = torch.tensor([1.0, 0.7, 0.49])
     (gradient,) = torch.autograd.grad((loss * scale).sum(), states)
 
     dense, right = [], []
-    p = torch.softmax(goal @ weight.T, -1) if tokens is None else F.one_hot(tokens, vocab).float()
+    p = (
+        torch.softmax(goal @ weight.T / temperature, -1)
+        if tokens is None
+        else F.one_hot(tokens, vocab).float()
+    )
     best = p.argmax(-1)
     for i in range(heads):
-        terms = [
-            (-(p[n + i] * F.log_softmax(states[i, n] @ weight.T, -1)).sum(), states[i, n] @ weight.T, n + i)
-            for n in range(rows)
-            if valid[i, n] and covered[n + i]
-        ]
+        terms = []
+        for n in range(rows):
+            if valid[i, n] and covered[n + i]:
+                logits = states[i, n] @ weight.T
+                term = -(p[n + i] * F.log_softmax(logits, -1)).sum()
+                if acceptance:
+                    accepted = torch.minimum(p[n + i], torch.softmax(logits, -1)).sum()
+                    share = torch.exp(-acceptance * accepted.detach())
+                    term = share * term + (1 - share) * (1 - accepted)
+                terms.append((term, logits, n + i))
         dense.append(torch.stack([t[0] for t in terms]).mean())
         right.append(float(np.mean([int(t[1].argmax()) == int(best[t[2]]) for t in terms])))
     expected = torch.stack(dense)
