@@ -35,7 +35,7 @@ logger = init_logger("vllm.clover")
 PARTS = ("verify", "sample", "move", "draft", "python")
 """Parts of a step whose seconds are counted (see `base.timing`)."""
 
-REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft", "unread_text")
+REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft")
 """Why a request got a chain, a shorter tree or no draft in a step."""
 
 SOURCES = ("head", "retrieved", "both")

@@ -61,7 +61,9 @@ class CloverOptions:
         head_precision: `int8` for the head's products on a CPU where the engine runs in half precision, or `model`
             for the engine's own precision everywhere.
         backlog_mib: most memory, in MiB, for hidden states that the head has not read because drafting did not pay.
-            The head drafts no more for requests whose states had to go.
+            The oldest go.
+        read_window: positions that the head reads, on the V1 model runner, of a text of which it has missed more. It
+            sees nothing before them.
 
     Raises:
         UserError: a value that cannot work.
@@ -77,6 +79,7 @@ class CloverOptions:
     retrieval: str = "all"
     head_precision: str = "int8"
     backlog_mib: int = 64
+    read_window: int = 128
 
     def __post_init__(self) -> None:
         for name in ("draft_rounds", "draft_width", "draft_candidates"):
@@ -91,10 +94,12 @@ class CloverOptions:
             raise UserError(
                 f"Clover's option head_precision is {self.head_precision!r}; it must be int8 or model."
             )
-        if type(self.backlog_mib) is not int or self.backlog_mib < 1:
-            raise UserError(
-                f"Clover's option backlog_mib is {self.backlog_mib!r}; it must be a whole number of 1 or more."
-            )
+        for name in ("backlog_mib", "read_window"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(
+                    f"Clover's option {name} is {value!r}; it must be a whole number of 1 or more."
+                )
         for name, low in (("draft_top_p", "above 0"), ("draft_min_share", "0"), ("draft_min_joint", "0")):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,8 +1,9 @@
 """Hidden states that the head has not read yet.
 
-The augmenting block reads the target's hidden state at every position of a text, in order, and keeps keys and values
-of its own. Where drafting does not pay it reads nothing: steps are only noted here, which costs a few microseconds
-whatever the batch. When a request is to be drafted for, all that it has missed is read in one pass.
+The augmenting block reads the target's hidden states of a text in order, and keeps keys and values of its own. Where
+drafting does not pay it reads nothing: steps are only noted here, which costs a few microseconds whatever the batch.
+When a request is to be drafted for, what it has missed is read in one pass. Of much, the block reads the end alone and
+sees nothing before it: a request's view of its text begins at a block of the cache, and may begin anew at a later one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class AcceptedRows:
     positions: torch.Tensor  # int64 [N]
     slots: torch.Tensor  # int64 [N], cache slots of those positions
     starts: list[int]  # [R + 1], first entry of each request
-    seq_lens: list[int]  # [R], positions cached afterwards
+    skipped: list[int]  # [R], blocks of the cache before the head's view of the text
+    seq_lens: list[int]  # [R], positions in view afterwards
 
 
 @dataclass
@@ -54,34 +56,41 @@ class _Note:
         return int(self.computed[r]), [*range(first, root + 1), *(root + 1 + node for node in accepted)]
 
 
-def _first(parts: list[tuple[torch.Tensor, list[int]]], count: int) -> list[tuple[torch.Tensor, list[int]]]:
-    """The first rows of some steps' rows."""
-    found: list[tuple[torch.Tensor, list[int]]] = []
+_Rows = list[tuple[torch.Tensor, list[int]]]
+"""Hidden states of steps, and which of their rows."""
+
+
+def _cut(parts: _Rows, skip: int, count: int) -> _Rows:
+    """So many of some steps' rows, behind those to skip."""
+    found: _Rows = []
     for of, rows in parts:
-        if count > 0:
-            found.append((of, rows[:count]))
-        count -= len(rows)
+        if kept := rows[skip : skip + count]:
+            found.append((of, kept))
+            count -= len(kept)
+        skip = max(0, skip - len(rows))
     return found
 
 
 class Backlog:
     """Notes of steps, and how far the head has read every request."""
 
-    def __init__(self, limit: int, block_size: int, blocks: int, vocab_size: int) -> None:
+    def __init__(self, limit: int, window: int, block_size: int, blocks: int, vocab_size: int) -> None:
         """
         Args:
-            limit: most bytes of hidden states. Requests whose states had to go are lost: the head cannot draft for
-                them any more.
+            limit: most bytes of hidden states; the oldest go.
+            window: positions of which the head reads at most the latest, but for a block, where it has missed more.
             block_size: cache slots per block.
             blocks: of the cache; 0 where no prefix is shared between requests.
             vocab_size: placeholders of multimodal prompts and of embeddings lie outside and are read as 0.
         """
         self._limit, self._block_size, self._vocab_size = limit, block_size, vocab_size
+        self._window = window
         self._notes: deque[_Note] = deque()
         self._dropped = 0  # notes that are gone; the oldest that is left has this number
         self._bytes = 0
         self._since: dict[str, int] = {}  # by request, the first note that it has not read
-        self._read: dict[str, int] = {}  # by request, positions that the head has read
+        self._read: dict[str, int] = {}  # by request, the position up to which the head has read
+        self._first: dict[str, int] = {}  # by request, the position at which its view begins
         self._whole = np.zeros(blocks, dtype=bool)  # blocks whose slots the head has all written
 
     def start(self, name: str, computed: int, block_ids: Sequence[int]) -> None:
@@ -93,12 +102,25 @@ class Backlog:
             block_ids: of its cache.
         """
         if name in self._read:
-            self._read[name] = min(self._read[name], computed)
-            return
-        shared = list(block_ids[: -(-computed // self._block_size)])
-        known = not computed or (len(self._whole) > 0 and bool(self._whole[shared].all()))
-        self._since[name] = self._dropped + len(self._notes)
-        self._read[name] = computed if known else -1
+            read = min(self._read[name], computed)
+        else:
+            self._since[name] = self._dropped + len(self._notes)
+            shared = list(block_ids[: -(-computed // self._block_size)])
+            known = self._whole[shared] if len(self._whole) else np.zeros(len(shared), dtype=bool)
+            unknown = np.flatnonzero(~known)
+            self._first[name] = int(unknown[-1] + 1) * self._block_size if len(unknown) else 0
+            read = computed
+        self._begin(name, read)
+
+    def _begin(self, name: str, read: int) -> None:
+        """The head has read up to here, or to where its view begins, if that is later."""
+        if read < self._first[name]:
+            self._first[name] = read = self._block_from(read)
+        self._read[name] = read
+
+    def _block_from(self, position: int) -> int:
+        """The first position at or behind this one with which a block of the cache begins."""
+        return -(-position // self._block_size) * self._block_size
 
     def note(
         self, hidden: torch.Tensor, names: Sequence[str], step: Step, computed: np.ndarray, table: np.ndarray
@@ -132,8 +154,8 @@ class Backlog:
     def forget(self, names: Iterable[str]) -> None:
         """Requests have ended, or lost their cache to a preemption."""
         for name in names:
-            self._since.pop(name, None)
-            self._read.pop(name, None)
+            for known in (self._since, self._read, self._first):
+                known.pop(name, None)
 
     def sweep(self) -> None:
         """Let go of notes that nobody needs any more."""
@@ -142,11 +164,12 @@ class Backlog:
             self._drop()
 
     def pending(self, name: str, computed: int) -> int | None:
-        """Positions that the head has not read of a request with this many cached ones; None if it is lost."""
-        read = self._read.get(name, -1)
-        if read < 0 or self._since[name] < self._dropped:
+        """Positions that the head would read of a request with this many cached ones; None if it cannot so far."""
+        read = self._read.get(name)
+        if read is None or read > computed:
             return None
-        return computed - read
+        missed = computed - read
+        return missed if missed <= self._window + self._block_size else self._window
 
     def take(
         self,
@@ -159,7 +182,7 @@ class Backlog:
         """What some requests have not read, which counts as read from now on.
 
         Args:
-            requests: of the batch; one that is lost, or has missed nothing, is left out.
+            requests: of the batch; one that is unknown, or has missed nothing, is left out.
             names: of the batch.
             states: of vLLM's runner.
             table: int [R, blocks], vLLM's block table.
@@ -167,42 +190,55 @@ class Backlog:
         """
         chosen: list[int] = []
         complete: set[int] = set()
-        parts: list[tuple[torch.Tensor, list[int]]] = []
+        parts: _Rows = []
         tokens: list[int] = []
-        firsts: list[int] = []
+        froms: list[int] = []
         counts: list[int] = []
         last = self._dropped + len(self._notes)
         for r in requests:
             name = names[r]
-            read, since = self._read.get(name, -1), self._since.get(name, -1)
-            if read < 0 or since < self._dropped or not most:
+            if name not in self._read or not most:
                 continue
-            whole, missed = self._missed(name, read, since)
-            if not whole:
-                self._read[name] = -1  # something of its text was never seen
-                continue
-            count = sum(len(rows) for _, rows in missed)
+            count, missed = self._in_view(name)
             if not count:
                 continue
             if count > most:
                 count = most
-                missed = _first(missed, most)
+                missed = _cut(missed, 0, most)
             else:
                 complete.add(r)
                 self._since[name] = last
             most -= count
             parts += missed
             chosen.append(r)
-            firsts.append(read)
+            read = self._read[name]
+            froms.append(read)
             counts.append(count)
             tokens += self._tokens(states[name], read + 1, read + 1 + count)
             self._read[name] = read + count
         if not chosen:
             return None
-        return self._layout(chosen, complete, parts, tokens, firsts, counts, table)
+        return self._layout(chosen, [names[r] for r in chosen], complete, parts, tokens, froms, counts, table)
 
-    def _missed(self, name: str, read: int, since: int) -> tuple[bool, list[tuple[torch.Tensor, list[int]]]]:
-        """Whether a request's notes follow on what was read, and their rows by step. A later note of a position wins."""
+    def _in_view(self, name: str) -> tuple[int, _Rows]:
+        """What a request has missed, of which the view begins anew if that is much or something was never noted."""
+        start, missed = self._missed(name, self._read[name], max(self._since[name], self._dropped))
+        count = sum(len(rows) for _, rows in missed)
+        end = start + count
+        if end - self._read[name] > self._window + self._block_size:
+            self._first[name] = self._read[name] = max(
+                (end - self._window) // self._block_size * self._block_size, self._block_from(start)
+            )
+        elif start > self._read[name]:
+            self._first[name] = self._read[name] = self._block_from(start)
+        skip = self._read[name] - start
+        return max(0, count - skip), _cut(missed, skip, count)
+
+    def _missed(self, name: str, read: int, since: int) -> tuple[int, _Rows]:
+        """A request's rows by step, without a gap up to its latest, and their first position, `read` or later.
+
+        A later note of a position wins.
+        """
         parts: list[tuple[int, torch.Tensor, list[int]]] = []
         for i in range(since - self._dropped, len(self._notes)):
             note = self._notes[i]
@@ -212,18 +248,17 @@ class Backlog:
             at, rows = note.rows(r)
             while parts and parts[-1][0] >= at:
                 parts.pop()
-            if parts and parts[-1][0] + len(parts[-1][2]) > at:
+            if parts:
                 first, of, own = parts[-1]
-                parts[-1] = (first, of, own[: at - first])
+                if first + len(own) < at:
+                    parts.clear()
+                else:
+                    parts[-1] = (first, of, own[: at - first])
             parts.append((at, note.hidden, rows))
         found = [
             (max(at, read), of, rows[max(0, read - at) :]) for at, of, rows in parts if at + len(rows) > read
         ]
-        expected, whole = read, True
-        for at, _, rows in found:
-            whole = whole and at == expected
-            expected = at + len(rows)
-        return whole, [(of, rows) for _, of, rows in found]
+        return found[0][0] if found else read, [(of, rows) for _, of, rows in found]
 
     def _tokens(self, state: CachedRequestState, first: int, last: int) -> list[int]:
         """Token ids at some positions of a request's text, 0 where there are none."""
@@ -240,8 +275,9 @@ class Backlog:
     def _layout(
         self,
         chosen: list[int],
+        names: list[str],
         complete: set[int],
-        parts: list[tuple[torch.Tensor, list[int]]],
+        parts: _Rows,
         tokens: list[int],
         read: list[int],
         counts: list[int],
@@ -252,7 +288,7 @@ class Backlog:
             states = latest[torch.tensor([row for _, rows in parts for row in rows]).to(latest.device)]
         else:
             states = torch.cat([of[torch.tensor(rows).to(of.device)] for of, rows in parts])
-        sizes = np.array(counts)
+        sizes, firsts = np.array(counts), [self._first[name] for name in names]
         starts = [0, *accumulate(counts)]
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes) + np.repeat(read, sizes)
         owners = np.repeat(np.array(chosen), sizes)
@@ -270,5 +306,6 @@ class Backlog:
             positions=torch.from_numpy(positions).to(device),
             slots=torch.from_numpy(blocks * self._block_size + positions % self._block_size).to(device),
             starts=starts,
-            seq_lens=[a + c for a, c in zip(read, counts, strict=True)],
+            skipped=[first // self._block_size for first in firsts],
+            seq_lens=[a + c - f for a, c, f in zip(read, counts, firsts, strict=True)],
         )

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TRIAL = 48
+TRIAL = 96
 """Steps after which drafting for a load is judged."""
 
-MEMORY = 64
+MEMORY = 128
 """Steps that count, roughly: older ones fade."""
 
 FIRST_REST, LONGEST_REST = 256, 8192

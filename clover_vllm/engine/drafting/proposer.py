@@ -265,8 +265,13 @@ class Clover2Proposer(EagleProposer):
     ) -> AbstractContextManager[None]:
         """vLLM's, for the augmenting block's attention and whatever its compiled modules ask for."""
         count = accepted.positions.shape[0]
-        whole = accepted.requests == list(range(common.num_reqs))
-        index = torch.tensor(accepted.requests, device=common.block_table_tensor.device)
+        tables = common.block_table_tensor
+        if accepted.requests != list(range(common.num_reqs)):
+            tables = tables[torch.tensor(accepted.requests, device=tables.device)]
+        if any(accepted.skipped):
+            skipped = torch.tensor(accepted.skipped, device=tables.device)
+            blocks = skipped[:, None] + torch.arange(tables.shape[1], device=tables.device)
+            tables = tables.gather(1, blocks.clamp(max=tables.shape[1] - 1))
         starts = torch.tensor(accepted.starts, dtype=torch.int32)
         seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)
         metadata = CommonAttentionMetadata(
@@ -278,7 +283,7 @@ class Clover2Proposer(EagleProposer):
             num_actual_tokens=count,
             max_query_len=max(b - a for a, b in pairwise(accepted.starts)),
             max_seq_len=max(accepted.seq_lens),
-            block_table_tensor=common.block_table_tensor if whole else common.block_table_tensor[index],
+            block_table_tensor=tables,
             slot_mapping=accepted.slots,
             causal=True,
         )

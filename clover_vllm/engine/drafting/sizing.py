@@ -48,9 +48,6 @@ READING_PAYS = 2.0
 LIFE = 48
 """Steps over which the price of reading a backlog is spread, at most."""
 
-LONG_PROMPT = 256
-"""A prompt of more positions is read one step late, so that its first token does not wait for that."""
-
 MOST_LEVELS = 12
 
 
@@ -61,7 +58,7 @@ class Wanted:
     r: int  # of the batch
     room: int  # nodes on a path that can still be accepted
     cached: int  # positions in its cache
-    pending: int | None  # of them, those that the head has not read; None: it cannot
+    pending: int | None  # of them, those that the head would have to read; None: it cannot
     sampled: bool  # rather than the most likely token
 
 
@@ -234,7 +231,7 @@ class Sizer:
             accepted: of those.
             drafting: milliseconds before it.
         """
-        if not emitting:
+        if not emitting or self._steps <= LOOK + 1:
             return
         per_node = size.crossed / max(1, size.sampled - emitting)
         without = StepSize(

@@ -17,7 +17,7 @@ from clover_vllm.engine.drafting.backlog import AcceptedRows, Backlog
 from clover_vllm.engine.drafting.measure import costs_of
 from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.retrieval import Retrieval, suffix_cache
-from clover_vllm.engine.drafting.sizing import LONG_PROMPT, Sizer, Wanted
+from clover_vllm.engine.drafting.sizing import Sizer, Wanted
 from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
@@ -115,6 +115,7 @@ class Speculation:
         cached = runner.vllm_config.cache_config.enable_prefix_caching
         self.backlog = Backlog(
             runner.drafter.options.backlog_mib << 20,
+            runner.drafter.options.read_window,
             runner.input_batch.block_table[0].block_size,
             runner.kv_cache_config.num_blocks if cached else 0,
             runner.model_config.get_vocab_size(),
@@ -260,17 +261,14 @@ class Speculation:
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
-        wanted = self._wanted(sizer, backlog, done)
+        wanted = self._wanted(backlog, done)
         if not wanted:
             agree(((), ()))
             return {}
         prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
         looked_up = self._retrieve(sizer, wanted, done.names, forest, prices)
-        places = [
-            i for i in sizer.choose(wanted, forest, prices)
-            if not (wanted[i].pending or 0) > LONG_PROMPT or not done.was_prompt(wanted[i].r)
-        ]  # fmt: skip
+        places = sizer.choose(wanted, forest, prices)
         asked = [wanted[i].r for i in places]
         ended = self._rests(backlog, done) if places and not sizer.asleep else []
         agree((asked, ended))
@@ -317,14 +315,12 @@ class Speculation:
         prices.spent += taken
         return taken
 
-    def _wanted(self, sizer: Sizer, backlog: Backlog, done: Scored) -> list[Wanted]:
+    def _wanted(self, backlog: Backlog, done: Scored) -> list[Wanted]:
         endings, sampled = done.step.endings, done.sampled
         found = []
         for r in done.going:
             name, cached = done.names[r], done.cached(r)
             pending = backlog.pending(name, cached)
-            if pending is None and not sizer.asleep:
-                self._runner.counters.count_fallback("unread_text")
             room = endings.get(r, NEVER).remaining - len(sampled[r]) - 1
             found.append(Wanted(r, room, cached, pending, self._kinds.get(name, SPECIAL) == SAMPLED))
         return found

@@ -1,4 +1,4 @@
-"""The head reads every position of a text once and in order, however late, or it is told that it cannot."""
+"""The head reads every position of a text once and in order, however late, or the end of it alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class State:
 class World:
     """A batch of requests whose texts are known, step by step."""
 
-    def __init__(self, prompts: list[int], limit: int = AMPLE, blocks: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, prompts: list[int], limit: int = AMPLE, blocks: int = 0, seed: int = 0, window: int = AMPLE
+    ) -> None:
         """prompts: their lengths."""
         self.rng = random.Random(seed)
         self.names = [f"r{i}" for i in range(len(prompts))]
@@ -44,7 +46,7 @@ class World:
         }
         self.computed = np.zeros(len(prompts), dtype=np.int64)
         self.table = np.arange(len(prompts) * 50).reshape(len(prompts), 50) + 7
-        self.backlog = Backlog(limit, BLOCK, blocks, VOCAB)
+        self.backlog = Backlog(limit, window, BLOCK, blocks, VOCAB)
         self.read = [0] * len(prompts)
         for r, name in enumerate(self.names):
             self.backlog.start(name, 0, self.table[r].tolist())
@@ -119,14 +121,18 @@ class World:
         assert len(taken.hidden) == len(taken.next_tokens) == len(taken.positions) == taken.starts[-1]
         for i, r in enumerate(taken.requests):
             own = slice(taken.starts[i], taken.starts[i + 1])
-            positions = [*range(self.read[r], self.read[r] + own.stop - own.start)]
+            first = int(taken.positions[own][0])
+            if first != self.read[r]:
+                assert first == taken.skipped[i] * BLOCK > self.read[r], "the view begins anew"
+                self.read[r] = first
+            positions = [*range(first, first + own.stop - own.start)]
             assert taken.positions[own].tolist() == positions
             assert taken.hidden[own].tolist() == [[r, p, 1] for p in positions]
             assert taken.next_tokens[own].tolist() == [self.texts[r][p + 1] for p in positions]
             slots = [int(self.table[r, p // BLOCK]) * BLOCK + p % BLOCK for p in positions]
             assert taken.slots[own].tolist() == slots
             self.read[r] += len(positions)
-            assert taken.seq_lens[i] == self.read[r]
+            assert taken.seq_lens[i] == self.read[r] - taken.skipped[i] * BLOCK
             assert (r in taken.complete) == (self.read[r] == self.computed[r])
         return taken
 
@@ -162,20 +168,39 @@ def test_what_does_not_fit_a_pass_is_left_for_the_next() -> None:
     assert taken.complete == {0}
 
 
-def test_memory_is_bounded_and_who_loses_states_is_lost_for_good() -> None:
+def test_memory_is_bounded_and_who_loses_states_begins_with_what_is_left() -> None:
     """64 rows fit; the request that reads all the time keeps its place."""
     world = World([4, 4], limit=64 * WIDTH * 4)
     for _ in range(80):
         world.step(trees=False)
         world.take([0])
     assert world.pending(0) == 0
-    assert world.pending(1) is None
-    assert world.take([1]) is None
+    taken = world.take([1])
+    assert taken is not None
+    assert 28 <= taken.starts[-1] <= 32
+    assert world.read == world.computed.tolist()
     world.step()
-    assert world.pending(1) is None
     taken = world.take([0, 1])
     assert taken is not None
-    assert taken.requests == [0]
+    assert taken.complete == {0, 1}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_much_the_end_alone_is_read(seed: int) -> None:
+    world = World([1, 9, 40, 70], seed=seed, window=12)
+    for _ in range(30):
+        world.step()
+        asked = sorted(world.rng.sample(range(4), world.rng.randrange(1, 5)))
+        pending = {r: world.pending(r) for r in asked}
+        if world.rng.random() < 0.3:
+            taken = world.take(asked)
+            for i, r in enumerate(taken.requests if taken else []):
+                count = taken.starts[i + 1] - taken.starts[i]
+                assert count < 12 + 2 * BLOCK
+                assert abs(count - pending[r]) < BLOCK
+            world.backlog.sweep()
+    world.take([0, 1, 2, 3])
+    assert world.read == world.computed.tolist()
 
 
 def test_one_step_is_kept_however_large_it_is() -> None:
@@ -185,31 +210,40 @@ def test_one_step_is_kept_however_large_it_is() -> None:
     assert world.take([0]) is not None
 
 
-def test_a_cached_prefix_that_the_head_has_not_read_makes_a_request_lost() -> None:
+def test_a_cached_prefix_that_the_head_has_not_read_is_not_seen() -> None:
     world = World([12])
-    world.backlog.start("late", 8, [50, 51, 52])
-    assert world.backlog.pending("late", 8) is None
+    world.backlog.forget(["r0"])
+    world.backlog.start("r0", 8, world.table[0].tolist())
+    world.computed[0] = world.read[0] = 8
+    world.step()
+    taken = world.take([0])
+    assert taken is not None
+    assert taken.skipped == [2]
+    assert taken.seq_lens == [4]
 
 
-def test_a_shared_prefix_is_known_where_the_head_has_written_its_blocks() -> None:
+def test_a_shared_prefix_is_seen_where_the_head_has_written_its_blocks() -> None:
     """Whole blocks only, and only until the target writes them anew."""
+
+    def seen(world: World, computed: int) -> int:
+        """Positions of a prefix that the head of a new request sees."""
+        world.backlog.forget(["new"])
+        world.backlog.start("new", computed, world.table[0].tolist())
+        return computed - world.backlog._first["new"]
+
     world = World([10], blocks=100)
-    blocks = world.table[0].tolist()
     world.step(chunk=10)
-    world.backlog.start("too early", 8, blocks)
-    assert world.backlog.pending("too early", 8) is None
+    assert seen(world, 8) == 0, "too early"
     world.take([0])
-    world.backlog.start("shares two blocks", 8, blocks)
-    assert world.backlog.pending("shares two blocks", 8) == 0
-    assert world.backlog.pending("shares two blocks", 11) == 3
-    world.backlog.start("shares three", 12, blocks)
-    assert world.backlog.pending("shares three", 12) is None, "the third is not full"
+    assert seen(world, 8) == 8
+    assert world.backlog.pending("new", 8) == 0
+    assert world.backlog.pending("new", 11) == 3
+    assert seen(world, 12) == 0, "the third block is not full"
     world.backlog.forget(world.names)
-    world.backlog.start("r0", 0, blocks)
+    world.backlog.start("r0", 0, world.table[0].tolist())
     world.computed[:], world.read[:] = 0, [0]
     world.step(chunk=10)
-    world.backlog.start("too late", 8, blocks)
-    assert world.backlog.pending("too late", 8) is None, "the target has written them again"
+    assert seen(world, 8) == 0, "the target has written them again"
 
 
 def test_a_preempted_request_begins_again() -> None:
