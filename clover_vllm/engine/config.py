@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
-from clover_vllm.engine.options import DEFAULT_NODES, METHOD, CloverOptions, split_options
+from clover_vllm.engine.options import METHOD, CloverOptions, split_options
 from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
 from clover_vllm.heads.registry import TREE_HEADS, check_head
 from clover_vllm.heads.weights import check_target_folder
@@ -131,7 +131,7 @@ def clover_config(
         target: of the target model.
         parallel: of the target model; its worker class is set.
         device: `vllm.platforms.current_platform.device_type`.
-        engine_args: that it all comes from.
+        engine_args: that it all comes from; its scheduler is set where trees are sized there.
 
     Raises:
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
@@ -152,6 +152,8 @@ def clover_config(
     if not folder.is_dir() and shared.get("quantization") is None:
         _check_hub_head(made.draft_model_config, target, engine_args)
     parallel.worker_cls = WORKERS[device]
+    if prefers_v2() and options.tree == "adaptive" and engine_args.scheduler_cls is None:
+        engine_args.scheduler_cls = "clover_vllm.engine.v2.scheduler.make_scheduler"
     made.counters = export_counters(made)
     return made
 
@@ -165,9 +167,7 @@ def _read_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], CloverOptio
     shared, options = split_options(given, SHARED_OPTIONS)
     if not shared.get("model") or not isinstance(shared["model"], str):
         raise UserError('Clover-2 needs a head: give its folder or name as "model".')
-    # On the V2 runner trees have one size so far, whatever the option.
-    default = DEFAULT_NODES if prefers_v2() else options.default_nodes
-    nodes = shared.setdefault("num_speculative_tokens", default)
+    nodes = shared.setdefault("num_speculative_tokens", options.default_nodes)
     if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
         raise UserError(
             f"num_speculative_tokens is {nodes!r}; with Clover-2 it is the largest number of tree nodes "

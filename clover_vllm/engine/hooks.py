@@ -97,6 +97,13 @@ HOOKS = (
         "vllm.v1.worker.gpu.model_runner is that of Clover's; a second speculator would be made for nothing otherwise.",
     ),
     Symbol(
+        "vllm.v1.worker.gpu.cudagraph_utils",
+        "ModelCudaGraphManager.__init__",
+        ("self", "vllm_config", "device", "cudagraph_mode", "decode_query_len"),
+        "The V2 runner makes it by name, for trees of one size. While Clover's runner gets its cache, the name in "
+        "vllm.v1.worker.gpu.model_runner is that of a subclass, for trees of several.",
+    ),
+    Symbol(
         "vllm.v1.worker.cpu.model_runner",
         "CPUModelRunner.warming_up_model",
         ("self",),
@@ -366,6 +373,19 @@ _ON_V2 = (
         "CUDA graphs of drafting",
     ),
     Symbol(f"{_V2}.cudagraph_utils", "CudaGraphManager._init_candidates", ("self",), "which of them"),
+    Symbol(
+        f"{_V2}.cudagraph_utils",
+        "CudaGraphManager.dispatch",
+        ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+        "CUDA graphs of steps with trees of several sizes",
+    ),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self",), "times steps"),
+    Symbol(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+        "times steps, counts what they accept",
+    ),
     Symbol(f"{_V2}.cudagraph_utils", "CudaGraphManager.run_fullgraph", ("self", "desc"), "their replay"),
     Symbol(
         _SPECULATOR,
@@ -612,6 +632,15 @@ def making_speculator(speculator: type) -> Iterator[None]:
     from vllm.v1.worker.gpu import model_runner
 
     with _replaced(model_runner, "init_speculator", lambda config, device, *_: speculator(config, device)):
+        yield
+
+
+@contextmanager
+def making_graphs(manager: Callable[..., Any]) -> Iterator[None]:
+    """Let vLLM's V2 runner make its CUDA graphs by this; for our runner."""
+    from vllm.v1.worker.gpu import model_runner
+
+    with _replaced(model_runner, "ModelCudaGraphManager", manager):
         yield
 
 

@@ -13,11 +13,29 @@ from clover_vllm.engine.v2.graphs import request_sizes
 
 def test_sizes_are_vllms_own_lie_apart_and_reach_the_largest_batch() -> None:
     usual = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    assert request_sizes(usual, 256) == [1, 2, 4, 8, 16, 24, 32, 40, 56, 72, 96, 120, 152, 192, 240, 256]
-    assert request_sizes(usual, 100)[-2:] == [96, 100]
-    assert request_sizes(usual, 3) == [1, 2, 3]
-    assert request_sizes(range(1, 9), 64) == list(range(1, 9))
-    assert request_sizes(usual, 0) == []
+    assert request_sizes(usual, 256, 1.25) == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        24,
+        32,
+        40,
+        56,
+        72,
+        96,
+        120,
+        152,
+        192,
+        240,
+        256,
+    ]
+    assert request_sizes(usual, 256, 1.0) == usual[: usual.index(256) + 1]
+    assert request_sizes(usual, 100, 1.25)[-2:] == [96, 100]
+    assert request_sizes(usual, 3, 1.25) == [1, 2, 3]
+    assert request_sizes(range(1, 9), 64, 2.0) == list(range(1, 9))
+    assert request_sizes(usual, 0, 1.25) == []
 
 
 def test_a_replay_sees_static_inputs_alone() -> None:

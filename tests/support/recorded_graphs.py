@@ -112,15 +112,17 @@ def capture(runner: Any, sizes: list[int]) -> None:
     runner.capture_model()
 
 
-def replays(runner: Any) -> dict[str, dict[int, int]]:
-    """By part of a step and number of requests that a graph is for, how often it was replayed."""
+def replays(runner: Any) -> dict[str, dict[int, dict[int, int]]]:
+    """By part of a step, rows per request and number of requests that a graph is for, how often it was replayed."""
     speculator = runner.speculator
     managers = {
         "target": runner.cudagraph_manager,
         "block": speculator._block_graphs,
         "growth": speculator._growth_graphs,
     }
-    return {
-        name: {graph.num_reqs: made.replays for graph, made in manager.graphs.items()}
-        for name, manager in managers.items()
-    }
+    found: dict[str, dict[int, dict[int, int]]] = {}
+    for name, manager in managers.items():
+        for graph, made in manager.graphs.items():
+            of_part = found.setdefault(name, {}).setdefault(graph.uniform_token_count, {})
+            of_part[graph.num_reqs] = made.replays
+    return found

@@ -8,7 +8,8 @@ Keys of what `main` takes:
     speculative: Clover's speculative configuration.
     jobs: by name, {"requests": see `clover_vllm.check.scripted.drive`, "scripted": share of the drafts (0) that hide
         the plain answers in random trees, "count_reads": whether to count what our code reads on the host, "graphs":
-        sizes of CUDA graphs, in tokens, that Clover captures before this job}.
+        sizes of CUDA graphs, in tokens, that Clover captures before this job, "chooses": whether the sizes of trees are
+        chosen as they are for users; else at random}.
 
 It returns by engine, "plain" and "clover", what `drive` returns by job, with more statistics of the latter.
 """
@@ -16,6 +17,7 @@ It returns by engine, "plain" and "clover", what `drive` returns by job, with mo
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +48,9 @@ def main(spec: Json) -> Json:
     runner = runner_of(clover)
     seen = Seen(runner)
     script = ScriptedSlots(runner, seed=1, share=0.0)
+    scheduler = clover.llm_engine.engine_core.engine_core.scheduler
+    sizes = scheduler.sizes
+    chooses, rng = sizes.choose, random.Random(5)
     results["clover"] = {}
     for name, job in spec["jobs"].items():
         if "graphs" in job:
@@ -53,6 +58,7 @@ def main(spec: Json) -> Json:
             recorded_graphs.install()
             recorded_graphs.capture(runner, job["graphs"])
         script.share = job.get("scripted", 0.0)
+        sizes.choose = chooses if job.get("chooses") else lambda _: rng.choice(sizes.ladder)
         script.know(
             [[sequence["tokens"] for sequence in outputs] for outputs in results["plain"][name]["outputs"]]
         )
@@ -62,7 +68,8 @@ def main(spec: Json) -> Json:
         result["stats"]["reads"] = dict(reads)
         result["stats"]["replays"] = recorded_graphs.replays(runner)
         results["clover"][name] = result
-    results["scheduler"] = type(clover.llm_engine.engine_core.engine_core.scheduler).__name__
+    results["scheduler"] = [kind.__name__ for kind in type(scheduler).__mro__]
+    results["learnt"] = sorted({size for size, _ in sizes._costs})
     results["clover runner"] = [kind.__name__ for kind in type(runner).__mro__]
     return results
 

@@ -82,7 +82,7 @@ class TreeMetadataBuilder:
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         made = super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
-        if self.step is not None:
+        if self.step is not None and common_attn_metadata.max_query_len > 1:  # else a step without drafts
             self._add(made, common_attn_metadata, self.step, True)
         return made
 

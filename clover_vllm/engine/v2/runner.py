@@ -7,6 +7,8 @@ Nothing here reads a device tensor: what was accepted, vLLM's output copy tells 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +21,9 @@ from clover_vllm.attention.triton.cache_rows import CacheRows
 from clover_vllm.attention.triton.tree_attention import SplitContexts, processors_of
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMetadataBuilder
-from clover_vllm.engine.hooks import making_speculator
+from clover_vllm.engine.hooks import making_graphs, making_speculator
 from clover_vllm.engine.support import refuse, refuse_trees
+from clover_vllm.engine.v2.graphs import TargetGraphs
 from clover_vllm.engine.v2.layout import Scored
 from clover_vllm.engine.v2.scorer import DeviceScorer
 from clover_vllm.engine.v2.speculator import Clover2Speculator
@@ -55,10 +58,8 @@ class CloverV2Runner(GPUModelRunner):
                 f"with {self.num_speculative_steps} speculative tokens; it is {self.max_num_tokens}."
             )
         if self.speculator.options.tree == "adaptive":
-            logger.info(
-                "Clover-2 drafts trees of %d nodes: on the V2 model runner they have one size so far.",
-                self.num_speculative_steps,
-            )
+            sizes = ", ".join(map(str, self.speculator.ladder))
+            logger.info("Clover-2 drafts trees of one size per step, of these numbers of nodes: %s.", sizes)
         self.use_aux_hidden_state_outputs = True
         self.trees = self.speculator.trees = SlotTrees(self.req_states)
         self._step: StepRows | None = None  # where trees may branch
@@ -76,7 +77,9 @@ class CloverV2Runner(GPUModelRunner):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
     ) -> None:
-        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        ladder = self.speculator.ladder
+        with making_graphs(partial(TargetGraphs, ladder)) if len(ladder) > 1 else nullcontext():
+            super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if self.speculator.options.tree != "chain":
             self._step = StepRows.make(self.max_num_tokens, self.num_speculative_steps, self.device)
             rows = self._find_layers(self._step)

@@ -31,9 +31,11 @@ from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.engine.v2.graphs import DraftGraphs
 from clover_vllm.engine.v2.layout import HeadRows, Scored, head_lengths
+from clover_vllm.engine.v2.scheduler import is_sized
 from clover_vllm.engine.v2.trees import NO_SLOT, SlotTrees
 from clover_vllm.tree import TreeBatch
 from clover_vllm.tree.growth import grow_best_first_on_device, grow_fixed_on_device
+from clover_vllm.tree.sizes import ladder_to
 
 
 class Clover2Speculator(DraftModelSpeculator):
@@ -43,6 +45,7 @@ class Clover2Speculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.options: CloverOptions = self.speculative_config.clover
         nodes = self.num_speculative_steps
+        self.ladder = ladder_to(nodes) if is_sized(vllm_config) else (nodes,)
         self.shape = self.options.fixed_shape(nodes)
         self.deepest = self.options.rounds(nodes) if self.shape is None else self.shape.max_depth
         self.trees: SlotTrees  # set by the runner
@@ -75,10 +78,12 @@ class Clover2Speculator(DraftModelSpeculator):
             and cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
             and self.attn_cg_support.min_cg_support.value >= AttentionCGSupport.UNIFORM_BATCH.value
         )
-        self._block_graphs = DraftGraphs(
-            self.vllm_config, self.device, with_attention, [1 + self.deepest], most
-        )
-        self._growth_graphs = DraftGraphs(self.vllm_config, self.device, is_on, [1], self.max_num_reqs)
+        rows = [1 + min(size, self.deepest) for size in self.ladder]
+        self._block_graphs = DraftGraphs(self.vllm_config, self.device, with_attention, rows, most)
+        sizes = [1 + size for size in self.ladder if size]
+        if len(sizes) == 1:
+            most = self.max_num_reqs * sizes[0]  # growth attends nothing, so it knows no bound of vLLM's
+        self._growth_graphs = DraftGraphs(self.vllm_config, self.device, is_on, sizes, most)
 
     def capture(self) -> None:
         """Capture all graphs; with the requests of padding alone, for which nothing is written."""
@@ -104,6 +109,7 @@ class Clover2Speculator(DraftModelSpeculator):
         next_prefill_tokens: torch.Tensor,
         *args: Any,
         dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Draft a tree for each request of the batch.
@@ -115,6 +121,7 @@ class Clover2Speculator(DraftModelSpeculator):
             num_sampled: int32 [R], tokens that each request emitted.
             next_prefill_tokens: int32 [1, request slots], the prompt's token behind the step's rows.
             dummy_run: nothing was computed; the head is run for compilation and for the measurement of memory.
+            num_speculative_tokens: nodes per tree; 0 only writes the head's cache. None: N.
 
         Returns:
             int64 [R, N], input tokens of the trees' nodes.
@@ -129,10 +136,9 @@ class Clover2Speculator(DraftModelSpeculator):
         only_decodes = input_batch.num_tokens == int(input_batch.cu_num_logits_np[-1])
         even = only_decodes and lengths.min() == lengths.max()
         block = self._block_graphs.find(requests, int(lengths[0])) if even else None
-        growth = self._growth_graphs.find(requests, 1)
-        padded = (
-            max(graph.num_reqs or 0 for graph in (block, growth) if graph) if block or growth else requests
-        )
+        nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        growth = self._growth_graphs.find(requests, 1 + nodes)
+        padded = max(requests, *(graph.num_reqs or 0 for graph in (block, growth) if graph is not None), 0)
         starts = self.rows.lay_out(
             input_batch,
             self.scored,
@@ -152,8 +158,8 @@ class Clover2Speculator(DraftModelSpeculator):
             self._run_block(requests, count, metadata)
         if growth is not None:
             self._growth_graphs.run_fullgraph(growth)
-        else:
-            self._run_growth(requests)
+        elif nodes:
+            self._run_growth(requests, nodes)
         return self.draft_tokens[:requests]
 
     def _run_block(self, requests: int, count: int, metadata: dict[str, Any] | None) -> None:
@@ -165,10 +171,10 @@ class Clover2Speculator(DraftModelSpeculator):
             g = self.model(rows.positions[:count], self._hidden[:count], embeds)
         self._roots[:requests] = g[rows.last[:requests]]
 
-    def _run_growth(self, requests: int) -> None:
+    def _run_growth(self, requests: int, nodes: int) -> None:
         """From what the block has made to trees by slot."""
         with set_forward_context(None, self.vllm_config, num_tokens=requests):
-            trees = self._agreed(self.grow(self._roots[:requests]))
+            trees = self._agreed(self.grow(self._roots[:requests], nodes))
         self.trees.put(self.rows.requests[:requests], trees, self.draft_tokens[:requests])
 
     def _dummy_block(self, graph: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
@@ -191,15 +197,17 @@ class Clover2Speculator(DraftModelSpeculator):
     def _dummy_growth(self, graph: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
         """See vLLM's `CreateForwardFn`."""
         del warmup
-        requests = graph.num_tokens
-        return lambda _: self._run_growth(requests)
+        requests, rows = graph.num_reqs, graph.uniform_token_count
+        assert requests is not None
+        assert rows is not None
+        return lambda _: self._run_growth(requests, rows - 1)
 
-    def grow(self, g: torch.Tensor) -> TreeBatch:
-        """Trees of fixed shapes from augmenting outputs [R, hidden size], in a forward context."""
+    def grow(self, g: torch.Tensor, nodes: int) -> TreeBatch:
+        """Trees of as many nodes from augmenting outputs [R, hidden size], in a forward context."""
         drafter = HeadDrafter(self.model, g)
         if self.shape is not None:
             return grow_fixed_on_device(drafter, self.shape)
-        options, nodes = self.options, self.num_speculative_steps
+        options = self.options
         return grow_best_first_on_device(
             drafter,
             nodes,
@@ -222,7 +230,9 @@ class Clover2Speculator(DraftModelSpeculator):
         ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         with set_forward_context(None, self.vllm_config, num_tokens=rows):
             g = self.model(ids, hidden, self.model.embed(ids))
-            self.grow(g[: max(2, requests)])  # of one row, the compiler would make a constant
+            self.grow(
+                g[: max(2, requests)], self.num_speculative_steps
+            )  # of one row, the compiler would make a constant
         return self.draft_tokens[:requests]
 
     def _metadata(
