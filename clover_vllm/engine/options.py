@@ -79,7 +79,7 @@ class CloverOptions:
     retrieval: str = "all"
     head_precision: str = "int8"
     backlog_mib: int = 64
-    read_window: int = 128
+    read_window: int = 64
 
     def __post_init__(self) -> None:
         for name in ("draft_rounds", "draft_width", "draft_candidates"):

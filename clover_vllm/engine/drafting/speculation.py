@@ -211,7 +211,7 @@ class Speculation:
             made = self._adaptive(self.sizer, backlog, done)
             self._ended = time.perf_counter()
             if self._drafting is not None:
-                self._drafting = 1e3 * (self._ended - begun)
+                self._drafting += 1e3 * (self._ended - begun)
         return made, len(done.names)
 
     def _of_one_size(self, backlog: Backlog, done: Scored) -> dict[int, Tree]:
@@ -273,7 +273,7 @@ class Speculation:
         ended = self._rests(backlog, done) if places and not sizer.asleep else []
         agree((asked, ended))
         if places:
-            self._drafting = None if sizer.asleep else 0.0
+            self._drafting = None if sizer.asleep else -looked_up
             accepted = self._take(backlog, done, [*asked, *ended])
             if accepted is not None:
                 places = [i for i in places if wanted[i].r in accepted.complete]
