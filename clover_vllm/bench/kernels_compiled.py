@@ -28,7 +28,7 @@ from clover_vllm.base.provenance import provenance
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import KernelsCompiledSettings
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that a thread block can have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications")."""
 
 

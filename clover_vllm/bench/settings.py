@@ -159,11 +159,11 @@ class KernelsCompiledSettings:
     """What `clover-vllm kernels-compiled` was asked for.
 
     Args:
-        capabilities: Compute capabilities of GPUs: 80 (A100), 90 (H100), 100 (B200).
+        capabilities: Compute capabilities of GPUs: 80 (A100), 89 (L4), 90 (H100), 100 (B200).
         output: JSON file, or a folder for kernels-compiled.json.
     """
 
-    capabilities: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [80, 90, 100])
+    capabilities: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [80, 89, 90, 100])
     output: Path | None = None
 
     def check(self) -> None:
@@ -171,8 +171,8 @@ class KernelsCompiledSettings:
         Raises:
             UserError: a GPU that is not known.
         """
-        if unknown := sorted(set(self.capabilities) - {80, 90, 100}):
-            raise UserError(f"--capabilities has {unknown[0]}; choose from 80, 90 and 100.")
+        if unknown := sorted(set(self.capabilities) - {80, 89, 90, 100}):
+            raise UserError(f"--capabilities has {unknown[0]}; choose from 80, 89, 90 and 100.")
 
 
 def check_dtype(dtype: str, *more: str) -> None:

@@ -26,8 +26,11 @@ from clover_vllm.check.torture import difference
 NEAR_TIE = 0.25
 """Logprobs: logits of about 16 are a sixteenth apart in bfloat16, and layers add up."""
 
-AT_ONCE = 3
+AT_ONCE = 4
 """Engines on a GPU at a time; they are tiny."""
+
+SECONDS = 200.0
+"""Most of an engine: 45 to start, another 60 where Triton's cache lacks vLLM's samplers, and trees wait for plain vLLM."""
 
 NO_GRAMMAR = ("structured", "structural", "thinking")
 """Features that need packages besides vLLM's own code, and one that needs a reasoning parser."""
@@ -106,7 +109,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
             spec = specification(case, sizes, target, head, jobs, machine)
             spec["known"] = plain[case.backend, case.dtype]["keep"]
             spec["keep"] = str(folder / f"{case}.json".replace(" ", "-"))
-            run = pool.submit(run_case, "clover_vllm.check.exactness:run_engine", spec, machine, 200)
+            run = pool.submit(run_case, "clover_vllm.check.exactness:run_engine", spec, machine, SECONDS)
             judged.append((case, spec, run))
         for name, reference in waiting.items():
             found = reference.result()
@@ -119,7 +122,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
 
 def run_reference(spec: Json, machine: Machine) -> Json:
     """Plain vLLM's answers; where it fails, those who wait for them are told so."""
-    found = run_case("clover_vllm.check.exactness:run_engine", spec, machine, 150)
+    found = run_case("clover_vllm.check.exactness:run_engine", spec, machine, SECONDS)
     keep = Path(spec["keep"])
     if not keep.exists():
         keep.write_text("null")

@@ -1,7 +1,8 @@
 """A case of a GPU check, in this process: `python -m clover_vllm.check.gpu_child FOLDER`.
 
 FOLDER holds spec.json, with "function", "module:name" of what to call, "seconds", after which the process ends
-itself and prints where it was, and "interpret". What is found goes to answer.json in the same folder.
+itself and prints where it was, "interpret", and "command", the arguments of the process that wants to know. What is
+found goes to answer.json in the same folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from clover_vllm.bench.gpu.flash import stand_in_for_flash_attention
 def main(folder: Path) -> None:
     """Run the case; failures are part of the answer."""
     spec = json.loads((folder / "spec.json").read_text())
+    sys.argv = spec["command"]  # so results tell it
     faulthandler.dump_traceback_later(max(1.0, spec["seconds"] - 1), exit=True)
     answer: dict[str, Any] = {}
 

@@ -238,6 +238,97 @@ def compare_table(found: Json) -> str:
     )
 
 
+def gpu_kernels_table(found: Json) -> str:
+    """Tree attention beside other attention, by point, and the walk and compaction."""
+
+    def one(time: float | str | None) -> str:
+        return f"{time:.{1 if time < 100 else 0}f}" if isinstance(time, float) else ""
+
+    lines = []
+    for row in found["results"]["times"]:
+        point = row["point"]
+        place = [str(point[name]) for name in ("requests", "context", "rows", "dim")]
+        if not row["ok"]:
+            lines.append([*place, row["why"], *[""] * 4])
+            continue
+        best = row["tilings"][0] if row.get("tilings") else None
+        tiling = "{block_m} x {tile}, {warps} warps, {stages} stages, {splits}".format(**best) if best else ""
+        lines.append(
+            [
+                *place,
+                one(row["floor"]),
+                f"{one(row['rule'])} ({row['rule_splits']})",
+                f"**{one(best['us'])}** ({tiling})" if best else "",
+                one(row["vllm"]),
+                one(row["flash"]),
+            ]
+        )
+    heads = (
+        "requests",
+        "context",
+        "rows",
+        "head size",
+        "floor",
+        "rule (parts)",
+        "best tiling (parts last)",
+        "vLLM's",
+        "SDPA flash",
+    )
+    others = [
+        [str(row["requests"]), str(row["nodes"]), str(row["layers"]), one(row["walk"]), one(row["move"])]
+        for row in found["results"]["others"]
+    ]
+    return "\n".join(
+        [
+            markdown(heads, lines),
+            "",
+            markdown(["requests", "nodes", "layers", "walk", "compaction, all layers"], others),
+            "",
+            _gpu_origin(found["provenance"], found["device"]["name"]),
+        ]
+    )
+
+
+def gpu_speed_table(found: Json) -> str:
+    """Time of a step by method and batch, and tokens per second."""
+
+    def ratio(value: float | None) -> str:
+        return f"{value:.2f}" if value is not None else ""
+
+    lines, rates, device = [], [], "a GPU"
+    for method, case in found["cases"].items():
+        if "error" in case:
+            lines.append([method, "not measured: " + case["error"].strip().splitlines()[-1], *[""] * 6])
+        device = case.get("device", device)
+        for name, point in case.get("points", {}).items():
+            parts = point["parts ms"]
+            times = [point["step ms"], parts["target's forward"]]
+            ratios = [point.get(f"{part} / plain") for part in ("verify", "draft", "step")]
+            lines.append(
+                [
+                    method,
+                    name,
+                    *(f"{time:.2f}" for time in times),
+                    *map(ratio, ratios),
+                    f"{point['tokens per step and request']:.2f}",
+                ]
+            )
+        rates += [
+            [method, count, f"{rate:,.0f}"] for count, rate in case.get("tokens per second", {}).items()
+        ]
+    heads = ["method", "requests x context", "step, ms", "target's forward, ms"]
+    heads += [f"{part}, in plain steps" for part in ("verifying", "drafting", "step")]
+    return "\n".join(
+        [
+            markdown([*heads, "tokens per step"], lines),
+            "",
+            markdown(["method", "requests at once", "tokens per second"], rates),
+            "",
+            _gpu_origin(found["provenance"], device),
+        ]
+    )
+
+
 def _refused() -> str:
     from clover_vllm.engine.support import refusal_table  # imports vLLM
 
@@ -253,6 +344,8 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "eval": eval_table,
     "kernels-compiled": kernels_compiled_table,
     "compare": compare_table,
+    "gpu-kernels": gpu_kernels_table,
+    "gpu-speed": gpu_speed_table,
 }
 
 PICTURES: dict[tuple[str, str], Callable[[Path, Path], None]] = {
@@ -281,4 +374,13 @@ def _origin(made: Json) -> str:
     return (
         f"Measured on {made['cores']} core{'s' * (made['cores'] != '1')} of {made['cpu']} with vLLM {vllm}, torch {made['torch']}, "
         f"at {made['commit'][:12]}{' with local changes' * made['commit'].endswith('changes')}:\n\n{command}"
+    )
+
+
+def _gpu_origin(made: Json, device: str) -> str:
+    """The same for a GPU."""
+    versions = f"vLLM {made['vllm']}, torch {made['torch']} and Triton {made['triton']}"
+    return (
+        f"Measured on one {device} with {versions}, at {made['commit'][:12]}"
+        f"{' with local changes' * made['commit'].endswith('changes')}:\n\n```bash\n{made['command']}\n```"
     )

@@ -48,7 +48,7 @@ def test_the_head_reads_all_that_it_slept_through(tmp_path: Path) -> None:
             target,
             max_num_batched_tokens=48,
             num_gpu_blocks_override=14,
-            speculative_config=speculative(head, **OPTIONS),
+            speculative_config=speculative(head, **OPTIONS, read_window=10_000),
         ),
         requests,
         restless=4,

@@ -36,6 +36,7 @@ def test_sizes_are_vllms_own_lie_apart_and_reach_the_largest_batch() -> None:
     assert request_sizes(usual, 3, 1.25) == [1, 2, 3]
     assert request_sizes(range(1, 9), 64, 2.0) == list(range(1, 9))
     assert request_sizes(usual, 0, 1.25) == []
+    assert request_sizes([17, 18, 34, 136], 64, 1.25) == [17, 34, 64]
 
 
 def test_a_replay_sees_static_inputs_alone() -> None:

@@ -67,22 +67,31 @@ class Tiling:
     stages: int
 
     @classmethod
-    def of(cls, rows: int, group: int, dim: int, itemsize: int) -> Tiling:
-        """For requests of up to `rows` rows, `group` query heads per kv head, elements of `itemsize` bytes."""
+    def of(cls, rows: int, group: int, dim: int, itemsize: int, window: int = 0) -> Tiling:
+        """For requests of up to `rows` rows, `group` query heads per kv head, elements of `itemsize` bytes.
+
+        A stage takes 16 KB of a block's shared memory at head size 128, of which an L4 has 99 KB. With windows, more than
+        3 stages need more registers than an A100 has.
+        """
         if itemsize > 2:  # without tensor cores, which would round to tf32
             return cls(max(16, triton.next_power_of_2(group)), tile=32, warps=8, stages=2)
         largest = max(128 if dim <= 128 else 64, triton.next_power_of_2(group))
         block_m = max(16, min(largest, triton.next_power_of_2(rows * group)))
-        return cls(block_m, tile=32, warps=8 if block_m >= 128 or dim > 128 else 4, stages=3)
+        warps = 8 if block_m >= 128 or dim > 128 else 4
+        return cls(block_m, tile=32, warps=warps, stages=5 if dim <= 128 and not window else 3)
 
     def rows(self, group: int) -> int:
         """Rows of a request in a program."""
         return self.block_m // group
 
-    def splits(self, requests: int, rows: int, group: int, kv_heads: int, processors: int) -> int:
-        """Parts of the context with which `requests` requests keep each processor busy twice; at most 16."""
+    def splits(self, requests: int, rows: int, group: int, kv_heads: int, dim: int, processors: int) -> int:
+        """Parts of the context: the largest power of two, up to 16, with which all programs run at the same time.
+
+        A processor runs 8 warps at a time, or 16 with heads of up to 64 channels: registers allow no more.
+        """
         programs = max(1, requests * triton.cdiv(rows, self.rows(group)) * kv_heads)
-        return min(16, triton.next_power_of_2(triton.cdiv(2 * processors, programs)))
+        at_once = processors * max(1, (16 if dim <= 64 else 8) // self.warps)
+        return 1 << min(4, max(1, at_once // programs).bit_length() - 1)
 
 
 class SplitContexts:
@@ -90,7 +99,7 @@ class SplitContexts:
 
     It depends on how many requests and rows the step has, so it is the same whenever a captured graph runs again. Since
     more requests are split into fewer parts, the memory grows with the GPU's processors rather than with the requests:
-    for trees of up to 25 nodes, 32 heads of size 128, 8 of them kv heads, and 132 processors it is 28 MB.
+    for trees of up to 25 nodes, 32 heads of size 128, 8 of them kv heads, and 132 processors it is 9 MB.
     """
 
     def __init__(
@@ -119,7 +128,7 @@ class SplitContexts:
 
         def splits(requests: int, rows: int) -> int:
             tiling = Tiling.of(rows, group, dim, dtype.itemsize)
-            return tiling.splits(requests, rows, group, kv_heads, processors)
+            return tiling.splits(requests, rows, group, kv_heads, dim, processors)
 
         few = min(requests, 2 * processors)  # more keep all processors busy without it
         found = {(r, n): splits(r, n) for r in range(1, few + 1) for n in range(1, rows + 1)}
@@ -182,7 +191,7 @@ def tree_attention(
     assert cache.shape[3] == 2 * dim <= 512
     assert query.stride(2) == output.stride(2) == cache.stride(3) == 1
     if tiling is None:
-        tiling = Tiling.of(trees.max_rows, group, dim, output.element_size())
+        tiling = Tiling.of(trees.max_rows, group, dim, output.element_size(), window)
     q_blocks = triton.cdiv(trees.max_rows, tiling.rows(group))
     splits = partials.splits if partials is not None else 1
     assert partials is None or partials.sums.shape[0] >= requests * trees.max_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -110,7 +111,8 @@ def run_case(function: str, spec: Json, machine: Machine, seconds: float) -> Jso
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        whole = {**spec, "function": function, "seconds": seconds, "interpret": machine.interpret}
+        more = {"seconds": seconds, "interpret": machine.interpret, "command": sys.argv}
+        whole = {**spec, "function": function, **more}
         (folder / "spec.json").write_text(json.dumps(whole))
         with open(folder / "log", "w") as log:
             process = subprocess.Popen(
@@ -151,11 +153,11 @@ def _environment(folder: Path, machine: Machine, more: dict[str, str]) -> dict[s
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_HOST_IP": "127.0.0.1",  # a machine without a network may not know its own name
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
         **({"TRITON_INTERPRET": "1"} if machine.interpret else {}),
+        **({} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
     }
     return {**os.environ, **own, **more}
 

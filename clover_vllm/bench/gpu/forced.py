@@ -45,7 +45,6 @@ class Forced:
         self._never = runner.vocab_size - 1
         self._calls = 0
         self._trees = runner.trees
-        self._kept = getattr(runner.trees, "kept", runner.trees)
         self._propose, runner.speculator.propose = runner.speculator.propose, self._propose_shaped
         self._sample, runner.sampler.sample = runner.sampler.sample, self._sample_forced
 
@@ -55,12 +54,8 @@ class Forced:
             return drafts
         count, slots = batch.num_reqs, batch.idx_mapping
         tokens, parents = self._tokens.expand(count, -1), self._parents.expand(count, -1)
-        if self._kept is self._trees:
-            return self._trees.put(
-                slots, batch.idx_mapping_np, TreeBatch(tokens, parents, self._none.expand(count, -1))
-            )
-        tokens, parents = tokens.contiguous(), parents.contiguous()
-        self._trees.put(slots, TreeBatch(tokens, parents, self._none.expand(count, -1)), drafts)
+        forced = TreeBatch(tokens.contiguous(), parents.contiguous(), self._none.expand(count, -1))
+        self._trees.put(slots, forced, drafts)
         return drafts
 
     def _sample_forced(self, logits: Any, rows_slots: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +67,6 @@ class Forced:
         slots, local = rows_slots.long(), local.long()
         node = self._following[local]
         length = self._lengths[(slots + self._calls) % len(self._lengths)]
-        token = self._kept.tokens[slots, node.clamp(min=0)]
+        token = self._trees.kept.tokens[slots, node.clamp(min=0)]
         follows = (node >= 0) & (self._depths[local] < length) & (token >= 0)
         return torch.where(follows, token, self._never).to(emitted.dtype), processed

@@ -257,7 +257,9 @@ def time_point(point: Point, limits: Limits, per_second: float, seed: int) -> Js
     step = Step(point, limits, seed)
     group = point.heads // point.kv_heads
     tiling = Tiling.of(point.rows, group, point.dim, 2)
-    chosen = tiling.splits(point.requests, point.rows, group, point.kv_heads, processors_of(DEVICE))
+    chosen = tiling.splits(
+        point.requests, point.rows, group, point.kv_heads, point.dim, processors_of(DEVICE)
+    )
     by_splits = {splits: step.ours(splits) for splits in SPLITS}
     compile_first(by_splits.values(), limits.threads)
     times = {splits: _attempt(partial(microseconds, calls)) for splits, calls in by_splits.items()}

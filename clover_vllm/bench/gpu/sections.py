@@ -18,37 +18,27 @@ Part = tuple[str, Any, str]
 
 
 def parts_of(runner: Any) -> list[Part]:
-    """What is measured in a V2 runner; some of it lies within other parts. Parts that it lacks are left out."""
+    """What is measured in a V2 runner; some of it lies within other parts. Chains have no compaction."""
     found: list[Part] = [
         ("attention metadata", runner, "prepare_attn"),
         ("logits, sampling, walk, compaction", runner, "sample"),
     ]
     if not hasattr(runner, "trees"):  # plain vLLM's
         return found
-    speculator, trees, scorer = runner.speculator, runner.trees, runner.rejection_sampler
+    speculator, scorer = runner.speculator, runner.rejection_sampler
     found += [
         ("sampling and walk", scorer, "_verify"),
         ("walk", importlib.import_module(type(scorer).__module__), "walk_trees"),
-        ("compaction", getattr(runner, "_rows", None), "move_accepted"),
-        ("lay_out", trees, "lay_out"),
+        ("lay_out", runner.trees, "lay_out"),
         ("drafting", speculator, "propose"),
+        ("layout", importlib.import_module(type(speculator.rows).__module__), "lay_out_head"),
+        # The block and growth are launched one by one, or as a graph.
+        ("head's block", speculator, "_run_block"),
+        ("head's block", speculator._block_graphs, "run_fullgraph"),
+        ("growth", speculator, "_run_growth"),
+        ("growth", speculator._growth_graphs, "run_fullgraph"),
     ]
-    if hasattr(speculator, "_run_block"):  # launched one by one, or as a graph
-        found += [
-            ("layout", importlib.import_module(type(speculator.rows).__module__), "lay_out_head"),
-            ("head's block", speculator, "_run_block"),
-            ("head's block", speculator._block_graphs, "run_fullgraph"),
-            ("growth", speculator, "_run_growth"),
-            ("growth", speculator._growth_graphs, "run_fullgraph"),
-        ]
-    else:
-        found += [
-            ("layout", importlib.import_module(type(speculator).__module__), "head_rows"),
-            ("head's block", speculator.model, "forward"),
-            ("growth", speculator, "grow"),
-            ("put", trees, "put"),
-        ]
-    return [part for part in found if hasattr(part[1], part[2])]
+    return found + ([("compaction", runner._rows, "move_accepted")] if runner._rows is not None else [])
 
 
 class Sections:

@@ -119,7 +119,7 @@ def request_sizes(capture_sizes: Sequence[int], most: int, apart: float) -> list
     """
     found: list[int] = []
     for size in sorted({min(size, most) for size in capture_sizes} - {0}):
-        if size <= DENSE or size >= apart * found[-1] or size == most:
+        if size <= DENSE or size == most or not found or size >= apart * found[-1]:
             found.append(size)
     return found
 

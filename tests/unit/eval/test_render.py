@@ -96,6 +96,18 @@ def test_tables_of_the_code_are_filled() -> None:
     assert "| refused |" in rendered(text.format("refused"), Path())
 
 
+def test_what_failed_on_a_gpu_is_told() -> None:
+    text = "<!-- generated: {} -->\n<!-- /generated -->\n"
+    speed = rendered(text.format("gpu-speed"), REPOSITORY / "results")
+    assert "| plain | 8 x 512 | 5.30 | 4.89 |" in speed
+    assert "| tree of 8 | not measured: " in speed
+    kernels = rendered(text.format("gpu-kernels"), REPOSITORY / "results")
+    assert (
+        "| 8 | 4096 | 27 | 128 | 49.9 | 122 (8) | **67.6** (128 x 32, 8 warps, 5 stages, 2) | 262 | 199 |"
+        in kernels
+    )
+
+
 def test_damaged_results_and_unknown_blocks_are_refused(root: Path) -> None:
     (root / "results" / "eval.json").write_text("[]")
     for text in (
