@@ -38,8 +38,9 @@ def test_text_stays_the_same_whatever_is_drafted(sampled: bool, tmp_path: Path) 
     assert stats["sources"]["nodes"]["retrieved"] > 10
 
 
-def test_the_head_reads_all_that_it_slept_through(tmp_path: Path) -> None:
-    """What it computes after it wakes is what the reference computes, whatever it has missed."""
+@pytest.mark.parametrize("window", [16, 10_000])
+def test_the_head_reads_what_it_slept_through(tmp_path: Path, window: int) -> None:
+    """What it computes after it wakes is what the reference computes of the part in view, whatever it has missed."""
     target, head = make_pair(tmp_path, "llama tied")
     requests = random_requests(24)
     plain = run_engine(llm(target), requests)
@@ -48,7 +49,7 @@ def test_the_head_reads_all_that_it_slept_through(tmp_path: Path) -> None:
             target,
             max_num_batched_tokens=48,
             num_gpu_blocks_override=14,
-            speculative_config=speculative(head, **OPTIONS, read_window=10_000),
+            speculative_config=speculative(head, **OPTIONS, read_window=window),
         ),
         requests,
         restless=4,

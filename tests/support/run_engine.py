@@ -244,6 +244,7 @@ class HeadProbe:
         self.errors: dict[str, float] = {}
         self.rows: dict[str, int] = {}
         self._hidden: dict[tuple[int, ...], Any] = {}  # by the tokens up to the one behind it
+        self._views: dict[int, int] = {}  # by block of the cache, where the view began of whoever wrote it
         self._head = runner.drafter.model
         self._original = {name: getattr(self._head, name) for name in ("forward", "first", "expand")}
         self._draft, self._grow_forest = runner.drafter.draft, runner.drafter.grow_forest
@@ -276,10 +277,17 @@ class HeadProbe:
             tokens = [*state.prompt_token_ids, *state.output_token_ids]
             for row, p in zip(rows, positions, strict=True):
                 self._hidden[tuple(tokens[: p + 2])] = accepted.hidden[row]
+            table = self.runner.input_batch.block_table[0]
+            first, blocks = accepted.skipped[i] * table.block_size, table.block_table.np[r]
+            for p in positions:
+                self._views[int(blocks[p // table.block_size])] = first
             count = positions[-1] + 1
-            own = torch.stack([self._hidden[tuple(tokens[: p + 2])] for p in range(count)])
-            embeds = self._head.embed(torch.tensor(tokens[1 : count + 1]))
-            expected = self.reference.augment(own[None], embeds[None])[0, positions[0] :]
+            in_view = blocks[accepted.skipped[i] : -(-count // table.block_size)].tolist()
+            if {self._views[block] for block in in_view} != {first}:
+                continue  # who wrote a shared prefix saw more of it, or less
+            own = torch.stack([self._hidden[tuple(tokens[: p + 2])] for p in range(first, count)])
+            embeds = self._head.embed(torch.tensor(tokens[first + 1 : count + 1]))
+            expected = self.reference.augment(own[None], embeds[None])[0, positions[0] - first :]
             prompt = len(state.prompt_token_ids)
             what = "decode" if positions[-1] >= prompt else "chunk" if positions[0] else "prefill"
             self._compare(what, self._g[rows.start : rows.stop], expected)
