@@ -153,7 +153,7 @@ def clover_config(
         _check_hub_head(made.draft_model_config, target, engine_args)
     parallel.worker_cls = WORKERS[device]
     if prefers_v2() and options.tree == "adaptive" and engine_args.scheduler_cls is None:
-        engine_args.scheduler_cls = "clover_vllm.engine.v2.scheduler.make_scheduler"
+        engine_args.scheduler_cls = SCHEDULER
     made.counters = export_counters(made)
     return made
 

@@ -133,7 +133,7 @@ class CloverOptions:
     def rounds(self, num_nodes: int) -> int:
         """Drafting levels of a `best_first` tree."""
         if self.draft_rounds is not None:
-            return self.draft_rounds
+            return min(num_nodes, self.draft_rounds)
         return min(num_nodes, 4 if num_nodes <= 8 else 5 if num_nodes <= 12 else 6)
 
     def width(self, num_nodes: int) -> int:

@@ -63,7 +63,7 @@ class Sizes:
         assert ladder[0] == 0
         self.ladder = tuple(ladder)
         self._costs: dict[tuple[int, int], _Mean] = {}  # milliseconds, by size and class of requests
-        self._level = _Mean(FIRST_LEVEL)
+        self._level = _Mean(FIRST_LEVEL, 8.0)
         self._shape = {size: _Mean(math.log2(1 + size), _SHAPE / 8) for size in self.ladder}
         self._used = dict.fromkeys(self.ladder, 0)  # step at which each was last chosen
         self._step = self._probed = 0
@@ -91,6 +91,8 @@ class Sizes:
 
     def saw_step(self, requests: int, size: int, milliseconds: float) -> None:
         """What a step took in which all requests verified `size` nodes, with the drafting before it."""
+        if size not in self._shape:  # the scheduler has cut the trees
+            return
         cost = self._costs.get((size, _class(requests)))
         if cost is None:
             self._costs[size, _class(requests)] = _Mean(milliseconds, 1.0)

@@ -78,7 +78,8 @@ class Backlog:
         """
         Args:
             limit: most bytes of hidden states; the oldest go.
-            window: positions of which the head reads at most the latest, but for a block, where it has missed more.
+            window: of a text of which the head has missed more, by over a block, it reads these latest positions, and
+                those before them in the same block.
             block_size: cache slots per block.
             blocks: of the cache; 0 where no prefix is shared between requests.
             vocab_size: placeholders of multimodal prompts and of embeddings lie outside and are read as 0.
@@ -168,8 +169,17 @@ class Backlog:
         read = self._read.get(name)
         if read is None or read > computed:
             return None
-        missed = computed - read
-        return missed if missed <= self._window + self._block_size else self._window
+        return computed - max(read, self._view_from(read, computed))
+
+    def missed(self, name: str, computed: int) -> int:
+        """Positions of a request with this many cached ones that the head has not read; 0 of an unknown request."""
+        return computed - self._read.get(name, computed)
+
+    def _view_from(self, read: int, end: int) -> int:
+        """Where the head reads on that has read up to `read` of a text of `end` positions."""
+        if end - read <= self._window + self._block_size:
+            return read
+        return (end - self._window) // self._block_size * self._block_size
 
     def take(
         self,
@@ -225,40 +235,36 @@ class Backlog:
         start, missed = self._missed(name, self._read[name], max(self._since[name], self._dropped))
         count = sum(len(rows) for _, rows in missed)
         end = start + count
-        if end - self._read[name] > self._window + self._block_size:
-            self._first[name] = self._read[name] = max(
-                (end - self._window) // self._block_size * self._block_size, self._block_from(start)
-            )
-        elif start > self._read[name]:
-            self._first[name] = self._read[name] = self._block_from(start)
+        begin = max(self._view_from(self._read[name], end), start)
+        if begin > self._read[name]:
+            self._first[name] = self._read[name] = self._block_from(begin)
         skip = self._read[name] - start
         return max(0, count - skip), _cut(missed, skip, count)
 
     def _missed(self, name: str, read: int, since: int) -> tuple[int, _Rows]:
-        """A request's rows by step, without a gap up to its latest, and their first position, `read` or later.
+        """A request's rows in view by step, without a gap up to its latest, and their first position, `read` or later.
 
         A later note of a position wins.
         """
-        parts: list[tuple[int, torch.Tensor, list[int]]] = []
-        for i in range(since - self._dropped, len(self._notes)):
+        parts: _Rows = []
+        begin: int | None = None  # of the rows found so far, from the latest step back
+        for i in range(len(self._notes) - 1, since - self._dropped - 1, -1):
             note = self._notes[i]
             r = note.index.get(name)
             if r is None:
                 continue
             at, rows = note.rows(r)
-            while parts and parts[-1][0] >= at:
-                parts.pop()
-            if parts:
-                first, of, own = parts[-1]
-                if first + len(own) < at:
-                    parts.clear()
-                else:
-                    parts[-1] = (first, of, own[: at - first])
-            parts.append((at, note.hidden, rows))
-        found = [
-            (max(at, read), of, rows[max(0, read - at) :]) for at, of, rows in parts if at + len(rows) > read
-        ]
-        return found[0][0] if found else read, [(of, rows) for _, of, rows in found]
+            if begin is None:
+                begin = at + len(rows)
+                read = max(read, self._view_from(read, begin))
+            if at + len(rows) < begin:
+                break
+            if at < begin:
+                parts.append((note.hidden, rows[max(0, read - at) : begin - at]))
+                begin = max(at, read)
+            if begin <= read:
+                break
+        return read if begin is None else begin, parts[::-1]
 
     def _tokens(self, state: CachedRequestState, first: int, last: int) -> list[int]:
         """Token ids at some positions of a request's text, 0 where there are none."""

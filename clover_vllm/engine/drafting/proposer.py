@@ -270,7 +270,8 @@ class Clover2Proposer(EagleProposer):
             tables = tables[torch.tensor(accepted.requests, device=tables.device)]
         if any(accepted.skipped):
             skipped = torch.tensor(accepted.skipped, device=tables.device)
-            blocks = skipped[:, None] + torch.arange(tables.shape[1], device=tables.device)
+            width = tables.shape[1] - min(accepted.skipped)
+            blocks = skipped[:, None] + torch.arange(width, device=tables.device)
             tables = tables.gather(1, blocks.clamp(max=tables.shape[1] - 1))
         starts = torch.tensor(accepted.starts, dtype=torch.int32)
         seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)

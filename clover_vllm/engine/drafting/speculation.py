@@ -155,9 +155,10 @@ class Speculation:
             backlog.start(request.req_id, request.num_computed_tokens, request.block_ids[0])
             self._kinds[request.req_id] = kind_of(request.sampling_params)
         if cached.resumed_req_ids:
-            for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-                if name in cached.resumed_req_ids:
-                    backlog.start(name, computed, self._runner.requests[name].block_ids[0])
+            resumed = zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True)
+            for name, computed, blocks in resumed:
+                if name in cached.resumed_req_ids and blocks is not None:
+                    backlog.start(name, computed, blocks[0])
         if self.sizer is not None:
             self.sizer.costs.learn_outside(1e3 * (self._begun - self._ended))
 
@@ -348,7 +349,6 @@ class Speculation:
         found = []
         for r, own in enumerate(done.sampled):
             if own and r not in able:
-                pending = backlog.pending(done.names[r], int(done.computed[r]) + len(own))
-                if pending is not None and 0 < pending <= SHORT_REST:
+                if 0 < backlog.missed(done.names[r], done.cached(r)) <= SHORT_REST:
                     found.append(r)
         return found

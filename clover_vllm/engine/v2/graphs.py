@@ -7,7 +7,7 @@ that memory. All of them are for a padded number of requests with the same numbe
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,11 @@ class EvenGraphs(CudaGraphManager):
         """
         captured = self.compilation_config.cudagraph_capture_sizes or []
         self._sizes = {
-            own: request_sizes(captured, min(self.max_num_reqs, most_rows // own), GROWTH if own > 1 else 1.0)
+            own: request_sizes(
+                {*captured, *(-(-size // own) for size in captured)},  # vLLM's sizes are of rows
+                min(self.max_num_reqs, most_rows // own),
+                GROWTH if own > 1 else 1.0,
+            )
             for own in sorted(set(rows))
         }
         found = [_description(size, own) for own, sizes in self._sizes.items() for size in sizes]
@@ -109,16 +113,16 @@ class TargetGraphs(EvenGraphs, ModelCudaGraphManager):
         )
 
 
-def request_sizes(capture_sizes: Sequence[int], most: int, apart: float) -> list[int]:
-    """Numbers of requests that have a graph: of vLLM's sizes those that lie apart, and at the end `most` itself.
+def request_sizes(wanted: Iterable[int], most: int, apart: float) -> list[int]:
+    """Numbers of requests that have a graph: of the wanted ones those that lie apart, and at the end `most` itself.
 
     Args:
-        capture_sizes: vLLM's.
+        wanted: in any order.
         most: requests that run at once; 0 if none have a graph.
         apart: least ratio between two of them, beyond `DENSE`.
     """
     found: list[int] = []
-    for size in sorted({min(size, most) for size in capture_sizes} - {0}):
+    for size in sorted({min(size, most) for size in wanted} - {0}):
         if size <= DENSE or size == most or not found or size >= apart * found[-1]:
             found.append(size)
     return found

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from clover_vllm.engine.config import SCHEDULER
 from clover_vllm.tree.sizes import Sizes, ladder_to
 
 
@@ -30,8 +31,11 @@ def make_scheduler(vllm_config: VllmConfig, **given: Any) -> Scheduler:
 
 def is_sized(vllm_config: VllmConfig) -> bool:
     """Whether trees are sized step by step. Data-parallel ranks would choose apart from each other."""
+    options = getattr(vllm_config.speculative_config, "clover", None)
     return (
-        vllm_config.speculative_config.clover.tree == "adaptive"
+        options is not None
+        and options.tree == "adaptive"
+        and vllm_config.scheduler_config.scheduler_cls == SCHEDULER
         and vllm_config.scheduler_config.async_scheduling
         and vllm_config.parallel_config.data_parallel_size == 1
     )

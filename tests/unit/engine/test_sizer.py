@@ -85,7 +85,7 @@ def test_decides_nothing_before_it_has_seen_a_draft() -> None:
         assert sizer.choose(wanted, sizer.forest(wanted), sizer.prices(wanted, 12, 0, 0)) == [*range(8)]
 
 
-def test_a_request_that_the_head_has_lost_is_not_asked_for() -> None:
+def test_a_request_that_the_head_cannot_read_so_far_is_not_asked_for() -> None:
     sizer = _sizer(per_row=0.05)
     _after(sizer, _wanted(4), LOOK + 10)
     lost = [*_wanted(3), Wanted(3, 100, 50, None, sampled=False)]

@@ -87,3 +87,9 @@ def test_one_slow_step_changes_nothing() -> None:
     before = {size: sizes.cost(size, 4) for size in LADDER}
     sizes.saw_step(4, 8, 5000.0)
     assert sizes.cost(8, 4) < 1.3 * before[8]
+
+
+def test_steps_whose_trees_were_cut_teach_nothing() -> None:
+    sizes = Sizes(LADDER)
+    sizes.saw_step(1, 5, 3.0)
+    assert sizes.choose(1) in LADDER
