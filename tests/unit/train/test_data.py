@@ -176,6 +176,8 @@ def test_held_out_rule_is_the_documented_one() -> None:
         ({"max_tokens": 64, "max_model_len": 64}, "max-model-len"),
         ({"skip": 1000}, "No prompt is left"),
         ({"dtype": "int3"}, "--dtype"),
+        ({"tasks": 5, "held_out": True}, "--held-out"),
+        ({"task_answers": [Path("answers.jsonl")]}, "--task-answers"),
         ({"max_tokens": 62, "max_model_len": 63}, "longer than the 1 tokens"),
         ({"prompts": [Path("missing.jsonl")]}, "does not exist"),
     ],
