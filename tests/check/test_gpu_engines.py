@@ -80,7 +80,7 @@ def test_other_answers_lost_blocks_and_untried_paths_are_problems(tmp_path: Path
     known, said = tmp_path / "plain.json", tmp_path / "trees.json"
 
     def write(file: Path, tokens: list[int]) -> None:
-        one = {"tokens": tokens, "text": "", "finish": "length", "stop": None}
+        one: Json = {"tokens": tokens, "text": "", "finish": "length", "stop": None}
         outputs = [[{**one, "logprobs": None, "prompt_logprobs": None}]]
         file.write_text(json.dumps({"features": {"outputs": outputs}}))
 
