@@ -25,6 +25,9 @@ from clover_vllm.tree import MAX_NODES
 
 logger = init_logger("vllm.clover")
 
+SCHEDULER = "clover_vllm.engine.v2.scheduler.make_scheduler"
+"""What sizes trees on the V2 runner, for `SchedulerConfig.scheduler_cls`."""
+
 SHARED_OPTIONS = (
     "method",
     "model",
@@ -147,6 +150,11 @@ def clover_config(
     if parallel.tensor_parallel_size > 1 and head.model_type != METHOD:
         title = TREE_HEADS[head.model_type].title
         raise UserError(f"{title} heads draft on one rank only so far; set --tensor-parallel-size to 1.")
+    if parallel.tensor_parallel_size > 1 and getattr(head, "target_layers", ()):
+        raise UserError(
+            "Heads that read earlier layers of the target (target_layers) draft on one rank only so far; "
+            "set --tensor-parallel-size to 1."
+        )
     _check_ranks(options, made.num_speculative_tokens, head)
     _check_target(head, target)
     if not folder.is_dir() and shared.get("quantization") is None:
@@ -269,8 +277,8 @@ def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
     """Refuse a head of another target before anything is loaded.
 
     Raises:
-        UserError: no head that drafts trees, one that the runner cannot draft with, or other sizes than the
-            target's.
+        UserError: no head that drafts trees, one that the runner cannot draft with, other sizes than the
+            target's, or one that reads layers that the target does not have.
     """
     if head.model_type not in TREE_HEADS:
         raise UserError(
@@ -288,3 +296,9 @@ def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
                 f"The {title} head was trained for a target with {name} {getattr(head, name)}, but this "
                 f"target has {value}; it belongs to {head.target or 'another target'}."
             )
+    layers = target.get_total_num_hidden_layers()
+    if any(i >= layers for i in getattr(head, "target_layers", ())):
+        raise UserError(
+            f"The {title} head reads layers {head.target_layers} of its target, but this target has {layers}; "
+            f"it belongs to {head.target or 'another target'}."
+        )

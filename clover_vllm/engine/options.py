@@ -55,15 +55,15 @@ class CloverOptions:
         draft_min_joint: a node of `best_first` is expanded if the joint probability of its path is at
             least this; 0 expands all. A level that no request grows into is not computed on a CPU, which
             saves more time there than its tokens are worth.
-        retrieval: where `adaptive` finds continuations besides the head's: `all` in a request's own text and in
-            earlier answers of any request, `own` in its own text alone, so that nothing of a user's text reaches
-            another's drafts, `off` nowhere. Needs the package arctic-inference.
+        retrieval: where `adaptive` finds continuations besides the head's on the V1 model runner: `all` in a
+            request's own text and in earlier answers of any request, `own` in its own text alone, so that nothing of
+            a user's text reaches another's drafts, `off` nowhere. Needs the package arctic-inference.
         head_precision: `int8` for the head's products on a CPU where the engine runs in half precision, or `model`
             for the engine's own precision everywhere.
-        backlog_mib: most memory, in MiB, for hidden states that the head has not read because drafting did not pay.
-            The oldest go.
-        read_window: positions that the head reads, on the V1 model runner, of a text of which it has missed more. It
-            sees nothing before them.
+        backlog_mib: most memory, in MiB, for hidden states that the head has not read, on the V1 model runner,
+            because drafting did not pay. The oldest go.
+        read_window: positions that the head reads, on the V1 model runner, of a text of which it has missed more
+            by over a block of the cache; it begins at the start of a block and sees nothing before it.
 
     Raises:
         UserError: a value that cannot work.

@@ -269,8 +269,8 @@ def gpu_kernels_table(found: Json) -> str:
         "rows",
         "head size",
         "floor",
-        "rule (parts)",
-        "best tiling (parts last)",
+        "rule (splits)",
+        "best tiling (splits last)",
         "vLLM's",
         "SDPA flash",
     )

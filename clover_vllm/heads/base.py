@@ -49,9 +49,7 @@ class TeacherForced:
     """A batch of sequences whose tokens are all known (filled by the objective)."""
 
     token_ids: torch.Tensor  # int64 [B, T]
-    hidden: (
-        torch.Tensor
-    )  # [B, T, D], the target's pre-norm hidden states, behind those of `Head.target_layers`
+    hidden: torch.Tensor  # [B, T, (1 + target layers) D], pre-norm, behind those of `Head.target_layers`
     post_norm: torch.Tensor  # [B, T, D], after its final norm
     embed: torch.Tensor  # [V, D], what `Head.embeddings_of` gave
     source: torch.Tensor  # int64 [N], positions to draft from, as b * T + t
@@ -66,7 +64,7 @@ class TeacherForced:
 class Prefix:
     """One sequence that the target has seen (filled by the evaluator)."""
 
-    hidden: torch.Tensor  # float32 [T, D], pre-norm, behind those of `Head.target_layers`
+    hidden: torch.Tensor  # float32 [T, (1 + target layers) D], pre-norm, behind those of `Head.target_layers`
     post_norm: torch.Tensor  # float32 [T, D]
     embeds: torch.Tensor  # float32 [T, D], of the tokens one further on
 

@@ -79,7 +79,11 @@ def generate(settings: DataSettings) -> dict[str, Any]:
     stamp = settings.output / "settings.json"
     if not any(settings.output.glob("answers-*.jsonl.gz")):
         stamp.unlink(missing_ok=True)  # left by a start that failed
-    check_same_settings(stamp, fields | {"prompts": files_key(settings.prompts)})
+    contents: dict[str, Any] = {
+        "prompts": files_key(settings.prompts),
+        "task_answers": settings.task_answers and files_key(settings.task_answers),
+    }
+    check_same_settings(stamp, fields | contents)
     for stale in settings.output.glob(".answers-*.tmp"):
         stale.unlink()
     shards = [
@@ -117,6 +121,10 @@ def _check(settings: DataSettings) -> None:
         raise UserError(f"--skip {settings.skip} must not be negative.")
     if settings.max_tokens >= settings.max_model_len:
         raise UserError("--max-tokens leaves no room for a prompt within --max-model-len.")
+    if settings.held_out and settings.tasks:
+        raise UserError("--tasks makes nothing from held-out prompts; leave out --held-out or --tasks.")
+    if settings.task_answers and not settings.tasks:
+        raise UserError("--task-answers is read for --tasks only; give --tasks too, or leave it out.")
 
 
 def _plain(settings: DataSettings) -> dict[str, Any]:
@@ -144,16 +152,25 @@ def _requests(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> 
 
 
 def _exchanges(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) -> list[Exchange]:
-    """The prompts that `task_answers` answers, with their answers as text."""
+    """The prompts that `task_answers` answers, with their answers as text.
+
+    Raises:
+        UserError: a line is no answer (names it).
+    """
     if not settings.task_answers:
         return []
     known = {tuple(token_ids(prompt, tokenizer)): prompt for prompt in prompts}
-    rows = [json.loads(line) for file in expand(settings.task_answers) for line in open_text(file)]
-    return [
-        Exchange(prompt, tokenizer.decode(row["answer_ids"], skip_special_tokens=True))
-        for row in rows
-        if (prompt := known.get(tuple(row["prompt_ids"]))) is not None and row["finish"] == "stop"
-    ]
+    found: list[Exchange] = []
+    for file in expand(settings.task_answers):
+        for number, line in enumerate(open_text(file), 1):
+            try:
+                row = json.loads(line)
+                prompt, ids, finish = known.get(tuple(row["prompt_ids"])), row["answer_ids"], row["finish"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file}, line {number}: not an answer of `clover-vllm data`.") from error
+            if prompt is not None and finish == "stop":
+                found.append(Exchange(prompt, tokenizer.decode(ids, skip_special_tokens=True)))
+    return found
 
 
 def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[str, Any]:

@@ -71,8 +71,7 @@ class DraftObjective(nn.Module):
         """
         device = hidden.device
         rows = batch.rows or trained_rows(batch, self.head.num_heads)
-        valid = rows.valid[: self.head.num_heads]
-        rows = Rows(rows.source.to(device, non_blocking=True), valid.to(device, non_blocking=True))
+        rows = Rows(rows.source.to(device, non_blocking=True), rows.valid.to(device, non_blocking=True))
         ids = batch.token_ids.to(device, non_blocking=True)
         states = self.head.trained_states(TeacherForced(ids, hidden, post_norm, teacher.embed, rows.source))
         goal = post_norm.flatten(0, 1)[rows.source + 1]

@@ -294,6 +294,11 @@ def _check(settings: TrainSettings) -> None:
     if settings.draft_vocab is not None and settings.draft_vocab < 1:
         raise UserError(f"--draft-vocab {settings.draft_vocab} must be 1 or more.")
     kind = head_kind(settings.method)
+    if kind.of_tokens and settings.target_temperature != 1:
+        raise UserError(
+            f"--target-temperature changes nothing for {kind.title} heads, which learn the tokens of the text; "
+            "leave it out."
+        )
     if settings.init_from is not None and kind_of(settings.init_from) != kind:
         raise UserError(f"--init-from {settings.init_from} is no {kind.title} head, which --method asks for.")
     if settings.init_from is not None and not kind.head_class().saves_draft_vocab:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from clover_vllm.bench.gpu.cases import Machine, Report, run_case
 from clover_vllm.bench.gpu.sections import PREFIX, read_trace
 from clover_vllm.bench.gpu.shapes import METHODS
-from clover_vllm.check.exactness import compare, tie_gap
+from clover_vllm.check.exactness import CASES, compare, judge, tie_gap
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ def case(name: str, machine: Machine, seconds: float) -> Json:
     return run_case(f"gpu_cases:{name}", spec, machine, seconds)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_the_command_says_so() -> None:
     from clover_vllm.cli import app
 
@@ -69,6 +71,29 @@ def test_near_ties_and_others_are_told_apart() -> None:
     assert compare(plain, near, greedy, exact=False)["not near ties"] == 0
     assert compare(plain, far, greedy, exact=False)["not near ties"] == 1
     assert compare(plain, far, greedy, exact=False)["tokens that differ"] == 1
+
+
+def test_other_answers_lost_blocks_and_untried_paths_are_problems(tmp_path: Path) -> None:
+    jobs = {"features": {"requests": [{"params": {"temperature": 0.0}}]}}
+    tried = ("accepted_in_branching", "moved", "mixed_steps", "preempted", "cached_tokens")
+    stats = {"leaked_blocks": 0, **dict.fromkeys(tried, 1)}
+    known, said = tmp_path / "plain.json", tmp_path / "trees.json"
+
+    def write(file: Path, tokens: list[int]) -> None:
+        one: Json = {"tokens": tokens, "text": "", "finish": "length", "stop": None}
+        outputs = [[{**one, "logprobs": None, "prompt_logprobs": None}]]
+        file.write_text(json.dumps({"features": {"outputs": outputs}}))
+
+    def problems(tokens: list[int], **changes: int) -> Any:
+        write(said, tokens)
+        return judge(CASES[0], {"features": {**stats, **changes}}, known, said, jobs)["problems"]
+
+    write(known, [5, 7])
+    assert "error" in judge(CASES[0], {}, known, said, jobs)
+    assert problems([5, 7]) == []
+    assert problems([5, 8]) == ["features: answers differ"]
+    assert problems([5, 7], leaked_blocks=2) == ["features: blocks were lost"]
+    assert problems([5, 7], moved=0) == ["features: moved is 0"]
 
 
 def test_launches_are_counted_by_part() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -109,16 +109,6 @@ POINTS = (
     Point(1, 4096, heads=32, dim=64),
 )
 """Those first that say most."""
-ALL_POINTS = (
-    *POINTS,
-    *(
-        point
-        for requests in (1, 8, 32, 128)
-        for context in (512, 4096, 32768)
-        for rows in (9, 17, 27, 64)
-        if (point := Point(requests, context, rows)) not in {replace(p, tuned=False) for p in POINTS}
-    ),
-)
 
 
 class Step:

@@ -6,7 +6,6 @@ fails is recorded, and the rest goes on.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import random
 import time
@@ -38,7 +37,6 @@ from clover_vllm.bench.gpu.kernel_checks import (
     check_walk,
 )
 from clover_vllm.bench.gpu.kernel_times import (
-    ALL_POINTS,
     POINTS,
     Limits,
     Point,
@@ -281,14 +279,13 @@ def _us(time: object) -> str:
     return f"{time:.1f}" if isinstance(time, float) else "failed"
 
 
-def check_kernels(output: Path, quick: bool = False, seconds: float = 150.0, full: bool = False) -> bool:
+def check_kernels(output: Path, quick: bool = False, seconds: float = 150.0) -> bool:
     """Check the kernels against plain PyTorch in float64 on random steps, time them, print tables, and write JSON.
 
     Args:
         output: folder for gpu-kernels.json.
         quick: a third of the cases, and few times.
         seconds: no case begins after so long.
-        full: all points are timed.
 
     Returns:
         Whether nothing failed.
@@ -298,21 +295,7 @@ def check_kernels(output: Path, quick: bool = False, seconds: float = 150.0, ful
     """
     if DEVICE.type == "cpu":
         raise UserError("This checks kernels on a GPU, and PyTorch finds none.")
-    plan = Plan(Limits.of_device(), points=ALL_POINTS if full else POINTS)
+    plan = Plan(Limits.of_device())
     if quick:
         plan = replace(plan, kinds=KINDS[:8], draws=1, graphs=GRAPHS[:1], points=POINTS[:3])
     return run(plan, output, seconds)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for gpu-kernels.json")
-    parser.add_argument("--quick", action="store_true", help="a third of the cases")
-    parser.add_argument("--seconds", type=float, default=150.0, help="no case begins after so long")
-    parser.add_argument("--full", action="store_true", help="time all points")
-    given = parser.parse_args(arguments)
-    return 0 if check_kernels(given.output, given.quick, given.seconds, given.full) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

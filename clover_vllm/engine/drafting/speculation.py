@@ -346,9 +346,8 @@ class Speculation:
         if not self._runner.vllm_config.cache_config.enable_prefix_caching:
             return []
         able = set(done.going)
-        found = []
-        for r, own in enumerate(done.sampled):
-            if own and r not in able:
-                if 0 < backlog.missed(done.names[r], done.cached(r)) <= SHORT_REST:
-                    found.append(r)
-        return found
+        return [
+            r
+            for r, own in enumerate(done.sampled)
+            if own and r not in able and 0 < backlog.missed(done.names[r], done.cached(r)) <= SHORT_REST
+        ]

@@ -83,8 +83,12 @@ def config_fields_for_new(target: FrozenTarget, wanted: NewHead) -> dict[str, An
     """Fields of the configuration of a new head.
 
     Raises:
-        UserError: as `config_for_target` does.
+        UserError: as `config_for_target` does, or `target_layers` are asked for that the target does not have.
     """
+    if any(i >= target.config.num_hidden_layers for i in wanted.fields.get("target_layers", ())):
+        raise UserError(
+            f"--target-layers must be below {target.config.num_hidden_layers}, the target's number of layers."
+        )
     hidden_scale, embed_scale = measure_scales(wanted.hidden, target.lm_head.cpu(), wanted.token_ids)
     return (
         _target_fields(target.config)

@@ -11,6 +11,8 @@ from small import one_sentence
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine import support
+from clover_vllm.engine.config import check_fits
+from clover_vllm.engine.options import METHOD
 from clover_vllm.engine.support import REFUSALS, Refusal, Setup, check_supported, refusal_table, refuse_trees
 
 
@@ -57,3 +59,17 @@ def test_chains_are_not_refused_for_what_only_trees_lack(monkeypatch: pytest.Mon
     check_supported(setup, trees=False)
     with pytest.raises(UserError, match="fog"):
         check_supported(setup, trees=True)
+
+
+def test_a_head_that_reads_layers_which_the_target_lacks_is_refused() -> None:
+    sizes = {"hidden_size": 8, "vocab_size": 9, "target": "another"}
+    target = SimpleNamespace(
+        get_hidden_size=lambda: 8, get_vocab_size=lambda: 9, get_total_num_hidden_layers=lambda: 4
+    )
+    check_fits(
+        cast(Any, SimpleNamespace(model_type=METHOD, target_layers=[1, 3], **sizes)), cast(Any, target)
+    )
+    head = SimpleNamespace(model_type=METHOD, target_layers=[1, 4], **sizes)
+    with pytest.raises(UserError, match=r"layers \[1, 4\]") as caught:
+        check_fits(cast(Any, head), cast(Any, target))
+    one_sentence(caught.value)

@@ -96,16 +96,32 @@ def test_tables_of_the_code_are_filled() -> None:
     assert "| refused |" in rendered(text.format("refused"), Path())
 
 
-def test_what_failed_on_a_gpu_is_told() -> None:
+def test_what_failed_on_a_gpu_is_told(tmp_path: Path) -> None:
+    made = {"vllm": "1", "torch": "2", "triton": "3", "commit": "4", "command": "clover-vllm gpu-check"}
+    step = {"step ms": 5.301, "parts ms": {"target's forward": 4.891}, "tokens per step and request": 1.0}
+    cases: dict[str, Any] = {"plain": {"points": {"8 x 512": step}}, "tree of 8": {"error": "stack\nno time"}}
+    place = {"requests": 8, "context": 4096, "rows": 27, "dim": 128}
+    times = {"floor": 49.92, "rule": 122.4, "rule_splits": 8, "vllm": 262.0, "flash": 199.0}
+    tiling = {"block_m": 128, "tile": 32, "warps": 8, "stages": 5, "splits": 2, "us": 67.6}
+    timed: list[dict[str, Any]] = [
+        {"point": place, "ok": True, **times, "tilings": [tiling]},
+        {"point": place, "ok": False, "why": "it does not fit"},
+    ]
+    others = [{"requests": 1, "nodes": 26, "layers": 32, "walk": 1.7, "move": 2.8}]
+    results: dict[str, dict[str, Any]] = {
+        "gpu-speed": {"cases": cases},
+        "gpu-kernels": {"device": {"name": "GPU"}, "results": {"times": timed, "others": others}},
+    }
+    for name, found in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"provenance": made, **found}))
     text = "<!-- generated: {} -->\n<!-- /generated -->\n"
-    speed = rendered(text.format("gpu-speed"), REPOSITORY / "results")
-    assert "| plain | 8 x 512 | 5.30 | 4.89 |" in speed
-    assert "| tree of 8 | not measured: " in speed
-    kernels = rendered(text.format("gpu-kernels"), REPOSITORY / "results")
-    assert (
-        "| 8 | 4096 | 27 | 128 | 49.9 | 122 (8) | **67.6** (128 x 32, 8 warps, 5 stages, 2) | 262 | 199 |"
-        in kernels
-    )
+    speed_table = rendered(text.format("gpu-speed"), tmp_path)
+    assert "| plain | 8 x 512 | 5.30 | 4.89 |" in speed_table
+    assert "| tree of 8 | not measured: no time |" in speed_table
+    kernel_table = rendered(text.format("gpu-kernels"), tmp_path)
+    best = "**67.6** (128 x 32, 8 warps, 5 stages, 2)"
+    assert f"| 8 | 4096 | 27 | 128 | 49.9 | 122 (8) | {best} | 262 | 199 |" in kernel_table
+    assert "| 8 | 4096 | 27 | 128 | it does not fit |" in kernel_table
 
 
 def test_damaged_results_and_unknown_blocks_are_refused(root: Path) -> None:

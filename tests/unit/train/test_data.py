@@ -176,6 +176,8 @@ def test_held_out_rule_is_the_documented_one() -> None:
         ({"max_tokens": 64, "max_model_len": 64}, "max-model-len"),
         ({"skip": 1000}, "No prompt is left"),
         ({"dtype": "int3"}, "--dtype"),
+        ({"tasks": 5, "held_out": True}, "--held-out"),
+        ({"task_answers": [Path("answers.jsonl")]}, "--task-answers"),
         ({"max_tokens": 62, "max_model_len": 63}, "longer than the 1 tokens"),
         ({"prompts": [Path("missing.jsonl")]}, "does not exist"),
     ],
@@ -191,3 +193,14 @@ def test_impossible_settings_are_refused_before_the_engine_starts(
     with pytest.raises(UserError, match=named) as caught:
         generate(DataSettings(**(fields | changes)))
     one_sentence(caught.value)
+
+
+def test_a_damaged_answer_for_tasks_is_named(spoken_target: Path, prompt_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "answers.jsonl"
+    good = {"prompt_ids": [1], "answer_ids": [2], "finish": "stop"}
+    for line in ('{"prompt_ids": [1', '{"prompt_ids": [1]}', "[]"):
+        broken.write_text(f"{json.dumps(good)}\n{line}\n")
+        fields: dict[str, Any] = {"tasks": 5, "task_answers": [broken], "output": tmp_path / "out"}
+        with pytest.raises(UserError, match=r"answers\.jsonl, line 2") as caught:
+            generate(DataSettings(target=str(spoken_target), prompts=[prompt_file], **fields))
+        one_sentence(caught.value)

@@ -354,6 +354,19 @@ def test_a_head_is_continued_by_its_own_method_only(
         one_sentence(caught.value)
 
 
+def test_what_a_method_or_target_has_no_use_for_is_refused(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"method": "medusa", "target_temperature": 0.5}, "--target-temperature"),
+        ({"target_layers": [0, 2]}, "--target-layers must be below 2"),
+    ]
+    for changes, named in cases:
+        with pytest.raises(UserError, match=named) as caught:
+            train(settings(tiny_target, tiny_answers, tmp_path / "run", **changes))
+        one_sentence(caught.value)
+
+
 def test_continuing_a_head_of_another_target_is_refused(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
