@@ -58,6 +58,11 @@ def reals(text: str) -> list[float]:
         raise UserError(f"{text!r} is not a list of numbers such as 3e-4,1e-3.") from None
 
 
+def numbers_or_none(text: str) -> list[int]:
+    """As `numbers`; none of an empty text."""
+    return numbers(text) if text.strip() else []
+
+
 def names(text: str) -> list[str]:
     """`plain,clover-8` as names."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -68,7 +68,10 @@ def check_probe(config: HeadConfig, measured: Sequence[float]) -> None:
     """
     if config.target_probe is None:
         return
-    if any(abs(a - b) > 0.1 * max(a, b) for a, b in zip(config.target_probe, measured, strict=True)):
+    made = config.target_probe
+    if not isinstance(made, list) or [type(a) in (int, float) for a in made] != [True] * len(measured):
+        raise UserError(f"The head's config.json is damaged: target_probe must be {len(measured)} numbers.")
+    if any(abs(a - b) > 0.1 * max(a, b) for a, b in zip(made, measured, strict=True)):
         raise UserError(
             f"Head and target do not fit: this head was made for {config.target or 'a target'}, and this "
             "target's lm_head is another model's although its sizes are the same; give the head its own "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clover_vllm.base.command_line import HIDDEN, Parsed, numbers
+from clover_vllm.base.command_line import HIDDEN, Parsed, numbers_or_none
 from clover_vllm.heads.registry import HEADS
 
 
@@ -134,7 +134,7 @@ class TrainSettings:
     num_heads: int = 5
     num_layers: Annotated[int | None, typer.Option(min=1)] = None
     norm_state: bool = False
-    target_layers: Annotated[list[int], Parsed(numbers)] = field(default_factory=list)
+    target_layers: Annotated[list[int], Parsed(numbers_or_none)] = field(default_factory=list)
     target_temperature: Annotated[float, typer.Option(min=0.01)] = 1.0
     acceptance: Annotated[float, typer.Option(min=0)] = 0.0
     scale_inputs: bool = True
