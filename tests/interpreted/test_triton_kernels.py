@@ -24,11 +24,30 @@ from clover_vllm.attention.triton.reference import (
 )
 from clover_vllm.attention.triton.tree_attention import Partials, SplitContexts, Tiling, tree_attention
 from clover_vllm.attention.triton.walk import walk_trees
-from clover_vllm.bench.gpu.paged import LAYOUTS, Case, Request, make_case, random_requests, random_tree
+from clover_vllm.bench.gpu.paged import LAYOUTS, Case, Request, make_case, random_tree
 from clover_vllm.tree import Tree, walk
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 DIMS = (64, 80, 96, 112, 128, 192, 256)
+
+
+def random_requests(rng: random.Random, count: int, longest: int) -> list[Request]:
+    """Trees, decodes, prompt chunks and padding, at least one tree among them."""
+
+    def tree() -> Request:
+        nodes = 63 if rng.random() < 0.1 else rng.randrange(20)
+        return Request(rng.randrange(longest), nodes + 1, random_tree(rng, nodes))
+
+    kinds = [
+        tree,
+        tree,
+        lambda: Request(rng.randrange(1, longest + 1), 1),
+        lambda: Request(rng.randrange(longest), rng.randrange(2, 80)),
+        lambda: Request(0, 0),
+    ]
+    found = [tree(), *(rng.choice(kinds)() for _ in range(count - 1))]
+    rng.shuffle(found)
+    return found
 
 
 def attend(case: Case, splits: int = 1, **more: object) -> torch.Tensor:

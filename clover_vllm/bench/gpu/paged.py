@@ -73,25 +73,6 @@ def random_tree(rng: random.Random, nodes: int) -> Tree:
     return Tree(list(range(nodes)), [rng.randrange(-1, node) for node in range(nodes)])
 
 
-def random_requests(rng: random.Random, count: int, longest: int) -> list[Request]:
-    """Trees, decodes, prompt chunks and padding, at least one tree among them."""
-
-    def tree() -> Request:
-        nodes = 63 if rng.random() < 0.1 else rng.randrange(20)
-        return Request(rng.randrange(longest), nodes + 1, random_tree(rng, nodes))
-
-    kinds = [
-        tree,
-        tree,
-        lambda: Request(rng.randrange(1, longest + 1), 1),
-        lambda: Request(rng.randrange(longest), rng.randrange(2, 80)),
-        lambda: Request(0, 0),
-    ]
-    found = [tree(), *(rng.choice(kinds)() for _ in range(count - 1))]
-    rng.shuffle(found)
-    return found
-
-
 def make_case(
     requests: Sequence[Request],
     *,

@@ -27,7 +27,7 @@ class AcceptedRows:
 
     requests: list[int]  # [R], of the batch
     complete: set[int]  # those of them of which nothing is left to read
-    hidden: torch.Tensor  # [N, D], the target's pre-norm hidden states, in path order
+    hidden: torch.Tensor  # [N, (1 + target layers) D], of the target, pre-norm, in path order
     next_tokens: torch.Tensor  # int64 [N], the token behind each
     positions: torch.Tensor  # int64 [N]
     slots: torch.Tensor  # int64 [N], cache slots of those positions
@@ -40,7 +40,7 @@ class AcceptedRows:
 class _Note:
     """A step: what of its rows is text now, worked out only when somebody asks."""
 
-    hidden: torch.Tensor  # [rows of the step, D]
+    hidden: torch.Tensor  # [rows of the step, (1 + target layers) D]
     names: Sequence[str]  # of the batch
     step: Step
     computed: np.ndarray  # [R], positions cached before the step

@@ -83,10 +83,6 @@ class Scored:
         """Whether a request that sampled has come to its end."""
         return self.step.endings.get(r, NEVER).at(self.sampled[r])
 
-    def was_prompt(self, r: int) -> bool:
-        """Whether rows of a request's prompt were in the step."""
-        return self.step.root_rows[r] > self.step.first_rows[r]
-
     def cached(self, r: int) -> int:
         """Positions of a request that are cached now."""
         return int(self.computed[r]) + self.step.root_rows[r] - self.step.first_rows[r] + len(self.sampled[r])
