@@ -37,16 +37,16 @@ class TargetLayers:
             builder = group.get_metadata_builder()
             if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
                 raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
-            builder.prepare_trees()
+            builder.check_trees()
             builder.current, builder.timer = current, timer
-        for group in runner.drafter.draft_attn_groups:  # one layout for all; these attend without trees
-            group.get_metadata_builder().prepare_trees()
         drafts = runner.drafter._draft_attn_layer_names
         layers = runner.compilation_config.static_forward_context
         caches = [self._cache(layers[name]) for g in groups for name in g.layer_names if name not in drafts]
         if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
             raise refuse_trees("layers whose caches differ in shape")
-        self._rows = CacheRows(caches)
+        layouts = {layers[name].isa for g in groups for name in g.layer_names if name not in drafts}
+        assert len(layouts) == 1, layouts  # vLLM chooses by dtype, block and head size
+        self._rows = CacheRows(caches, layouts.pop())
 
     @staticmethod
     def _cache(layer: Any) -> torch.Tensor:

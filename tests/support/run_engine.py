@@ -13,8 +13,6 @@ depends on nothing but the requests. Keys of what `main` takes:
     check_head: folder of the head: compare all that it computes with the reference model.
     check_trees: folder of a head of any method: compare the trees that it drafts with the reference model's.
     threads: that compute; by default as many as the process has cores.
-    amx: let vLLM believe that the processor has AMX, and tell in "layouts" what each builder of attention
-        metadata and each layer takes for the cache's layout.
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
 It returns what `drive` returns, with more statistics; "verified" and "accepted" are of drafts;
@@ -43,8 +41,6 @@ def main(spec: Json) -> Json:
 
     if "threads" in spec:
         torch.set_num_threads(spec["threads"])
-    if spec.get("amx"):
-        torch.cpu._is_amx_tile_supported = lambda: True
     llm = LLM(**{"disable_log_stats": True, **spec["llm"]})
     runner = runner_of(llm)
     scripted = None
@@ -87,11 +83,6 @@ def main(spec: Json) -> Json:
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     ).__name__
-    if spec.get("amx"):
-        groups = [*runner._attn_group_iterator(), *runner.drafter.draft_attn_groups]
-        layers = runner.compilation_config.static_forward_context.values()
-        stats["layouts"] = [group.get_metadata_builder().isa for group in groups]
-        stats["layouts"] += [layer.isa for layer in layers]
     if head is not None:
         stats["head_errors"], stats["head_rows"] = head.errors, head.rows
     if drafts is not None:
@@ -99,6 +90,7 @@ def main(spec: Json) -> Json:
     if probe is not None:
         stats["cache_error"] = probe.error(llm)
         stats["cache_rows"] = probe.rows
+        stats["layouts"] = sorted({layer.isa for layer in probe.layers})
     return result
 
 
@@ -415,14 +407,18 @@ class CacheProbe:
         """[layers, count, 2, kv heads, D]."""
         import torch
 
+        from clover_vllm.attention.cpu.tree_attention import places
+
         found = []
         for layer in self.layers:
             kv = layer.kv_cache
             n, heads, block, double = kv.shape
-            pages = kv.view(n, heads, 2, -1)[torch.tensor(blocks)]
-            keys = pages[:, :, 0].unflatten(-1, (double // 2, block)).permute(0, 3, 1, 2).flatten(0, 1)
-            values = pages[:, :, 1].unflatten(-1, (block, double // 2)).permute(0, 2, 1, 3).flatten(0, 1)
-            found.append(torch.stack([keys[:count], values[:count]], dim=1))
+            pages = kv.view(n, heads, 2, -1)[torch.tensor(blocks)].transpose(1, 2)
+            rows = [
+                pages[:, kind][:, :, at].transpose(1, 2).flatten(0, 1)
+                for kind, at in enumerate(places(layer.isa, block, double // 2))
+            ]
+            found.append(torch.stack([own[:count] for own in rows], dim=1))
         return torch.stack(found)
 
     def error(self, llm: Any) -> float:

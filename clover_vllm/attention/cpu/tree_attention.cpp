@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -15,6 +16,7 @@
 namespace {
 
 struct Problem {
+  int paired;  // the caches' layout: 0 "vec", 1 "amx"
   int requests, heads, kv_heads, dim, block;
   int64_t block_stride, head_stride;                           // of the caches, in elements
   int64_t query_stride, key_stride, value_stride, out_stride;  // between rows, in elements
@@ -79,14 +81,14 @@ const char* clover_levels() {
 
 #define CLOVER_TREE_ATTENTION(LEVEL)                                                                           \
   int clover_tree_attention_##LEVEL(                                                                           \
-      int dtype, int requests, int heads, int kv_heads, int dim, int block, int64_t block_stride,              \
+      int dtype, int paired, int requests, int heads, int kv_heads, int dim, int block, int64_t block_stride,  \
       int64_t head_stride, int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t out_stride, \
       int64_t table_stride, float scale, const int32_t* table, const int32_t* starts, const int32_t* stops,    \
       const int32_t* prefixes, const uint64_t* masks, const void* query, const void* keys, const void* values, \
       const void* key_cache, const void* value_cache, void* output) {                                          \
-    const Problem p{requests,    heads,        kv_heads,   dim,          block,      block_stride,             \
-                    head_stride, query_stride, key_stride, value_stride, out_stride, table_stride,             \
-                    scale,       table,        starts,     stops,        prefixes,   masks};                   \
+    const Problem p{paired,       requests,    heads,        kv_heads,   dim,          block,      block_stride, \
+                    head_stride,  query_stride, key_stride,  value_stride, out_stride, table_stride,           \
+                    scale,        table,       starts,       stops,      prefixes,     masks};                 \
     return LEVEL::attend(dtype, p, query, keys, values, key_cache, value_cache, output);                       \
   }
 
@@ -101,10 +103,15 @@ CLOVER_TREE_ATTENTION(baseline)
 
 // Copy cached rows to other slots, in order, in every layer. The caches are as above, keys of a
 // block and head first, its values block * dim elements behind them. `size` is bytes per element.
-int clover_move_rows(int size, int layers, int kv_heads, int dim, int block, int64_t block_stride,
+int clover_move_rows(int size, int paired, int layers, int kv_heads, int dim, int block, int64_t block_stride,
                      int64_t head_stride, const uint64_t* caches, int moves, const int64_t* sources,
                      const int64_t* destinations) {
   if (size != 2 && size != 4) return 1;
+  // Where a row begins, and how far from there dimension d is, in elements.
+  const auto key = [=](int64_t row) { return paired ? row / 16 * 16 * dim + row % 16 * 2 : row; };
+  const auto value = [=](int64_t row) { return (int64_t)dim * block + (paired ? row / 2 * 32 + row % 2 : row * dim); };
+  const auto key_step = [=](int d) { return paired ? (int64_t)d / 2 * 32 + d % 2 : (int64_t)d * block; };
+  const auto value_step = [=](int d) { return paired ? (int64_t)d / 16 * 16 * block + d % 16 * 2 : (int64_t)d; };
 #pragma omp parallel for schedule(static)
   for (int i = 0; i < layers * kv_heads; i++) {
     char* base = (char*)caches[i / kv_heads] + (int64_t)(i % kv_heads) * head_stride * size;
@@ -113,12 +120,9 @@ int clover_move_rows(int size, int layers, int kv_heads, int dim, int block, int
       char* to = base + destinations[m] / block * block_stride * size;
       const int64_t a = sources[m] % block, b = destinations[m] % block;
       for (int d = 0; d < dim; d++) {
-        const int64_t row = (int64_t)d * block;
-        if (size == 2) ((uint16_t*)to)[row + b] = ((uint16_t*)from)[row + a];
-        else ((uint32_t*)to)[row + b] = ((uint32_t*)from)[row + a];
+        std::memcpy(to + (key(b) + key_step(d)) * size, from + (key(a) + key_step(d)) * size, size);
+        std::memcpy(to + (value(b) + value_step(d)) * size, from + (value(a) + value_step(d)) * size, size);
       }
-      const int64_t values = (int64_t)dim * block;
-      std::memcpy(to + (values + b * dim) * size, from + (values + a * dim) * size, (size_t)dim * size);
     }
   }
   return 0;

@@ -2,8 +2,10 @@
 //
 // A verifying request has M rows (root and nodes) in this step. Every row sees the whole prefix,
 // which lies in the paged cache, and those rows of its own step that its bitmask names. The cache is
-// in vLLM's "vec" layout: per block and key/value head, keys are [head_dim][block], values
-// [block][head_dim]. The step's own keys and values come unpacked, as the model computed them.
+// in one of two of vLLM's layouts. "vec": per block and key/value head, keys are [head_dim][block], values
+// [block][head_dim]. "amx", for bfloat16, has what a matrix tile multiplies side by side: keys are
+// [block / 16][head_dim / 2][16][2], values [head_dim / 16][block / 2][16][2]. The step's own keys and values come
+// unpacked, as the model computed them.
 //
 // Work is cut into (request, key/value head, span of prefix blocks); the last span of a head also
 // takes the step's own rows. Each piece gives an unnormalised output, a maximum and a sum per query
@@ -35,6 +37,12 @@ inline vec load(const bf16* p) {
   return (vec)wide;
 }
 inline vec load(const fp16* p) { return __builtin_convertvector(*reinterpret_cast<const fvec*>(p), vec); }
+// Two neighbours of each of LANES pairs.
+inline void load_pairs(const bf16* p, vec& first, vec& second) {
+  const uvec both = *reinterpret_cast<const uvec*>(p);
+  first = (vec)(both << 16);
+  second = (vec)(both & 0xffff0000u);
+}
 inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 inline void store(bf16* p, vec v) {  // round to nearest, ties to even
   uvec u = (uvec)v;
@@ -191,6 +199,37 @@ void hide(const Problem& p, int first_row, int tree, int group, int at, int widt
   }
 }
 
+// Cached keys of a block as [dim][width], of `filled` tokens, and values as [token][dim], of `tokens` or one more.
+template <typename T>
+void load_block(const Problem& p, const T* keys, const T* values, int tokens, int filled, int width, float* k,
+                float* v) {
+  const int dim = p.dim, block = p.block;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (p.paired) {
+      for (int j = 0; j < filled; j += LANES) {
+        const T* group = keys + (int64_t)(j / 16) * 16 * dim + j % 16 * 2;
+        for (int d = 0; d < dim; d += 2) {
+          vec first, second;
+          load_pairs(group + d * 16, first, second);
+          store(k + d * width + j, first);
+          store(k + (d + 1) * width + j, second);
+        }
+      }
+      for (int j = 0; j < tokens; j += 2)
+        for (int d = 0; d < dim; d += LANES) {
+          vec first, second;
+          load_pairs(values + (int64_t)(d / 16) * 16 * block + j * 16 + d % 16 * 2, first, second);
+          store(v + j * dim + d, first);
+          store(v + (j + 1) * dim + d, second);
+        }
+      return;
+    }
+  }
+  for (int d = 0; d < dim; d++)
+    for (int j = 0; j < filled; j += LANES) store(k + d * width + j, load(keys + (int64_t)d * block + j));
+  for (int64_t i = 0; i < (int64_t)tokens * dim; i += LANES) store(v + i, load(values + i));
+}
+
 inline int padded_to_tile(int columns) { return (columns + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
 
 template <typename T>
@@ -222,11 +261,7 @@ void run_piece(const Problem& p, const Piece& piece, const T* query, const T* ke
   for (int b = piece.first; b < piece.last; b++) {
     const int64_t at = p.table[piece.request * p.table_stride + b] * p.block_stride + piece.head * p.head_stride;
     const int prefix_columns = std::min(block, prefix - b * block);
-    const T *kb = key_cache + at, *vb = value_cache + at;
-    const int filled = padded_to_tile(prefix_columns);
-    for (int d = 0; d < dim; d++)
-      for (int j = 0; j < filled; j += LANES) store(k + d * width + j, load(kb + (int64_t)d * block + j));
-    for (int64_t i = 0; i < (int64_t)prefix_columns * dim; i += LANES) store(v + i, load(vb + i));
+    load_block(p, key_cache + at, value_cache + at, prefix_columns, padded_to_tile(prefix_columns), width, k, v);
     // The step's own rows ride in the last block's tile where they fit.
     const bool rides = own && b == piece.last - 1 && prefix_columns + tree <= width;
     const bool finite = !rides || load_own(p, keys, values, piece.head, first_row, tree, prefix_columns, width, k, v);
@@ -331,11 +366,12 @@ void run(const Problem& p, const T* query, const T* keys, const T* values, const
 
 }  // namespace
 
-// dtype: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 for an unknown dtype.
+// dtype: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 for an unknown dtype or one that the layout does not hold.
 int attend(int dtype, const Problem& p, const void* query, const void* keys, const void* values,
            const void* key_cache, const void* value_cache, void* output) {
 #define RUN(T) \
   run<T>(p, (const T*)query, (const T*)keys, (const T*)values, (const T*)key_cache, (const T*)value_cache, (T*)output)
+  if (p.paired && dtype != 1) return 1;
   if (dtype == 0) RUN(float);
   else if (dtype == 1) RUN(bf16);
   else if (dtype == 2) RUN(fp16);

@@ -3,9 +3,12 @@
 A verifying request has rows (its root, then its draft nodes) in a step. Each row sees the request's
 whole prefix, which lies in the paged cache, and those rows of the step that its bitmask names.
 
-The cache is in vLLM 0.32's "vec" layout (`vllm.v1.attention.backends.cpu_attn`): tensors of shape
-[blocks, kv heads, block size, head dim] whose memory holds, per block and head, keys as
-[head dim][block size] and values as [block size][head dim].
+The cache is in one of two layouts of vLLM 0.32's (`vllm.v1.attention.backends.cpu_attn`): tensors of shape
+[blocks, kv heads, block size, head dim] whose memory holds, per block and head,
+
+- "vec": keys as [head dim][block size] and values as [block size][head dim];
+- "amx", which vLLM takes for bfloat16 where a CPU has matrix tiles: keys as [block size / 16][head dim / 2][16][2]
+  and values as [head dim / 16][block size / 2][16][2].
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ MAX_ROWS = 64
 
 LEVEL_VARIABLE = "CLOVER_KERNEL_LEVEL"
 """Names the instruction set that the kernel uses; without it, the highest that this CPU has."""
+
+LAYOUTS = ("vec", "amx")
+"""Of vLLM's CPU cache, those that are known here."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -58,6 +64,7 @@ def tree_attention(
     inputs: TreeAttentionInputs,
     scale: float,
     output: torch.Tensor,
+    layout: str = "vec",
 ) -> None:
     """Attend with the native kernel where it was built, else in PyTorch.
 
@@ -65,20 +72,24 @@ def tree_attention(
         query: [N, heads, D], D a multiple of 32; here and below a row's heads lie together.
         key: [N, kv heads, D], the step's own keys, rotated.
         value: [N, kv heads, D].
-        key_cache: [blocks, kv heads, block size, D], "vec" layout, block size a multiple of 32.
+        key_cache: [blocks, kv heads, block size, D], block size a multiple of 32.
         value_cache: of the same form.
         inputs: of this step.
         scale: of the scores; the layer's.
         output: [N, heads, D], written where a request has rows.
+        layout: of the caches, one of `LAYOUTS`.
     """
     kernel = native_kernel()
     if kernel is None:
-        attended = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, scale)
+        attended = tree_attention_reference(
+            query, key, value, key_cache, value_cache, inputs, scale, layout=layout
+        )
         for first, last in zip(inputs.starts.tolist(), inputs.stops.tolist(), strict=True):
             output[first:last] = attended[first:last]
         return
     failed = kernel(
         _DTYPES[query.dtype],
+        LAYOUTS.index(layout),
         inputs.prefixes.shape[0],
         query.shape[1],
         key.shape[1],
@@ -104,7 +115,7 @@ def tree_attention(
         value_cache.data_ptr(),
         output.data_ptr(),
     )
-    assert not failed, f"the kernel does not know {query.dtype}"
+    assert not failed, f"the kernel does not know {query.dtype} in the layout {layout}"
 
 
 @cache
@@ -154,13 +165,30 @@ def native_kernel() -> ctypes._NamedFuncPointer | None:
         raise UserError(f"{LEVEL_VARIABLE}={asked} is not a level of this CPU; it has {', '.join(levels)}.")
     kernel = getattr(library, f"clover_tree_attention_{asked or levels[-1]}")
     kernel.argtypes = [
-        *[ctypes.c_int] * 6,
+        *[ctypes.c_int] * 7,
         *[ctypes.c_int64] * 7,
         ctypes.c_float,
         *[ctypes.c_void_p] * 11,
     ]
     kernel.restype = ctypes.c_int
     return kernel
+
+
+@cache
+def places(layout: str, block: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the numbers of a block and head lie, in elements: int64 [block, D] of keys, and of values.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        block: slots.
+        dim: D.
+    """
+    token, d = torch.arange(block)[:, None], torch.arange(dim)
+    if layout == "vec":
+        return d * block + token, token * dim + d
+    keys = token // 16 * (16 * dim) + d // 2 * 32 + token % 16 * 2 + d % 2
+    values = d // 16 * (16 * block) + token // 2 * 32 + d % 16 * 2 + token % 2
+    return keys, values
 
 
 def tree_attention_reference(
@@ -172,22 +200,25 @@ def tree_attention_reference(
     inputs: TreeAttentionInputs,
     scale: float,
     dtype: torch.dtype = torch.float32,
+    layout: str = "vec",
 ) -> torch.Tensor:
     """The same in plain PyTorch, computed in `dtype`; arguments as for `tree_attention`.
 
     Returns:
         [N, heads, D] in the query's dtype, or in `dtype` if that is float64.
     """
-    blocks, kv_heads, block, dim = key_cache.shape
+    _, kv_heads, block, dim = key_cache.shape
     group = query.shape[1] // kv_heads
-    packed_keys = key_cache.reshape(blocks, kv_heads, -1).view(blocks, kv_heads, dim, block)
+    of_keys, of_values = places(layout, block, dim)
     out = torch.zeros(query.shape, dtype=dtype)
     for r in range(inputs.prefixes.shape[0]):
         first, last = int(inputs.starts[r]), int(inputs.stops[r])
         prefix = int(inputs.prefixes[r])
         used = inputs.block_table[r, : -(-prefix // block)].long()
-        keys = packed_keys[used].permute(0, 3, 1, 2).reshape(-1, kv_heads, dim)[:prefix]
-        values = value_cache[used].permute(0, 2, 1, 3).reshape(-1, kv_heads, dim)[:prefix]
+        keys, values = (
+            cached[used].flatten(2)[:, :, at].transpose(1, 2).reshape(-1, kv_heads, dim)[:prefix]
+            for cached, at in ((key_cache, of_keys), (value_cache, of_values))
+        )
         keys = torch.cat([keys, key[first:last]]).to(dtype).repeat_interleave(group, dim=1)
         values = torch.cat([values, value[first:last]]).to(dtype).repeat_interleave(group, dim=1)
         bits = torch.arange(last - first)

@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from clover_vllm.attention.cpu.tree_attention import (
+    LAYOUTS,
     MAX_ROWS,
     TreeAttentionInputs,
     tree_attention,
@@ -30,9 +31,6 @@ from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.support import is_tree_cache_dtype, refuse_trees
 from clover_vllm.tree.draft import causal_masks
 from clover_vllm.tree.step import CurrentStep, Step
-
-TREE_ISA = "vec"
-"""The one of vLLM's CPU cache layouts that the tree kernel reads."""
 
 
 @dataclass
@@ -58,16 +56,12 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         self.current = CurrentStep()  # `verification.TargetLayers` sets the runner's, for the target's layers
         self.timer = StepTimer()  # and its timer
 
-    def prepare_trees(self) -> None:
-        """Choose the cache layout that the tree kernel reads, before anything is cached.
-
+    def check_trees(self) -> None:
+        """
         Raises:
             UserError: with trees this target would not be verified correctly here.
         """
-        if self.isa == "amx":  # wherever vLLM takes this layout, "vec" works too
-            self.isa: str = TREE_ISA
-            self._set_isa_to_layers(self.layer_names)
-        if self.isa != TREE_ISA:
+        if self.isa not in LAYOUTS:
             raise refuse_trees("the CPU attention kernel", repr(self.isa))
         if not is_tree_cache_dtype(self.kv_cache_dtype, self.dtype):
             raise refuse_trees("the KV cache type", self.kv_cache_dtype)
@@ -198,6 +192,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             attn_metadata.tree,
             self.scale,
             output,
+            layer.isa,  # type: ignore[attr-defined]
         )
         if attn_metadata.rest is not None and attn_metadata.rest_rows is not None:
             rows = attn_metadata.rest_rows

@@ -16,10 +16,17 @@ from clover_vllm.attention import (
     tree_attention_reference,
 )
 from clover_vllm.attention.cpu.cache_rows import CacheRows
-from clover_vllm.attention.cpu.tree_attention import LEVEL_VARIABLE, kernel_levels, native_library
+from clover_vllm.attention.cpu.tree_attention import (
+    LAYOUTS,
+    LEVEL_VARIABLE,
+    kernel_levels,
+    native_library,
+    places,
+)
 from clover_vllm.base.errors import UserError
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+KINDS = [*((dtype, "vec") for dtype in TOLERANCE), (torch.bfloat16, "amx")]
 SCALE = 64**-0.5
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeAttentionInputs]
 
@@ -44,12 +51,9 @@ def make(
     kv_heads: int = 3,
     dim: int = 64,
     block: int = 128,
+    layout: str = "vec",
 ) -> Case:
-    """Random rows and a cache that vLLM's own kernel packed; unused slots hold NaN."""
-    from vllm import _custom_ops as ops
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
+    """Random rows and a packed cache; unused slots hold NaN."""
     torch.manual_seed(0)
     counts = [-(-p // block) for p in prefixes]
     blocks = sum(counts) + 2
@@ -61,17 +65,10 @@ def make(
         table[r, :count], order = order[:count], order[count:]
         if prefixes[r]:
             position = torch.arange(prefixes[r])
-            ops.cpu_attn_reshape_and_cache(
-                torch.randn(prefixes[r], kv_heads, dim).to(dtype),
-                torch.randn(prefixes[r], kv_heads, dim).to(dtype),
-                key_cache,
-                value_cache,
-                table[r][position // block].long() * block + position % block,
-                "vec",
-                k_scale=1.0,
-                v_scale=1.0,
-                kv_cache_dtype="auto",
-            )
+            slots = table[r][position // block].long() * block + position % block
+            for pages, at in zip((key_cache, value_cache), places(layout, block, dim), strict=True):
+                packed = torch.randn(prefixes[r], dim, kv_heads).to(dtype)
+                pages.view(blocks, kv_heads, -1)[(slots // block)[:, None], :, at[slots % block]] = packed
     rows, stops = sum(sizes), torch.tensor(sizes).cumsum(0).int()
     # As in a model: query, key and value are views into one projection.
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(dtype)
@@ -123,8 +120,29 @@ def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
         native_kernel()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kv_heads", "dim", "block"), [(3, 64, 128), (1, 96, 32)])
+def test_places_are_where_vllm_packs(layout: str, kv_heads: int, dim: int, block: int) -> None:
+    if layout == "amx" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has no AMX")
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    cache = torch.full((2, kv_heads, 2 * block, dim), torch.nan, dtype=torch.bfloat16)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    rows = torch.randn(2, 2 * block, kv_heads, dim).bfloat16()
+    slots = torch.arange(2 * block)
+    ops.cpu_attn_reshape_and_cache(
+        *rows, key_cache, value_cache, slots, layout, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )
+    for pages, own, at in zip((key_cache, value_cache), rows, places(layout, block, dim), strict=True):
+        for page, packed in zip(pages, own.split(block), strict=True):
+            assert torch.equal(page.flatten(1)[:, at].transpose(0, 1), packed)
+
+
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("dtype", "layout"), KINDS)
 @pytest.mark.parametrize(
     ("sizes", "prefixes"),
     [
@@ -137,26 +155,35 @@ def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
         ([9] * 16, [37 * r + 1 for r in range(16)]),
     ],
 )
-def test_kernel_equals_float64(dtype: torch.dtype, sizes: list[int], prefixes: list[int]) -> None:
-    query, key, value, key_cache, value_cache, inputs = make(dtype, sizes, prefixes)
+def test_kernel_equals_float64(
+    dtype: torch.dtype, layout: str, sizes: list[int], prefixes: list[int]
+) -> None:
+    query, key, value, key_cache, value_cache, inputs = make(dtype, sizes, prefixes, layout=layout)
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
-    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output, layout)
+    exact = tree_attention_reference(
+        query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64, layout
+    )
     assert (output.double() - exact).abs().max() < TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
 
 
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "vec"), (torch.bfloat16, "amx")])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block"), [(32, 8, 128, 32), (4, 4, 96, 64), (6, 1, 32, 128)]
 )
-def test_kernel_takes_other_shapes(heads: int, kv_heads: int, dim: int, block: int) -> None:
+def test_kernel_takes_other_shapes(
+    dtype: torch.dtype, layout: str, heads: int, kv_heads: int, dim: int, block: int
+) -> None:
     query, key, value, key_cache, value_cache, inputs = make(
-        torch.float32, [9, 17], [65, 300], heads, kv_heads, dim, block
+        dtype, [9, 17], [65, 300], heads, kv_heads, dim, block, layout
     )
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
-    exact = tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64)
-    torch.testing.assert_close(output.double(), exact, atol=1e-5, rtol=0)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output, layout)
+    exact = tree_attention_reference(
+        query, key, value, key_cache, value_cache, inputs, SCALE, torch.float64, layout
+    )
+    assert (output.double() - exact).abs().max() < TOLERANCE[dtype] * max(1.0, float(exact.abs().max()))
 
 
 @pytest.fixture
@@ -310,22 +337,21 @@ def test_a_nan_query_gives_nan_in_its_own_row_alone(prefix: int) -> None:
         torch.testing.assert_close(after[others], before[others], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_rows_move_within_and_between_blocks(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "layout"), KINDS)
+def test_rows_move_within_and_between_blocks(dtype: torch.dtype, layout: str) -> None:
     """Native and PyTorch moves agree, and everything else stays."""
     torch.manual_seed(0)
     caches = [torch.randn(5, 3, 32, 128).to(dtype) for _ in range(2)]
     sources, destinations = [9, 40, 41, 100], [7, 30, 40, 99]
     native, plain = [c.clone() for c in caches], [c.clone() for c in caches]
-    CacheRows(native).move(sources, destinations)
-    CacheRows(plain)._move_in_torch(torch.tensor(sources), torch.tensor(destinations))
+    CacheRows(native, layout).move(sources, destinations)
+    CacheRows(plain, layout)._move_in_torch(torch.tensor(sources), torch.tensor(destinations))
+    of_keys, of_values = places(layout, 32, 64)
     for before, a, b in zip(caches, native, plain, strict=True):
         assert torch.equal(a, b)
-        pages = [c.view(5, 3, 2, -1) for c in (before, a)]
-        keys = [p[:, :, 0].unflatten(-1, (64, 32)).permute(0, 3, 1, 2).flatten(0, 1) for p in pages]
-        values = [p[:, :, 1].unflatten(-1, (32, 64)).permute(0, 2, 1, 3).flatten(0, 1) for p in pages]
-        kept = [slot for slot in range(160) if slot not in destinations]
-        for old, new in (keys, values):
+        for at in (of_keys, of_values + 32 * 64):
+            old, new = (c.flatten(2)[:, :, at].transpose(1, 2).flatten(0, 1) for c in (before, a))
+            kept = [slot for slot in range(160) if slot not in destinations]
             assert torch.equal(new[destinations], old[sources])
             assert torch.equal(new[kept], old[kept])
 
