@@ -58,8 +58,10 @@ class Timing:
 def time_kernels(shape: KernelShape, requests: int, context: int) -> Timing:
     """Time both kernels, alternating, on the same cache."""
     from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     dtype = getattr(torch, shape.dtype)
+    layout = _get_attn_isa(dtype, BLOCK, shape.dim)
     generator = torch.Generator().manual_seed(0)
 
     def random_rows(count: int, heads: int) -> torch.Tensor:
@@ -80,7 +82,7 @@ def time_kernels(shape: KernelShape, requests: int, context: int) -> Timing:
             key_cache,
             value_cache,
             slots,
-            "vec",
+            layout,
             k_scale=1.0,
             v_scale=1.0,
             kv_cache_dtype="auto",
@@ -112,7 +114,7 @@ def time_kernels(shape: KernelShape, requests: int, context: int) -> Timing:
         query_start_loc=starts,
         causal=True,
         sliding_window_size=-1,
-        isa="vec",
+        isa=layout,
         enable_kv_split=True,
         dynamic_causal=None,
         kv_cache_dtype="auto",
@@ -120,7 +122,7 @@ def time_kernels(shape: KernelShape, requests: int, context: int) -> Timing:
     output = torch.empty_like(query)
 
     def ours() -> None:
-        tree_attention(query, key, value, key_cache, value_cache, inputs, scale, output)
+        tree_attention(query, key, value, key_cache, value_cache, inputs, scale, output, layout)
 
     def theirs() -> None:
         ops.cpu_attention_with_kv_cache(
@@ -175,6 +177,7 @@ def compare_kernels(settings: KernelSettings) -> list[Timing]:
             "This compares kernels of vLLM's CPU build; install that, with a C++ compiler at hand."
         )
     current_platform.import_kernels()
+    torch.cpu._init_amx()  # asks the system for matrix tiles, which vLLM's workers do too
     shape = KernelShape(rows=settings.rows, dtype=settings.dtype)
     cases = [(r, c) for r in settings.requests for c in settings.contexts]
     found = [time_kernels(shape, r, c) for r, c in each(cases, "shapes")]

@@ -13,6 +13,13 @@
 
 #include <omp.h>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define CLOVER_X86_LEVELS
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 struct Problem {
@@ -31,12 +38,12 @@ struct Problem {
 
 }  // namespace
 
-// The x86-64 psABI's levels. v2 has SSE4.2, v3 AVX2, FMA and F16C, v4 AVX-512 (F, BW, CD, DQ, VL). Instructions for
-// bfloat16 and float16 beyond that would not help: all arithmetic is float32. Clang has no such pragma and builds
-// the one level of its target, as do all compilers for other architectures. Vectors wider than a level's registers
-// are broken into single numbers and tens of times slower, hence LANES.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLOVER_X86_LEVELS
+// The x86-64 psABI's levels, and one above. v2 has SSE4.2, v3 AVX2, FMA and F16C, v4 AVX-512 (F, BW, CD, DQ, VL), amx
+// tiles of bfloat16 besides. Instructions for bfloat16 and float16 alone would not help: arithmetic is float32. Clang has
+// no such pragma and builds the one level of its target, as do all compilers for other architectures. Vectors wider
+// than a level's registers are broken into single numbers and tens of times slower, hence LANES.
+#ifdef CLOVER_X86_LEVELS
+#define MATRIX_TILES 0
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v2")
 namespace v2 {
@@ -58,11 +65,38 @@ constexpr int LANES = 16, TILE_ROWS = 9;
 #include "tree_attention.h"
 }  // namespace v4
 #pragma GCC pop_options
+#undef MATRIX_TILES
+#define MATRIX_TILES 1
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")
+namespace amx {
+constexpr int LANES = 16, TILE_ROWS = 9;
+#include "tree_attention.h"
+}  // namespace amx
+#pragma GCC pop_options
 #else
+#define MATRIX_TILES 0
 namespace baseline {
 constexpr int LANES = 4, TILE_ROWS = 9;
 #include "tree_attention.h"
 }  // namespace baseline
+#endif
+
+#ifdef CLOVER_X86_LEVELS
+namespace {
+
+// Whether the processor has matrix tiles of bfloat16 and the system lets this process use them.
+bool has_tiles() {
+  unsigned a, b, c, d;
+  __asm__ volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+  const bool tiles = d >> 22 & 1 && d >> 24 & 1;  // AMX-BF16, AMX-TILE
+  __asm__ volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
+  const bool conversion = a >> 5 & 1;  // AVX512_BF16
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return tiles && conversion && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+}
+
+}  // namespace
 #endif
 
 extern "C" {
@@ -71,7 +105,7 @@ extern "C" {
 const char* clover_levels() {
 #ifdef CLOVER_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "v2 v3 v4";
+  if (__builtin_cpu_supports("x86-64-v4")) return has_tiles() ? "v2 v3 v4 amx" : "v2 v3 v4";
   if (__builtin_cpu_supports("x86-64-v3")) return "v2 v3";
   return __builtin_cpu_supports("x86-64-v2") ? "v2" : "";
 #else
@@ -97,6 +131,7 @@ const char* clover_levels() {
 CLOVER_TREE_ATTENTION(v2)
 CLOVER_TREE_ATTENTION(v3)
 CLOVER_TREE_ATTENTION(v4)
+CLOVER_TREE_ATTENTION(amx)
 #else
 CLOVER_TREE_ATTENTION(baseline)
 #endif

@@ -124,11 +124,10 @@ struct Piece {
   int64_t scratch;                 // offset of its partial results, floats
 };
 
-// Softmax state of `rows` query vectors over one tile of scores [rows][width]. Where values may be infinite or
-// NaN (`finite` is false) those of weight 0 are skipped: 0 times them would reach rows that do not see them.
+// Softmax state of `rows` query vectors over one tile of scores [rows][width], which become weights.
 // A NaN score may be missing from the maximum, but makes the row's weight, sum and output NaN, as in plain softmax.
-void absorb(float* scores, int rows, int width, int columns, int stride, const float* values, int dim, bool finite,
-            float* out, float* maxima, float* sums) {
+void weigh(float* scores, int rows, int width, int columns, int stride, int dim, float* out, float* maxima,
+           float* sums) {
   for (int m = 0; m < rows; m++) {
     float* s = scores + m * stride;
     for (int j = columns; j < width; j++) s[j] = -INFINITY;
@@ -160,6 +159,13 @@ void absorb(float* scores, int rows, int width, int columns, int stride, const f
     if (shrink != 1.0f)
       for (int d = 0; d < dim; d += LANES) store(out + m * dim + d, load(out + m * dim + d) * shrink);
   }
+}
+
+// `weigh`, then the values by their weights. Where values may be infinite or NaN (`finite` is false) those of weight
+// 0 are skipped: 0 times them would reach rows that do not see them.
+void absorb(float* scores, int rows, int width, int columns, int stride, const float* values, int dim, bool finite,
+            float* out, float* maxima, float* sums) {
+  weigh(scores, rows, width, columns, stride, dim, out, maxima, sums);
   if (finite) {
     gemm(scores, stride, values, dim, rows, columns, dim, out, dim, true);
     return;
@@ -230,6 +236,114 @@ void load_block(const Problem& p, const T* keys, const T* values, int tokens, in
   for (int64_t i = 0; i < (int64_t)tokens * dim; i += LANES) store(v + i, load(values + i));
 }
 
+#if MATRIX_TILES
+// A tile register holds 16 rows of 64 bytes. The "amx" layout has the second factor of a product ready: 1 KiB of keys
+// are 32 dimensions of 16 tokens, 1 KiB of values are 16 dimensions of 32 tokens.
+constexpr int TILE = 16, TILE_ELEMENTS = 512;
+
+inline void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, rest[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
+
+// scores[m][j] = sum_d query[m][d] keys[j][d], for rows that are a multiple of 16.
+inline void score_tiles(const bf16* query, int rows, int dim, const bf16* keys, int columns, float* scores, int width) {
+  for (int j = 0; j < columns; j += TILE)
+    for (int m = 0; m < rows; m += 2 * TILE) {
+      const bool two = m + TILE < rows;
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int d = 0; d < dim; d += 2 * TILE) {
+        _tile_loadd(2, keys + (int64_t)j * dim + d * TILE, 64);
+        _tile_loadd(3, query + m * dim + d, dim * 2);
+        _tile_dpbf16ps(0, 3, 2);
+        if (!two) continue;
+        _tile_loadd(4, query + (m + TILE) * dim + d, dim * 2);
+        _tile_dpbf16ps(1, 4, 2);
+      }
+      _tile_stored(0, scores + m * width + j, width * 4);
+      if (two) _tile_stored(1, scores + (m + TILE) * width + j, width * 4);
+    }
+}
+
+// out[m][d] = sum_j weights[m][j] values[j][d]; the last, unfilled tiles of the values are in `tail`.
+inline void value_tiles(const bf16* weights, int rows, int width, const bf16* values, int block, int columns,
+                        const bf16* tail, int dim, float* out) {
+  for (int d = 0; d < dim; d += TILE)
+    for (int m = 0; m < rows; m += 2 * TILE) {
+      const bool two = m + TILE < rows;
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int j = 0; j < columns; j += 2 * TILE) {
+        const bool filled = j + 2 * TILE <= columns;
+        _tile_loadd(2, filled ? values + (int64_t)d * block + j * TILE : tail + d / TILE * TILE_ELEMENTS, 64);
+        _tile_loadd(3, weights + m * width + j, width * 2);
+        _tile_dpbf16ps(0, 3, 2);
+        if (!two) continue;
+        _tile_loadd(4, weights + (m + TILE) * width + j, width * 2);
+        _tile_dpbf16ps(1, 4, 2);
+      }
+      _tile_stored(0, out + m * dim + d, dim * 4);
+      if (two) _tile_stored(1, out + (m + TILE) * dim + d, dim * 4);
+    }
+}
+
+// Absorbs the cached tokens of pieces in the "amx" layout. Unused slots may hold anything, NaN too.
+struct Tiles {
+  int rows, padded, dim, block, width;  // padded: rows to a multiple of 16
+  float scale;
+  bf16 *query, *weights, *tail;
+  float *scores, *added;
+
+  static size_t floats(int rows, int dim, int width) {
+    const size_t padded = (rows + TILE - 1) / TILE * TILE;
+    return (padded * dim + padded * width + (size_t)dim / TILE * TILE_ELEMENTS) / 2 + padded * (width + dim);
+  }
+
+  Tiles(float* buffer, int rows, int dim, int block, int width, float scale)
+      : rows(rows), padded((rows + TILE - 1) / TILE * TILE), dim(dim), block(block), width(width), scale(scale) {
+    scores = buffer;
+    added = scores + (size_t)padded * width;
+    query = (bf16*)(added + (size_t)padded * dim);
+    weights = query + (size_t)padded * dim;
+    tail = weights + (size_t)padded * width;
+    std::memset((void*)(query + rows * dim), 0, sizeof(bf16) * (padded - rows) * dim);
+    std::memset((void*)(weights + rows * width), 0, sizeof(bf16) * (padded - rows) * width);
+    configure_tiles();
+  }
+  ~Tiles() { _tile_release(); }
+
+  void absorb_block(const bf16* keys, const bf16* values, int tokens, float* out, float* maxima, float* sums) {
+    const int filled = (tokens + 31) / 32 * 32;
+    score_tiles(query, padded, dim, keys, tokens, scores, width);
+    for (int m = 0; m < rows; m++)
+      for (int j = 0; j < tokens; j += LANES) store(scores + m * width + j, load(scores + m * width + j) * scale);
+    weigh(scores, rows, filled, tokens, width, dim, out, maxima, sums);
+    for (int m = 0; m < rows; m++)
+      for (int j = 0; j < filled; j += LANES)
+        _mm256_storeu_si256((__m256i*)(weights + m * width + j),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)load(scores + m * width + j)));
+    if (tokens < filled) {
+      const int rest = tokens % 32, first = tokens - rest;
+      for (int d = 0; d < dim; d += TILE) {
+        bf16* to = tail + d / TILE * TILE_ELEMENTS;
+        const bf16* from = values + (int64_t)d * block + first * TILE;
+        std::memset((void*)to, 0, sizeof(bf16) * TILE_ELEMENTS);
+        std::memcpy((void*)to, from, sizeof(bf16) * (rest / 2 * 32));
+        if (rest % 2)
+          for (int i = 0; i < 32; i += 2) to[rest / 2 * 32 + i] = from[rest / 2 * 32 + i];
+      }
+    }
+    value_tiles(weights, padded, width, values, block, tokens, tail, dim, added);
+    for (int i = 0; i < rows * dim; i += LANES) store(out + i, load(out + i) + load(added + i));
+  }
+};
+#endif
+
 inline int padded_to_tile(int columns) { return (columns + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
 
 template <typename T>
@@ -240,7 +354,11 @@ void run_piece(const Problem& p, const Piece& piece, const T* query, const T* ke
   const int rows = tree * group;  // query vector m is row m / group, head piece.head * group + m % group
   const int width = std::max(block, padded_to_tile(tree));
   thread_local std::vector<float> buffer;
-  const size_t needed = (size_t)rows * dim + (size_t)2 * dim * width + (size_t)rows * width;
+  size_t needed = (size_t)rows * dim + (size_t)2 * dim * width + (size_t)rows * width;
+#if MATRIX_TILES
+  const size_t for_tiles = needed;
+  needed += Tiles::floats(rows, dim, width);
+#endif
   if (buffer.size() < needed) buffer.resize(needed);
   float* q = buffer.data();
   float* k = q + (size_t)rows * dim;
@@ -258,7 +376,23 @@ void run_piece(const Problem& p, const Piece& piece, const T* query, const T* ke
   std::fill(sums, sums + rows, 0.0f);
   const int prefix = p.prefixes[piece.request];
   bool own = piece.own;
-  for (int b = piece.first; b < piece.last; b++) {
+  int first = piece.first;
+#if MATRIX_TILES
+  if constexpr (std::is_same_v<T, bf16>)
+    if (p.paired && piece.first < piece.last) {
+      Tiles tiles(buffer.data() + for_tiles, rows, dim, block, width, scale);
+      for (int m = 0; m < rows; m++)
+        std::memcpy((void*)(tiles.query + m * dim),
+                    query + (first_row + m / group) * p.query_stride + (int64_t)(piece.head * group + m % group) * dim,
+                    sizeof(T) * dim);
+      for (; first < piece.last; first++) {
+        const int64_t at =
+            p.table[piece.request * p.table_stride + first] * p.block_stride + piece.head * p.head_stride;
+        tiles.absorb_block(key_cache + at, value_cache + at, std::min(block, prefix - first * block), out, maxima, sums);
+      }
+    }
+#endif
+  for (int b = first; b < piece.last; b++) {
     const int64_t at = p.table[piece.request * p.table_stride + b] * p.block_stride + piece.head * p.head_stride;
     const int prefix_columns = std::min(block, prefix - b * block);
     load_block(p, key_cache + at, value_cache + at, prefix_columns, padded_to_tile(prefix_columns), width, k, v);

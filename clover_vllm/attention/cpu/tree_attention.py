@@ -134,7 +134,7 @@ def native_library() -> ctypes.CDLL | None:
 def kernel_levels() -> list[str]:
     """Instruction sets for which the kernel was compiled and that this CPU has, lowest first.
 
-    On x86-64 of `v2`, `v3` (AVX2) and `v4` (AVX-512); elsewhere `baseline`. Empty where the kernel was not built.
+    On x86-64 of `v2`, `v3` (AVX2), `v4` (AVX-512) and `amx` (tiles of bfloat16); elsewhere `baseline`. Empty where the kernel was not built.
     """
     library = native_library()
     if library is None:

@@ -270,12 +270,15 @@ def test_infinite_values_stay_with_the_rows_that_see_them(
     torch.testing.assert_close(attend()[~sees], before[~sees], atol=1e-3, rtol=0)
 
 
-def both(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def both(case: Case, layout: str = "vec") -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel and the reference give."""
     query, key, value, key_cache, value_cache, inputs = case
     output = torch.empty_like(query)
-    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output)
-    return output, tree_attention_reference(query, key, value, key_cache, value_cache, inputs, SCALE)
+    tree_attention(query, key, value, key_cache, value_cache, inputs, SCALE, output, layout)
+    expected = tree_attention_reference(
+        query, key, value, key_cache, value_cache, inputs, SCALE, layout=layout
+    )
+    return output, expected
 
 
 @pytest.mark.usefixtures("level")
@@ -295,21 +298,21 @@ def test_a_nan_key_of_the_step_gives_nan_in_the_rows_that_see_it_alone(
 
 
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("dtype", "layout"), KINDS)
 @pytest.mark.parametrize("broken", [(0, 1), (15, 16), (77, 78), (299, 300), (0, 128), (128, 300), (0, 300)])
 def test_nan_keys_of_the_prefix_give_nan_in_all_rows_of_their_request(
-    dtype: torch.dtype, broken: tuple[int, int]
+    dtype: torch.dtype, layout: str, broken: tuple[int, int]
 ) -> None:
     """Also where a whole block or the whole prefix is NaN, in one of several requests and one of three heads."""
-    case = make(dtype, [9, 4], [300, 300])
-    before, _ = both(case)
+    case = make(dtype, [9, 4], [300, 300], layout=layout)
+    before, _ = both(case, layout)
     key_cache, inputs = case[3], case[5]
     blocks, kv_heads, block, dim = key_cache.shape
     packed = key_cache.view(blocks, kv_heads, -1)
+    of_keys, _ = places(layout, block, dim)
     for token in range(*broken):
-        page = packed[inputs.block_table[1, token // block], 2].view(dim, block)
-        page[:, token % block] = torch.nan
-    for after in both(case):
+        packed[inputs.block_table[1, token // block], 2, of_keys[token % block]] = torch.nan
+    for after in both(case, layout):
         assert after[9:, 6:].isnan().all()
         torch.testing.assert_close(after[:9], before[:9], atol=1e-2, rtol=0)
         torch.testing.assert_close(after[9:, :6], before[9:, :6], atol=1e-2, rtol=0)
