@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clover_vllm.bench.gpu.cases import Json, Machine, Report, run_case
-from clover_vllm.check.features import FEATURES, KINDS
+from clover_vllm.check.features import FEATURES, KINDS, in_both_kinds, in_one_kind
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.check.torture import difference
 
@@ -64,7 +64,7 @@ class Sizes:
 
     nodes: int
     longest: int  # tokens of an answer
-    copies: int  # of each feature and kind of sampling; 0: every fourth of them once
+    copies: int  # of each feature and kind of sampling; 0: every other feature once
     requests: int  # that run at a time
     block: int
     blocks: int  # few enough that requests are preempted
@@ -169,17 +169,11 @@ def specification(
 
 
 def feature_requests(sizes: Sizes) -> list[Json]:
-    """Each feature, greedy and seeded, with prompts that share their beginnings; some requests are aborted."""
+    """Each feature, with prompts that share their beginnings; some requests are aborted."""
     rng = random.Random(2)
     shared = [rng.randrange(3, 256) for _ in range(65)]
-    cases = [
-        (feature, kind)
-        for feature in FEATURES
-        if not feature.startswith(NO_GRAMMAR)
-        for kind in KINDS
-        if (feature, kind) != ("n", "greedy")
-    ]
-    cases = cases * sizes.copies or cases[::4]
+    features = [feature for feature in FEATURES if not feature.startswith(NO_GRAMMAR)]
+    cases = in_both_kinds(features) * sizes.copies or in_one_kind(features[::2])
     requests: list[Json] = []
     for i, (feature, kind) in enumerate(cases + [("none", "greedy"), ("none", "seeded")] * 3):
         own = [rng.randrange(3, 256) for _ in range(rng.randrange(2, 20))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import cycle
 from typing import Any
 
 Json = dict[str, Any]
@@ -67,3 +69,16 @@ FEATURES: dict[str, Json] = {
     "thinking_token_budget": {"thinking_token_budget": 6},
 }
 KINDS: dict[str, Json] = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.9, "seed": 5}}
+SAMPLING = ("top_p", "top_k", "min_p", "n")
+"""Features that change nothing of a greedy request; vLLM refuses the last for one."""
+
+
+def in_both_kinds(features: Iterable[str]) -> list[tuple[str, str]]:
+    """Features, each with both kinds but for what vLLM refuses."""
+    return [(feature, kind) for feature in features for kind in KINDS if (feature, kind) != ("n", "greedy")]
+
+
+def in_one_kind(features: Iterable[str]) -> list[tuple[str, str]]:
+    """Features, each with one kind: seeds where they are about sampling, and the kinds in turn otherwise."""
+    turns = cycle(KINDS)
+    return [(feature, "seeded" if feature in SAMPLING else next(turns)) for feature in features]

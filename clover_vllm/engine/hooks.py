@@ -156,6 +156,12 @@ _ON_V1 = (
         "the target's own sampling step",
     ),
     Symbol(
+        "vllm.v1.sample.thinking_budget_state",
+        "ThinkingBudgetStateHolder.sync_batch",
+        ("self", "batch_update"),
+        "keeps `_state`, by row of the batch, where the scorer reads which requests have a thinking budget",
+    ),
+    Symbol(
         "vllm.v1.attention.backends.cpu_attn",
         "CPUAttentionMetadataBuilder.build",
         ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),

@@ -51,9 +51,9 @@ class TreeScorer(nn.Module):
     The others are sampled depth by depth, only they, and only while their path goes on. The exception are
     logits processors of a user's own that are not vLLM's per-request adapter: nobody can tell which rows they
     change, so they see the whole batch at every depth, as in a plain step, with `update_state(None)` in
-    between. Rows of requests whose path has ended are in that batch too, and what comes of them is dropped. So
-    a row's result may depend on the request's parameters, prompt and output so far, but a processor that
-    counts its calls counts too many.
+    between, and if they may change an argmax, nothing is scored in one pass. Rows of requests whose path has
+    ended are in that batch too, and what comes of them is dropped. So a row's result may depend on the
+    request's parameters, prompt and output so far, but a processor that counts its calls counts too many.
     """
 
     def __init__(self, sampler: Sampler, current: CurrentStep) -> None:
@@ -207,9 +207,6 @@ def plain_greedy(metadata: SamplingMetadata, with_logprobs: Iterable[int], reque
         with_logprobs: requests that ask for logprobs.
         requests: in the batch.
     """
-    holder = metadata.thinking_budget_state_holder
-    if holder is not None and holder.has_tracked_requests():
-        return set()
     found = set(range(requests))
     if metadata.temperature is not None:
         found = {r for r, t in enumerate(metadata.temperature.tolist()) if t < GREEDY_TEMPERATURE}
@@ -221,6 +218,8 @@ def plain_greedy(metadata: SamplingMetadata, with_logprobs: Iterable[int], reque
             return set()
         found -= active
     found -= set(with_logprobs) | set(metadata.logprob_token_ids or ()) | set(metadata.bad_words_token_ids)
+    if metadata.thinking_budget_state_holder is not None:
+        found.difference_update(metadata.thinking_budget_state_holder._state)
     if not metadata.no_penalties:
         penalised = metadata.frequency_penalties.ne(0) | metadata.presence_penalties.ne(0)
         penalised |= metadata.repetition_penalties.ne(1)
@@ -255,10 +254,8 @@ def active_requests(processor: LogitsProcessor) -> set[int] | None:
 
 def can_narrow(metadata: SamplingMetadata) -> bool:
     """Whether some requests of the batch can be sampled without the others."""
-    holder = metadata.thinking_budget_state_holder
     return (
         all(active_requests(processor) is not None for processor in metadata.logitsprocs.all)
-        and (holder is None or not holder.has_tracked_requests())
         and not metadata.logprob_token_ids  # its table is as wide as its widest request
     )
 
@@ -306,6 +303,9 @@ def narrow(metadata: SamplingMetadata, chosen: Sequence[int], live: Sequence[int
     def remap(by_request: dict[int, T]) -> dict[int, T]:
         return {position[r]: value for r, value in by_request.items() if r in position}
 
+    budgets = copy.copy(metadata.thinking_budget_state_holder)
+    if budgets is not None:  # the states of the requests stay the originals
+        budgets._state = remap(budgets._state)
     return replace(
         metadata,
         temperature=rows(metadata.temperature),
@@ -320,6 +320,7 @@ def narrow(metadata: SamplingMetadata, chosen: Sequence[int], live: Sequence[int
         allowed_token_ids_mask=rows(metadata.allowed_token_ids_mask),
         bad_words_token_ids=remap(metadata.bad_words_token_ids),
         logitsprocs=narrow_processors(metadata.logitsprocs, chosen, requests),
+        thinking_budget_state_holder=budgets,
         logprob_token_ids=None,  # such batches are not narrowed
         spec_token_ids=[[] for _ in chosen],
     )

@@ -121,7 +121,6 @@ def test_forced_paths_exist() -> None:
 
 @pytest.mark.engine
 def test_an_engine_is_watched_and_accepts_what_is_forced(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     from clover_vllm.bench.gpu.step import check_step
     from clover_vllm.check.gpu_models import make_models
 

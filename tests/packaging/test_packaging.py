@@ -85,10 +85,12 @@ def interpreter(version: str) -> str:
     """A Python of this version that starts; the test is skipped where there is none."""
     if version == THIS_PYTHON:
         return sys.executable
-    found = shutil.which(f"python{version}")
-    if found is not None and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
-        return found
-    pytest.skip(f"there is no python{version} on the PATH that starts")
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))  # its shims on the PATH may not start
+    on_path = shutil.which(f"python{version}")
+    for found in (on_path, *sorted(pyenv.glob(f"versions/{version}.*/bin/python"))):
+        if found is not None and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
+            return str(found)
+    pytest.skip(f"there is no python{version} that starts, on the PATH or of pyenv")
 
 
 def test_the_wheel_and_the_sdist_hold_weights_sources_and_type_marker(built: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from clover_vllm.engine.endings import repetition
@@ -413,20 +416,26 @@ class Banning(AdapterLogitsProcessor):
 
 
 CONFIG = VllmConfig()
+THINKING: Any = SimpleNamespace(reasoning_start_token_ids=[3], reasoning_end_token_ids=[6, 2])
 
 
 class Batch:
-    """Seven requests, each with another way of sampling, and an eighth whose prompt goes on."""
+    """Eight requests, each with another way of sampling, and a ninth whose prompt goes on. All think."""
 
-    kinds = ("greedy", "seeded", "penalised", "min_tokens", "logit_bias", "min_p", "adapter")
+    kinds = ("greedy", "seeded", "penalised", "min_tokens", "logit_bias", "min_p", "adapter", "budget")
 
     def __init__(self, seed: int) -> None:
-        self.histories: list[list[int]] = [[] for _ in range(8)]
-        self.generators = {r: torch.Generator().manual_seed(seed + r) for r in (1, 5, 7)}
+        self.histories: list[list[int]] = [[] for _ in range(9)]
+        self.generators = {r: torch.Generator().manual_seed(seed + r) for r in (1, 5, 8)}
+        self.budgets = ThinkingBudgetStateHolder(THINKING, 9, 0, torch.device("cpu"), False)
+        added = [(7, SamplingParams(thinking_token_budget=1), [3], self.histories[7])]
+        self.budgets.sync_batch(BatchUpdate(9, [], added, []))
 
     def metadata(self, chosen: list[int]) -> SamplingMetadata:
         """Of some of the requests, as vLLM would have it were they the batch."""
         config, cpu, count = CONFIG, torch.device("cpu"), len(chosen)
+        budgets = copy.copy(self.budgets)
+        budgets._state = {chosen.index(r): state for r, state in self.budgets._state.items() if r in chosen}
         minimum = MinTokensLogitsProcessor(config, cpu, False)
         bias = LogitBiasLogitsProcessor(config, cpu, False)
         min_p, adapter = MinPLogitsProcessor(config, cpu, False), Banning()
@@ -448,13 +457,15 @@ class Batch:
             count,
             greedy=False,
             all_random=False,
-            temperature=torch.tensor([0.9 if r in (1, 5, 7) else 0.0 for r in chosen]),
+            temperature=torch.tensor([0.9 if r in (1, 5, 8) else 0.0 for r in chosen]),
             no_penalties=False,
             prompt_token_ids=torch.full((count, 1), VOCAB),
             repetition_penalties=torch.tensor([3.0 if r == 2 else 1.0 for r in chosen]),
             output_token_ids=[self.histories[r] for r in chosen],
             generators={i: self.generators[r] for i, r in enumerate(chosen) if r in self.generators},
             logitsprocs=LogitsProcessors([minimum, bias, min_p, adapter]),
+            thinking_budget_state_holder=budgets,
+            spec_token_ids=[[] for _ in chosen],
         )
 
     def plain(self, r: int, count: int) -> list[int]:
@@ -472,28 +483,29 @@ def test_every_way_of_sampling_beside_the_others_is_plain_decoding(narrow: bool)
     sampled only while their paths go on, unless a processor of an unknown kind has to see everyone."""
     rng, deep = random.Random(12), Counter[str]()
     for seed in range(100):
-        trees = [random_tree(rng, rng.randrange(20, 30)) for _ in range(7)]
+        trees = [random_tree(rng, rng.randrange(20, 30)) for _ in range(8)]
         everyone = Batch(seed)
-        sampling = everyone.metadata(list(range(8)))
+        sampling = everyone.metadata(list(range(9)))
         if not narrow:
             sampling.logitsprocs.argmax_invariant.append(Unknown())
         sampler = CountingSampler()
-        step = Step.of_trees([*trees, None], histories=everyone.histories, discarded=frozenset({7}))
+        step = Step.of_trees([*trees, None], histories=everyone.histories, discarded=frozenset({8}))
         logits = torch.cat([*(rows_of(tree) for tree in trees), language(())[None]])
         got = run(TreeScorer(sampler, CurrentStep()), step, logits, sampling).sampled_token_ids.tolist()
-        assert everyone.histories == [[] for _ in range(8)]
+        assert everyone.histories == [[] for _ in range(9)]
         for r, kind in enumerate(Batch.kinds):
             tokens = [token for token in got[r] if token >= 0]
             assert tokens == Batch(seed).plain(r, len(tokens)), kind
             assert len(step.accepted[r]) == len(tokens) - 1
             deep[kind] += len(tokens) > 2
-        untouched = torch.Generator().manual_seed(seed + 7)
-        assert torch.equal(everyone.generators[7].get_state(), untouched.get_state())
-        longest = max(len(step.accepted[r]) for r in range(1, 7)) + 1
+        assert got[7][1:2] in ([], [-1], [6]), "the first token used the budget up"
+        untouched = torch.Generator().manual_seed(seed + 8)
+        assert torch.equal(everyone.generators[8].get_state(), untouched.get_state())
+        longest = max(len(step.accepted[r]) for r in range(1, 8)) + 1
         if narrow:
-            expected = [sum(len(step.accepted[r]) >= d for r in range(1, 7)) for d in range(longest)]
+            expected = [sum(len(step.accepted[r]) >= d for r in range(1, 8)) for d in range(longest)]
         else:
-            expected = [8] * longest
+            expected = [9] * longest
         assert sampler.rows == expected
     assert min(deep[kind] for kind in Batch.kinds) > 1
 
@@ -511,7 +523,7 @@ class Unknown(LogitsProcessor):
         assert batch_update is None
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        assert len(logits) == 8
+        assert len(logits) == 9
         return logits
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from small import one_sentence
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
 from clover_vllm.engine.runner import CloverRunner
-from clover_vllm.engine.verification import TargetLayers
 from clover_vllm.tree import Tree
 from clover_vllm.tree.step import CurrentStep, Step
 
@@ -39,53 +39,80 @@ def builder() -> TreeCPUAttentionMetadataBuilder:
     return made
 
 
-def runner(*shapes: tuple[int, ...]) -> tuple[CloverRunner, TreeCPUAttentionMetadataBuilder]:
-    """A runner whose layers have caches of these shapes, and the builder of their metadata."""
-    own = builder()
-    layers = {f"layer {i}": layer(shape) for i, shape in enumerate(shapes)}
-    group = SimpleNamespace(layer_names=list(layers), get_metadata_builder=lambda: own)
-    made: Any = SimpleNamespace(
-        kv_cache_config=SimpleNamespace(kv_cache_groups=[group]),
-        uses_mrope=False,
-        vllm_config=SimpleNamespace(kv_transfer_config=None),
-        drafter=SimpleNamespace(draft_attn_groups=[], _draft_attn_layer_names=set()),
-        compilation_config=SimpleNamespace(static_forward_context=layers),
-        _attn_group_iterator=lambda: iter([group]),
-    )
-    return cast(CloverRunner, made), own
+class VllmRunner(GPUModelRunner):
+    """vLLM's runner, as far as the initialisation of its cache goes."""
+
+    def __init__(self) -> None:
+        self.uses_mrope = False
+        self.vllm_config = SimpleNamespace(kv_transfer_config=None)
+        self.compilation_config = SimpleNamespace(static_forward_context={})
+        self.input_batch = SimpleNamespace(thinking_budget_state_holder=None)
+
+    def initialize_kv_cache(self, kv_cache_config: Any) -> None:
+        """Layers with caches of the given shapes, and one builder of their metadata, all new."""
+        layers = {f"layer {i}": layer(shape) for i, shape in enumerate(kv_cache_config.shapes)}
+        own = builder()
+        group = SimpleNamespace(layer_names=list(layers), get_metadata_builder=lambda: own)
+        self.attn_groups = [[group]]
+        self.compilation_config.static_forward_context.update(layers)
+        self.kv_caches = [found.kv_cache for found in layers.values()]
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[group])
+
+
+class Runner(CloverRunner, VllmRunner):
+    """Clover's runner over that one."""
+
+    def __init__(self) -> None:
+        VllmRunner.__init__(self)
+        self.current, self.timer = CurrentStep(), StepTimer()
+        drafter: Any = SimpleNamespace(
+            draft_attn_groups=[], _draft_attn_layer_names=set(), options=SimpleNamespace(tree="adaptive")
+        )
+        speculation: Any = SimpleNamespace(initialize=lambda: None)
+        self.drafter, self.speculation = drafter, speculation
+        self._layers = None
+
+    def initialize(self, *shapes: tuple[int, ...]) -> TreeCPUAttentionMetadataBuilder:
+        """Initialise the cache with layers of these shapes; the builder of their metadata."""
+        self.initialize_kv_cache(SimpleNamespace(shapes=shapes))
+        (group,) = self._attn_group_iterator()
+        made: TreeCPUAttentionMetadataBuilder = group.get_metadata_builder()
+        return made
+
+
+SHAPE = (4, 2, 32, 64)
 
 
 def test_layers_whose_caches_differ_in_shape_are_refused_in_a_sentence() -> None:
-    made, _ = runner((4, 2, 32, 64), (4, 1, 32, 64))
     with pytest.raises(UserError, match="differ in shape") as caught:
-        TargetLayers(made, CurrentStep(), StepTimer())
+        Runner().initialize(SHAPE, (4, 1, 32, 64))
     one_sentence(caught.value)
 
 
-def test_a_second_initialisation_has_builders_of_its_own() -> None:
-    current, timer = CurrentStep(), StepTimer()
-    shape = (4, 2, 32, 64)
-    first, _ = runner(shape)
-    TargetLayers(first, current, timer)
-    second, fresh = runner(shape, shape)
-    layers = TargetLayers(second, current, timer)
-    assert fresh.current is current
-    assert fresh.timer is timer
+def test_a_second_initialisation_finds_its_own_builders_and_caches() -> None:
+    runner = Runner()
+    first = runner.initialize(SHAPE)
+    (old,) = runner.kv_caches
+    second = runner.initialize(SHAPE, SHAPE)
+    assert first is not second
+    for found in (first, second):
+        assert found.current is runner.current
+        assert found.timer is runner.timer
 
-    caches = [found.kv_cache for found in second.compilation_config.static_forward_context.values()]
-    old = next(iter(first.compilation_config.static_forward_context.values())).kv_cache
-    for cache in (*caches, old):
+    for cache in (*runner.kv_caches, old):
         cache.normal_()
+    before, fresh = old.clone(), [cache.clone() for cache in runner.kv_caches]
     step = Step.of_trees([Tree([5, 6], [-1, -1])])
     step.accepted = [[1]]
-    before = old.clone()
-    changed = [cache.clone() for cache in caches]
-    current.begin(step)
-    layers.move_accepted(current, torch.tensor([32, 33, 34]))
-    assert all(not torch.equal(cache, copy) for cache, copy in zip(caches, changed, strict=True))
+    runner.current.begin(step)
+    assert runner._layers is not None
+    runner._layers.move_accepted(runner.current, torch.tensor([32, 33, 34]))
+    assert all(not torch.equal(cache, copy) for cache, copy in zip(runner.kv_caches, fresh, strict=True))
     assert torch.equal(old, before)
 
 
 def test_nothing_moves_outside_of_a_step() -> None:
-    made, _ = runner((4, 2, 32, 64))
-    TargetLayers(made, CurrentStep(), StepTimer()).move_accepted(CurrentStep(), torch.tensor([0]))
+    runner = Runner()
+    runner.initialize(SHAPE)
+    assert runner._layers is not None
+    runner._layers.move_accepted(runner.current, torch.tensor([0]))
