@@ -18,6 +18,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
 from clover_vllm.check.settings import TortureSettings
+from clover_vllm.cluster.settings import ReplicasSettings
 from clover_vllm.eval.settings import CompareSettings, EvalSettings
 from clover_vllm.train.settings import DataSettings, TrainSettings
 
@@ -180,6 +181,16 @@ def batch(
         source, output, tuple(flags.args), at_once, ray, replicas, replica_cpus, replica_gpus
     )
     _summary(f"Answers in {output}", run_batch(settings))
+
+
+@app.command()
+@_one_line
+@takes(ReplicasSettings)
+def replicas(settings: ReplicasSettings) -> None:
+    """Estimate how many replicas a load needs, from what `clover-vllm bench` measured on such a machine."""
+    from clover_vllm.cluster.sizing import replicas as run
+
+    _summary("Replicas", run(settings))
 
 
 @app.command("eval")

@@ -142,6 +142,19 @@ def table(comparison: Comparison) -> Table:
     return found
 
 
+def clovers_method(found: dict[str, Any]) -> str | None:
+    """The name under which a `bench.json` has Clover-2: its default, else the first with other settings."""
+    names = [row["method"] for row in found["results"]]
+    return next((name for name in sorted(names, key=len) if name.split("-")[0] == "clover"), None)
+
+
+def curve(found: dict[str, Any], method: str) -> dict[int, float]:
+    """Tokens per second of a method in a `bench.json`, by requests at once."""
+    return {
+        row["concurrency"]: row["tokens_per_second"] for row in found["results"] if row["method"] == method
+    }
+
+
 def with_interval(row: dict[str, Any], name: str, digits: int) -> str:
     """`1.54 [1.50, 1.57]`"""
     low, high = row[f"{name}_interval"]

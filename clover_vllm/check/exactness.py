@@ -87,7 +87,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(AT_ONCE) as pool:
         folder = Path(made)
         if not machine.interpret:
-            missing = run_case("clover_vllm.check.exactness:find_flash", {}, machine, 60)
+            missing = run_case(find_flash, {}, machine, 60)
             if missing.get("problem") or "error" in missing:
                 report.add("FLASH_ATTN", {"ok": True, "left out": missing})
                 cases = tuple(case for case in cases if case.backend != "FLASH_ATTN")
@@ -109,7 +109,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
             spec = specification(case, sizes, target, head, jobs, machine)
             spec["known"] = plain[case.backend, case.dtype]["keep"]
             spec["keep"] = str(folder / f"{case}.json".replace(" ", "-"))
-            run = pool.submit(run_case, "clover_vllm.check.exactness:run_engine", spec, machine, SECONDS)
+            run = pool.submit(run_case, run_engine, spec, machine, SECONDS)
             judged.append((case, spec, run))
         for name, reference in waiting.items():
             found = reference.result()
@@ -122,7 +122,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
 
 def run_reference(spec: Json, machine: Machine) -> Json:
     """Plain vLLM's answers; where it fails, those who wait for them are told so."""
-    found = run_case("clover_vllm.check.exactness:run_engine", spec, machine, SECONDS)
+    found = run_case(run_engine, spec, machine, SECONDS)
     keep = Path(spec["keep"])
     if not keep.exists():
         keep.write_text("null")

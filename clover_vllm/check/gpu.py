@@ -81,7 +81,7 @@ def _run_part(
 ) -> bool:
     if part == "kernels":
         spec = {"output": str(output.absolute()), "quick": machine.quick}
-        found = run_case("clover_vllm.check.gpu:run_kernels", spec, machine, machine.left)
+        found = run_case(run_kernels, spec, machine, machine.left)
         if "error" in found:
             Report(output / "gpu-kernels-failed.json", {}).add(part, found)
         return bool(found.get("ok"))

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from clover_vllm.cluster.settings import MOST_REQUESTS
+
 LONGEST_ANSWER = 600.0
 """Seconds that a replica which leaves gives its requests; Ray's default of 20 cuts long answers."""
 
-TARGET_REQUESTS = 8
-"""Requests per replica that autoscaling aims at: where speculation ends to pay on the machine of results/*.json
-(`cluster.sizing.target_requests`; docs/sizing.md says how to measure yours). Ray's default for language models
-is a billion, with which the number of replicas never changes."""
-
-MOST_REQUESTS = 16
-"""Requests per replica, where the file does not say `max_num_seqs`."""
+TARGET_SHARE = 0.5
+"""Of the requests that a replica holds: autoscaling aims at it, and the rest takes what comes while a replica starts.
+Ray's default for language models is a billion requests, with which the number of replicas never changes."""
 
 DEPLOYMENT: dict[str, Any] = {
     "max_queued_requests": 256,  # then 503, rather than a queue without an end
@@ -30,7 +28,6 @@ DEPLOYMENT: dict[str, Any] = {
 AUTOSCALING = {
     "min_replicas": 2,
     "max_replicas": 2,
-    "target_ongoing_requests": TARGET_REQUESTS,
     "upscale_delay_s": 10,
     "downscale_delay_s": 300,
 }
@@ -69,7 +66,10 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
         {**DEPLOYMENT, "max_ongoing_requests": engine["max_num_seqs"]}, config.get("deployment_config", {})
     )
     if "num_replicas" not in deployment:
-        deployment["autoscaling_config"] = _over(AUTOSCALING, deployment.get("autoscaling_config", {}))
+        target = max(1, int(TARGET_SHARE * deployment["max_ongoing_requests"]))
+        deployment["autoscaling_config"] = _over(
+            {**AUTOSCALING, "target_ongoing_requests": target}, deployment.get("autoscaling_config", {})
+        )
     actor = _over({"num_cpus": 0}, deployment.get("ray_actor_options", {}))  # its bundle has the cores
     deployment["ray_actor_options"] = actor
     made["deployment_config"] = deployment

@@ -1,4 +1,4 @@
-"""How many replicas a load needs: a queueing estimate from the speeds that `clover-vllm bench` measures.
+"""`clover-vllm replicas`: how many a load needs, a queueing estimate from the speeds that `clover-vllm bench` measures.
 
 A replica shares its speed among the requests that it holds (processor sharing), and is faster the more they are, up to
 `most` requests; further ones wait. With arrivals at random moments (Poisson) the number of requests in it is a
@@ -13,11 +13,17 @@ and takes the emptier one, does a little better.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from clover_vllm.base.errors import UserError
+from clover_vllm.bench.report import clovers_method, curve
+from clover_vllm.cluster.settings import ReplicasSettings
 
 FULLEST = 0.98
 """Load, over what a replica can do, beyond which the estimate is as good as infinite."""
@@ -41,6 +47,50 @@ class Estimate:
     seconds: float
     waiting: float
     load: float
+
+
+def replicas(settings: ReplicasSettings) -> dict[str, Any]:
+    """What to deploy, by a file of measurements.
+
+    Raises:
+        UserError: the file is something else, or no number of replicas is enough.
+    """
+    try:
+        return plan(json.loads(settings.measured.read_text()), settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{settings.measured} is no result of `clover-vllm bench` ({type(error).__name__}); write it again."
+        ) from error
+
+
+def plan(found: dict[str, Any], settings: ReplicasSettings) -> dict[str, Any]:
+    """The same for a measurement that has been read.
+
+    Raises:
+        UserError: Clover-2 was not measured, or no number of replicas is enough.
+    """
+    method = clovers_method(found)
+    if method is None:
+        raise UserError("Clover-2 is not in the measurement; give clover to `clover-vllm bench --methods`.")
+    clover, plain = curve(found, method), curve(found, found["baseline"])
+    count = replicas_for(clover, settings.tokens, settings.rate, settings.most, settings.seconds)
+    one = estimate(clover, settings.tokens, settings.rate / count, settings.most)
+    pays = pays_up_to(clover, plain)
+    return {
+        "load": f"{settings.rate:g} requests per second, {settings.tokens:g} tokens each",
+        "one_replica": f"at most {settings.most} requests at once",
+        "tokens_per_second": _shown(clover),
+        "of_plain_vLLM": _shown(plain),
+        "replicas": count,
+        "seconds_per_answer": f"{one.seconds:.1f} of at most {settings.seconds:g}, on average",
+        "requests_in_a_replica": f"{one.requests:.1f}, on average",
+        "of_what_it_can_do": f"{one.load:.0%}",
+        "speculation_pays": f"up to {pays} requests at once" if pays else "at no measured load",
+    }
+
+
+def _shown(speeds: Mapping[int, float]) -> str:
+    return ", ".join(f"{speed:.0f} with {count}" for count, speed in sorted(speeds.items()))
 
 
 def estimate(speeds: Mapping[int, float], tokens: float, rate: float, most: int) -> Estimate:
@@ -82,11 +132,11 @@ def replicas_for(
         limit: of the number.
 
     Raises:
-        ValueError: a lone request takes longer.
+        UserError: a lone request takes longer.
     """
     alone = tokens / speeds[min(speeds)] * min(speeds)
     if seconds < alone:
-        raise ValueError(
+        raise UserError(
             f"A lone request takes {alone:.1f} s, so that no number of replicas answers in {seconds:g} s."
         )
     low, high = 1, limit
@@ -99,17 +149,14 @@ def replicas_for(
     return low
 
 
-def target_requests(clover: Mapping[int, float], plain: Mapping[int, float], pays: float = PAYS) -> int:
-    """Requests per replica to aim at: the most, of those measured, up to which speculation pays.
-
-    With fewer a replica is not used for what it can do; with more it is no faster than plain vLLM, and another replica
-    gives more.
+def pays_up_to(clover: Mapping[int, float], plain: Mapping[int, float], pays: float = PAYS) -> int:
+    """The most requests at once, of those measured, up to which speculation pays; 0 where it never does.
 
     Args:
         clover, plain: tokens per second by requests at once.
         pays: speed over plain vLLM's.
     """
-    best = 1
+    best = 0
     for count in sorted(clover.keys() & plain.keys()):
         if clover[count] < pays * plain[count]:
             break

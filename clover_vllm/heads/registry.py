@@ -15,6 +15,7 @@ from clover_vllm.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from clover_vllm.heads.base import Head
 
@@ -31,14 +32,30 @@ class HeadKind:
     vocabulary: float  # weight of the cross entropy there
     decay: float = 0.7  # how much less a depth weighs there than the one before
     of_tokens: bool = False  # whether that entropy is of the text's tokens, not of the target's distribution
-    trees: bool = True  # whether our engine drafts with it; others are served by vLLM's own methods
+    config: str | None = None  # its configuration, as module:class; None: vLLM knows it and drafts with it
+    shaped_by: tuple[str, ...] = ()  # fields of the configuration of a new head that `train` has options for
     records_acceptance: bool = True  # whether servers compare themselves with config.json's first_acceptance
+
+    @property
+    def trees(self) -> bool:
+        """Whether our engine drafts with it; others are served by vLLM's own methods."""
+        return self.config is not None
 
     def head_class(self) -> type[Head]:
         """The class, imported now."""
-        module, name = self.head.split(":")
-        found: type[Head] = getattr(import_module(module), name)
+        found: type[Head] = _imported(self.head)
         return found
+
+    def config_class(self) -> type[PretrainedConfig]:
+        """The same of the configuration, for methods with trees."""
+        assert self.config is not None, self.method
+        found: type[PretrainedConfig] = _imported(self.config)
+        return found
+
+
+def _imported(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
 
 
 _KINDS = (
@@ -47,6 +64,8 @@ _KINDS = (
         title="Clover-2",
         head="clover_vllm.heads.clover2.model:Clover2DraftModel",
         model_type="clover2",
+        config="clover_vllm.heads.clover2.config:Clover2Config",
+        shaped_by=("num_hidden_layers", "norm_state", "target_layers"),
         regression=10.0,
         vocabulary=1.0,
     ),
@@ -55,6 +74,7 @@ _KINDS = (
         title="Clover",
         head="clover_vllm.heads.clover1.model:Clover1DraftModel",
         model_type="clover1",
+        config="clover_vllm.heads.clover1.config:Clover1Config",
         regression=0.0,
         vocabulary=1.0,
         of_tokens=True,
@@ -64,6 +84,7 @@ _KINDS = (
         title="Medusa",
         head="clover_vllm.heads.medusa.model:MedusaTreesDraftModel",
         model_type="medusa_trees",  # `medusa` is vLLM's, without trees
+        config="clover_vllm.heads.medusa.config:MedusaTreesConfig",
         regression=0.0,
         vocabulary=1.0,
         decay=0.8,
@@ -76,7 +97,6 @@ _KINDS = (
         model_type="llama",  # vLLM's `eagle` loads a Llama of one layer
         regression=1.0,
         vocabulary=0.1,
-        trees=False,
         records_acceptance=False,
     ),
 )
@@ -94,6 +114,11 @@ def head_kind(method: str) -> HeadKind:
     if method not in HEADS:
         raise UserError(f"There is no head of method {method!r}; known are {', '.join(HEADS)}.")
     return HEADS[method]
+
+
+def shaped_heads(*fields: str) -> str:
+    """Titles of the methods that have all of these fields of a new head's configuration."""
+    return " and ".join(kind.title for kind in HEADS.values() if set(fields) <= set(kind.shaped_by))
 
 
 def kind_of_config(fields: dict[str, Any], where: str | Path) -> HeadKind:

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from clover_vllm.base.command_line import HIDDEN, Parsed, numbers_or_none
-from clover_vllm.heads.registry import HEADS
+from clover_vllm.heads.registry import HEADS, shaped_heads
+
+SHAPES_HEADS = {
+    "num_hidden_layers": "num_layers",
+    "norm_state": "norm_state",
+    "target_layers": "target_layers",
+}
+"""Options of `train` by the field of a new head's configuration that they set (`HeadKind.shaped_by`)."""
 
 
 @dataclass
@@ -62,6 +69,11 @@ class DataSettings:
     engine: Annotated[dict[str, Any], HIDDEN] = field(default_factory=dict)
 
 
+def _shapes(field: str, does: str) -> str:
+    """Help of an option of new heads."""
+    return f"A new head ({shaped_heads(field)}) {does}."
+
+
 def _published(weight: str) -> str:
     """A loss weight of every method."""
     return ", ".join(f"{getattr(kind, weight):g} for {kind.method}" for kind in HEADS.values())
@@ -87,9 +99,6 @@ class TrainSettings:
         weight_decay: AdamW's weight decay.
         draft_vocab: Draft only this many tokens, the most frequent of the answers.
         num_heads: Draft depths that are trained.
-        num_layers: Augmenting layers of a new Clover-2 head [2].
-        norm_state: A new Clover-2 head norms the recurrent state that it passes on.
-        target_layers: A new Clover-2 head also reads what enters these layers of the target, such as 2,15.
         target_temperature: Of the target's distribution in the vocabulary loss; below 1 is nearer to greedy.
         acceptance: How fast the vocabulary loss gives way to total variation as drafts get accepted; 3 is usual.
         scale_inputs: Bring both inputs to RMS 1; off, as published.
@@ -132,9 +141,20 @@ class TrainSettings:
     weight_decay: float = 0.0
     draft_vocab: int | None = None
     num_heads: int = 5
-    num_layers: Annotated[int | None, typer.Option(min=1)] = None
-    norm_state: bool = False
-    target_layers: Annotated[list[int], Parsed(numbers_or_none)] = field(default_factory=list)
+    num_layers: Annotated[
+        int | None,
+        typer.Option(min=1, help=_shapes("num_hidden_layers", "has this many layers (2 if not said)")),
+    ] = None
+    norm_state: Annotated[
+        bool, typer.Option(help=_shapes("norm_state", "norms the recurrent state that it passes on"))
+    ] = False
+    target_layers: Annotated[
+        list[int],
+        Parsed(numbers_or_none),
+        typer.Option(
+            help=_shapes("target_layers", "also reads what enters these layers of the target, such as 2,15")
+        ),
+    ] = field(default_factory=list)
     target_temperature: Annotated[float, typer.Option(min=0.01)] = 1.0
     acceptance: Annotated[float, typer.Option(min=0)] = 0.0
     scale_inputs: bool = True

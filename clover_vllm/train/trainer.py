@@ -30,7 +30,7 @@ from clover_vllm.base.files import (
 from clover_vllm.base.paths import home
 from clover_vllm.base.provenance import provenance
 from clover_vllm.heads.base import Head, NewHead
-from clover_vllm.heads.registry import head_kind, kind_of
+from clover_vllm.heads.registry import head_kind, kind_of, shaped_heads
 from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.answers import AnswerSet, read_answers
@@ -39,7 +39,7 @@ from clover_vllm.train.card import write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 from clover_vllm.train.optimizers import OPTIMIZERS, make_optimizer
-from clover_vllm.train.settings import TrainSettings
+from clover_vllm.train.settings import SHAPES_HEADS, TrainSettings
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _STAMP = "settings.json"
@@ -305,10 +305,14 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(
             f"--init-from cannot continue {kind.title} heads: their draft vocabulary is not saved."
         )
-    if _asked_fields(settings) and (settings.method != "clover2" or settings.init_from is not None):
-        raise UserError(
-            "--num-layers, --norm-state and --target-layers shape new Clover-2 heads; leave them out."
-        )
+    for field in _asked_fields(settings):
+        option = f"--{SHAPES_HEADS[field].replace('_', '-')}"
+        if field not in kind.shaped_by:
+            raise UserError(
+                f"{option} shapes {shaped_heads(field)} heads, not {kind.title} heads; leave it out."
+            )
+        if settings.init_from is not None:
+            raise UserError(f"{option} shapes a new head, and --init-from continues another; leave it out.")
     if settings.init_from is not None and settings.draft_vocab is not None:
         raise UserError("--init-from brings its own draft vocabulary; leave --draft-vocab out.")
     if not math.isfinite(settings.cache_gib) or settings.cache_gib < 0:
@@ -381,12 +385,8 @@ def _new_head(
 
 def _asked_fields(settings: TrainSettings) -> dict[str, Any]:
     """Fields of the configuration that only some heads have, where they were asked for."""
-    asked = {
-        "num_hidden_layers": settings.num_layers,
-        "norm_state": settings.norm_state or None,
-        "target_layers": settings.target_layers or None,
-    }
-    return {name: value for name, value in asked.items() if value is not None}
+    asked = {field: getattr(settings, option) for field, option in SHAPES_HEADS.items()}
+    return {field: value for field, value in asked.items() if value}
 
 
 def _teacher(head: Head, target: FrozenTarget) -> Teacher:

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from clover_vllm.bench.gpu.cases import Machine, Report, run_case
+from clover_vllm.bench.gpu.cases import CaseFunction, Machine, Report, run_case
 from clover_vllm.bench.gpu.sections import PREFIX, read_trace
 from clover_vllm.bench.gpu.shapes import METHODS
 from clover_vllm.check.exactness import CASES, compare, judge, tie_gap
@@ -26,10 +27,10 @@ def machine() -> Machine:
     return Machine(time.monotonic() + 100)
 
 
-def case(name: str, machine: Machine, seconds: float) -> Json:
+def case(function: CaseFunction, machine: Machine, seconds: float) -> Json:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
     spec = {"environment": {"PYTHONPATH": paths}, "number": 7}
-    return run_case(f"gpu_cases:{name}", spec, machine, seconds)
+    return run_case(function, spec, machine, seconds)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -42,7 +43,7 @@ def test_without_a_gpu_the_command_says_so() -> None:
 
 
 def test_a_crash_costs_one_case_and_keeps_what_was_found(machine: Machine, tmp_path: Path) -> None:
-    found = case("crash", machine, 60)
+    found = case(gpu_cases.crash, machine, 60)
     assert found["before"] == 7
     assert "status -6" in found["error"]
     report = Report(tmp_path / "gpu-some.json", {})
@@ -54,7 +55,7 @@ def test_a_crash_costs_one_case_and_keeps_what_was_found(machine: Machine, tmp_p
 
 
 def test_a_case_that_hangs_says_where(machine: Machine) -> None:
-    found = case("hang", machine, 8)
+    found = case(gpu_cases.hang, machine, 8)
     assert found["before"] == "hang"
     assert any("gpu_cases.py" in line for line in found["log"])
 

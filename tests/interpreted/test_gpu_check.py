@@ -16,7 +16,7 @@ from clover_vllm.bench.gpu import kernel_checks, kernel_times, kernels
 from clover_vllm.bench.gpu.kernel_checks import FP8, Kind
 from clover_vllm.bench.gpu.kernel_times import Limits, Point
 from clover_vllm.bench.gpu.kernels import Plan
-from clover_vllm.check.interpreter import interpret
+from clover_vllm.launch.interpreter import interpret
 
 checked = interpreter_builder.options
 interpret()  # else vLLM's CPU build takes Triton for absent

@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 def main(spec: Json) -> Json:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from clover_vllm.check.interpreter import interpret
+    from clover_vllm.launch.interpreter import interpret
 
     interpret()
     import recorded_graphs

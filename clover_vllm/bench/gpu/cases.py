@@ -12,16 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clover_vllm import PLUGIN
 from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.provenance import provenance
 
 Json = dict[str, Any]
 
-CHILD = "clover_vllm.check.gpu_child"
+CaseFunction = Callable[[Json, Callable[..., None]], None]
+"""A function of a module: takes a specification, and `say(**found)`, which keeps what is found so far."""
+
+CHILD = "clover_vllm.bench.gpu.child"
 LOG_LINES = 60
 """Lines of a process's log that are kept where it fails."""
 
@@ -92,12 +97,11 @@ class Report:
         )
 
 
-def run_case(function: str, spec: Json, machine: Machine, seconds: float) -> Json:
+def run_case(function: CaseFunction, spec: Json, machine: Machine, seconds: float) -> Json:
     """Call a function in a process of its own.
 
     Args:
-        function: "module:name", called with the specification and a function `say(**found)` that keeps what is
-            found so far.
+        function: found by its name there.
         spec: of JSON.
         machine: where, and until when.
         seconds: most that it may take.
@@ -112,7 +116,8 @@ def run_case(function: str, spec: Json, machine: Machine, seconds: float) -> Jso
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         more = {"seconds": seconds, "interpret": machine.interpret, "command": sys.argv}
-        whole = {**spec, "function": function, **more}
+        name = f"{function.__module__}:{function.__qualname__}"
+        whole = {**spec, "function": name, **more}
         (folder / "spec.json").write_text(json.dumps(whole))
         with open(folder / "log", "w") as log:
             process = subprocess.Popen(
@@ -167,7 +172,7 @@ def _entry_points(folder: Path) -> Path:
     group = "vllm.general_plugins"
     lines = [f"[{group}]", "clover_gpu_check = clover_vllm.bench.gpu.flash:stand_in_for_flash_attention"]
     if not any(found.name == "clover" for found in importlib.metadata.entry_points(group=group)):
-        lines.append("clover = clover_vllm.engine.plugin:register")
+        lines.append(f"clover = {PLUGIN}")
     site = folder / "site"
     info = site / "clover_vllm_gpu_check-0.dist-info"
     info.mkdir(parents=True)

@@ -67,7 +67,7 @@ def check_speed(output: Path, machine: Machine, models: Models, compiled: bool =
             **load,
         }
         share = machine.left / (len(methods) - i)
-        found = run_case("clover_vllm.bench.gpu.speed:measure", spec, machine, max(150.0, 1.5 * share))
+        found = run_case(measure, spec, machine, max(150.0, 1.5 * share))
         found["accepted"] = {"forced": method.accepted}
         compare(found, report.cases.get("plain", {}))
         report.add(str(method), found)

@@ -43,7 +43,7 @@ def check_step(output: Path, machine: Machine, models: Models) -> bool:
         "attention": "TRITON_ATTN",
         **load,
     }
-    report.add(WATCHED, run_case("clover_vllm.bench.gpu.step:watch", spec, machine, machine.left))
+    report.add(WATCHED, run_case(watch, spec, machine, machine.left))
     return report.ok
 
 

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 import clover_vllm
 from clover_vllm.cluster.dashboard import NAME, for_ray, ray_name
 from clover_vllm.cluster.server import CloverServer
-from clover_vllm.cluster.serving import TARGET_REQUESTS, with_defaults
+from clover_vllm.cluster.serving import with_defaults
 from clover_vllm.engine.metrics import _counters, _histogram
 
 ROOT = Path(__file__).parents[3]
@@ -119,8 +119,8 @@ def test_serve_yaml_makes_replicas_of_cores_alone() -> None:
     assert engine.placement_bundles == [{"CPU": 1}]
     deployment = model["deployment_config"]
     assert deployment["max_ongoing_requests"] == model["engine_kwargs"]["max_num_seqs"]
-    assert deployment["autoscaling_config"]["target_ongoing_requests"] == TARGET_REQUESTS
-    assert deployment["autoscaling_config"]["target_ongoing_requests"] < deployment["max_ongoing_requests"]
+    assert deployment["autoscaling_config"]["target_ongoing_requests"] == 8
+    assert deployment["max_ongoing_requests"] == 16
     assert deployment["graceful_shutdown_timeout_s"] >= 600
 
 
@@ -144,6 +144,17 @@ def test_what_serve_yaml_says_goes_before_the_defaults() -> None:
     assert made["deployment_config"]["ray_actor_options"]["num_cpus"] == 2
     assert made["runtime_env"]["env_vars"]["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert args["ingress_deployment_config"]["num_replicas"] == 5
+
+
+@pytest.mark.parametrize(
+    ("most", "given", "aimed_at"), [(64, {}, 32), (1, {}, 1), (64, {"target_ongoing_requests": 4}, 4)]
+)
+def test_autoscaling_aims_at_half_of_a_replica_unless_told(
+    most: int, given: dict[str, int], aimed_at: int
+) -> None:
+    model = {"engine_kwargs": {"max_num_seqs": most}, "deployment_config": {"autoscaling_config": given}}
+    (made,) = with_defaults({"llm_configs": [model]})["llm_configs"]
+    assert made["deployment_config"]["autoscaling_config"]["target_ongoing_requests"] == aimed_at
 
 
 def test_compose_mounts_files_that_are_there() -> None:

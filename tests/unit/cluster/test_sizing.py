@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
+from small import one_sentence
+from typer.testing import CliRunner
 
-from clover_vllm.cluster.sizing import estimate, replicas_for, target_requests
+from clover_vllm.base.errors import UserError
+from clover_vllm.cli import app
+from clover_vllm.cluster.settings import ReplicasSettings
+from clover_vllm.cluster.sizing import estimate, pays_up_to, replicas, replicas_for
 
 CURVE = {1: 88.0, 2: 102.0, 4: 129.0, 8: 164.0, 16: 189.0}
-"""Tokens per second by requests at once, about those of results/bench.json."""
+"""Tokens per second by requests at once."""
 
 
 def test_one_server_is_the_queue_of_the_textbook() -> None:
@@ -74,7 +82,7 @@ def test_replicas_are_as_few_as_the_answer_time_allows() -> None:
     assert estimate(CURVE, 100.0, 20.0 / count, 16).seconds <= 4.0
     assert estimate(CURVE, 100.0, 20.0 / (count - 1), 16).seconds > 4.0
     assert replicas_for(CURVE, 100.0, 20.0, 16, seconds=8.0) < count
-    with pytest.raises(ValueError, match="lone request"):
+    with pytest.raises(UserError, match="lone request"):
         replicas_for(CURVE, 100.0, 20.0, 16, seconds=1.0)
 
 
@@ -82,8 +90,43 @@ def test_too_many_requests_have_no_answer_time() -> None:
     assert estimate(CURVE, 100.0, 1.9, 16).seconds == math.inf
 
 
-def test_the_target_is_where_speculation_ends_to_pay() -> None:
+def test_speculation_pays_up_to_the_first_load_where_it_does_not() -> None:
     plain = {1: 50.0, 2: 76.0, 4: 112.0, 8: 154.0, 16: 196.0, 32: 205.0}
-    assert target_requests(CURVE, plain) == 8
-    assert target_requests(CURVE, plain, pays=1.2) == 2
-    assert target_requests({1: 1.0}, {1: 2.0}) == 1
+    assert pays_up_to(CURVE, plain) == 8
+    assert pays_up_to(CURVE, plain, pays=1.2) == 2
+    assert pays_up_to({1: 1.0}, {1: 2.0}) == 0
+
+
+def measured(clover: str, ratio: float) -> dict[str, Any]:
+    """A file of `clover-vllm bench`, as far as it is read."""
+    rows = [
+        {"method": method, "concurrency": count, "tokens_per_second": speed * times}
+        for method, times in (("plain", 1.0), (clover, ratio))
+        for count, speed in CURVE.items()
+    ]
+    return {"baseline": "plain", "results": rows}
+
+
+def test_the_command_sizes_by_what_bench_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    for method, ratio, pays in (
+        ("clover", 2.0, "up to 16 requests at once"),
+        ("clover-8", 0.9, "at no measured load"),
+    ):
+        file.write_text(json.dumps(measured(method, ratio)))
+        found = replicas(ReplicasSettings(file, tokens=100, rate=20, seconds=4))
+        own = {count: speed * ratio for count, speed in CURVE.items()}
+        assert found["replicas"] == replicas_for(own, 100, 20, 16, 4)
+        assert found["speculation_pays"] == pays
+    shown = CliRunner().invoke(app, ["replicas", "--measured", str(file), "--seconds", "1"])
+    assert shown.exit_code == 2
+    assert "A lone request takes" in shown.output
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no JSON", json.dumps(measured("suffix", 2.0))])
+def test_other_files_are_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        replicas(ReplicasSettings(file))
+    one_sentence(caught.value)

@@ -20,6 +20,7 @@ import typer
 
 from clover_vllm.cli import app
 from clover_vllm.engine.options import CloverOptions, split_options
+from clover_vllm.eval.render import BLOCK
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted(
@@ -193,6 +194,14 @@ def test_gpu_users_are_told_how_little_has_run_there() -> None:
     before = readme[: readme.index("[cuda,train]")]
     assert "how fast trees are was not measured" in before
     assert "On GPUs its speed is unknown" in readme[len(before) :]
+
+
+def test_the_readme_has_figures_that_are_generated_and_a_command_that_is_run() -> None:
+    readme = ROOT / "README.md"
+    assert BLOCK.search(readme.read_text(encoding="utf-8"))
+    (block,) = [block for block in TESTED if block.page == readme]
+    assert "clover-vllm" in block.text
+    assert "--help" not in block.text
 
 
 @pytest.mark.parametrize("block", TESTED, ids=str)

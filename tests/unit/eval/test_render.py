@@ -37,6 +37,7 @@ def root(tmp_path: Path) -> Path:
     trees = [Run(seconds=1.0, tokens=n, outputs=[[1]]) for n in (150, 176)]
     comparison = Comparison([Result("plain", 4, plain), Result("clover", 4, trees, "tree of 5")])
     header: dict[str, Any] = {"swept": True, "engine": {"model": "m", "dtype": "bfloat16"}}
+    header["prompts"] = {"file": "families.jsonl.gz"}
     write(comparison, results, header | {"temperature": 0, "max_tokens": 96})
     torture.write(torture.TortureOutcome(requests=1100, compared=1000, tokens=20_000), results)
     replays = [Replay("kind", 12, 4, [3, 2]), Replay("kind", 10, 5, [2, 1])]
@@ -61,6 +62,62 @@ def test_blocks_are_filled_from_what_the_commands_write(root: Path) -> None:
         assert text.startswith("before\n\n<!-- generated: ")
         assert text.endswith("<!-- /generated -->\n\nafter\n")
         assert "former text" not in text
+
+
+def bench_rows(
+    method: str, ups: dict[int, tuple[float, float, float]], repetitions: int
+) -> list[dict[str, Any]]:
+    """Rows of bench.json, as far as sentences read them."""
+    return [
+        {
+            "method": method,
+            "settings": "",
+            "concurrency": count,
+            "repetitions": repetitions,
+            "tokens_per_second": 100 * mean,
+            "speedup": mean,
+            "speedup_interval": [low, high],
+            "equal_to_baseline": 0.38 + 0.1 * i,
+        }
+        for i, (count, (mean, low, high)) in enumerate(ups.items())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "ups", "repetitions", "verdict"),
+    [
+        ("clover", {1: (2.2, 1.9, 2.5), 4: (1.1, 0.9, 1.2), 8: (0.9, 0.8, 0.95)}, 3,
+         "It was faster with 1, slower with 8, as fast within the spread with 4."),
+        ("clover", {2: (2.2, 1.9, 2.5)}, 2, "It was faster with 2."),
+        ("clover-8", {1: (0.9, 0.85, 0.95), 16: (0.7, 0.6, 0.8)}, 2, "It was nowhere faster, slower with 1 and 16."),
+        ("clover-chain", {64: (1.0, 0.9, 1.1)}, 2, "It was nowhere faster, as fast within the spread with 64."),
+        ("clover", {1: (1.5, 1.5, 1.5)}, 1, "It was run once, so that nothing is known of the spread."),
+    ],
+)  # fmt: skip
+def test_speedups_are_told_for_any_loads_and_methods(
+    root: Path, method: str, ups: dict[int, tuple[float, float, float]], repetitions: int, verdict: str
+) -> None:
+    file = root / "results" / "bench.json"
+    plain = dict.fromkeys(ups, (1.0, 1.0, 1.0))
+    found = json.loads(file.read_text())
+    found["results"] = bench_rows("plain", plain, repetitions) + bench_rows(method, ups, repetitions)
+    file.write_text(json.dumps(found))
+    text = rendered("<!-- generated: speedups -->\n<!-- /generated -->\n", root / "results")
+    assert verdict in text
+    assert f"(`{method}`; in brackets" in text
+    for count, (mean, low, high) in ups.items():
+        assert f"**{mean:.2f}** [{low:.2f}, {high:.2f}] with {count}" in text
+    assert f"{'38 to ' if len(ups) > 1 else ''}{28 + 10 * len(ups)}% of its answers" in text
+
+
+def test_a_measurement_without_clover_says_so(root: Path) -> None:
+    file = root / "results" / "bench.json"
+    found = json.loads(file.read_text())
+    found["results"] = found["results"][:1]
+    file.write_text(json.dumps(found))
+    for block in ("speedups", "replicas"):
+        text = rendered(f"<!-- generated: {block} -->\n<!-- /generated -->\n", root / "results")
+        assert "Clover-2 is not in the" in text
 
 
 def test_a_changed_result_makes_page_and_picture_stale(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from small import one_sentence
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.engine.models import ARCHITECTURES
 from clover_vllm.heads.base import DraftTables, Head, NewHead, Prefix, TeacherForced
-from clover_vllm.heads.registry import HEADS, HeadKind, head_kind, kind_of
+from clover_vllm.heads.registry import HEADS, TREE_HEADS, HeadKind, head_kind, kind_of
+from clover_vllm.heads.saved import SavedHead
 from clover_vllm.target.frozen import FrozenTarget
 
 VOCAB = torch.arange(3, 90)
@@ -81,3 +84,34 @@ def test_unknown_methods_are_refused_with_the_known_names(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"'gpt2'.*Clover-2.*EAGLE-1") as caught:
         kind_of(tmp_path)
     one_sentence(caught.value)
+
+
+def test_a_new_head_is_an_entry_of_the_registry() -> None:
+    """Who trains, evaluates and registers heads names none of them, in imports and strings."""
+    package = Path(__file__).parents[3] / "clover_vllm"
+    for file in (
+        "train/trainer.py",
+        "train/objective.py",
+        "eval/evaluate.py",
+        "engine/plugin.py",
+        "engine/config.py",
+    ):
+        tree = ast.parse((package / file).read_text(encoding="utf-8"))
+        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            said = ""
+            if isinstance(node, ast.ImportFrom):
+                said = node.module or ""
+            elif isinstance(node, ast.Constant) and id(node) not in texts:
+                said = str(node.value)
+            assert not [method for method in HEADS if method in said], (file, said)
+
+
+def test_entries_of_heads_with_trees_name_what_vllm_needs() -> None:
+    for model_type, kind in TREE_HEADS.items():
+        head = kind.head_class()
+        assert issubclass(head, SavedHead)
+        assert head.config_class is kind.config_class()
+        assert kind.config_class().model_type == model_type
+        assert head.__name__ in ARCHITECTURES
+        assert set(kind.shaped_by) <= vars(kind.config_class()()).keys()

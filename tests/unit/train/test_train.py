@@ -360,6 +360,8 @@ def test_what_a_method_or_target_has_no_use_for_is_refused(
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "medusa", "target_temperature": 0.5}, "--target-temperature"),
         ({"target_layers": [0, 2]}, "--target-layers must be below 2"),
+        ({"method": "medusa", "norm_state": True}, "--norm-state shapes Clover-2 heads, not Medusa heads"),
+        ({"method": "clover1", "num_layers": 2}, "--num-layers shapes Clover-2 heads, not Clover heads"),
     ]
     for changes, named in cases:
         with pytest.raises(UserError, match=named) as caught:

@@ -1,4 +1,4 @@
-"""A case of a GPU check, in this process: `python -m clover_vllm.check.gpu_child FOLDER`.
+"""A case of a GPU check, in this process: `python -m clover_vllm.bench.gpu.child FOLDER`.
 
 FOLDER holds spec.json, with "function", "module:name" of what to call, "seconds", after which the process ends
 itself and prints where it was, "interpret", and "command", the arguments of the process that wants to know. What is
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
 
     try:
         if spec["interpret"]:
-            from clover_vllm.check.interpreter import interpret
+            from clover_vllm.launch.interpreter import interpret
 
             interpret()
         else:
