@@ -143,6 +143,22 @@ def test_random_requests_give_what_plain_v2_gives(runs: Json) -> None:
     assert trees["stats"]["leaked_blocks"] == 0
 
 
+def test_what_was_verified_and_accepted_is_counted(runs: Json) -> None:
+    for name in runs["jobs"]:
+        stats = runs["clover"][name]["stats"]
+        assert stats["counted"] == pytest.approx(stats["tally"], rel=1e-6), name
+    nodes, trees, promised, first, greedy, greedy_first = stats["counted"][:6]
+    assert nodes > trees > greedy > greedy_first > 0
+    assert first > greedy_first
+    assert promised > 0
+    sizes, drafted, accepted = (
+        stats["counted"][start : start + NODES] for start in (7, 7 + NODES, 7 + 2 * NODES)
+    )
+    assert sum(sizes) == drafted[0] == trees
+    assert all(drafted[i] >= accepted[i] for i in range(NODES))
+    assert accepted[2] > 0
+
+
 def test_random_requests_were_served_by_graphs_of_all_parts_padded_and_not(runs: Json) -> None:
     replays = runs["clover"]["torture"]["stats"]["replays"]
     for part, rows in (("target", "12358"), ("block", "12358"), ("growth", "2358")):

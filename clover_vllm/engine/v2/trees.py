@@ -69,7 +69,9 @@ class SlotTrees:
             drafts: int64 [R, N], takes tokens that can be read as a step's inputs.
         """
         total_lens = self._requests.total_len.gpu
-        put_trees(self.kept, slots, trees.tokens, trees.parents, total_lens, self._rules, drafts)
+        put_trees(
+            self.kept, slots, trees.tokens, trees.parents, trees.log_probs, total_lens, self._rules, drafts
+        )
 
     def lay_out(self, batch: InputBatch, prefill_lens: torch.Tensor, step: StepRows | None) -> None:
         """Prepare a step that verifies drafts: positions, and who sees whom.
