@@ -341,6 +341,7 @@ OF_CODE: dict[str, Callable[[], str]] = {"refused": _refused, "options": options
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
     "torture": torture_table,
+    "torture-v2": torture_table,
     "eval": eval_table,
     "kernels-compiled": kernels_compiled_table,
     "compare": compare_table,

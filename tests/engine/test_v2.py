@@ -18,7 +18,7 @@ from length import length
 
 from clover_vllm.check.features import FEATURES, KINDS
 from clover_vllm.check.tiny import make_tiny_pair
-from clover_vllm.check.torture import difference, random_wave
+from clover_vllm.check.torture import difference, random_wave, shortened
 
 NODES = 7
 LONGEST = length(7, 32)
@@ -51,14 +51,9 @@ def feature_requests() -> list[Json]:
 def torture_requests() -> list[Json]:
     """Random requests of the torture test, shorter in `make test`."""
     rng = random.Random(4)
-    wave = random_wave(rng, length(10, 300), 120, [])
+    wave = shortened(random_wave(rng, length(10, 300), 120, []), length(6, 20))
     for request in wave:
         request["prompt"] = request["prompt"][:100]
-        request["params"]["max_tokens"] = min(request["params"]["max_tokens"], length(6, 20))
-        if "min_tokens" in request["params"]:
-            request["params"]["min_tokens"] = min(
-                request["params"]["min_tokens"], request["params"]["max_tokens"]
-            )
     return wave
 
 
