@@ -537,8 +537,6 @@ def _knows_sampling_methods() -> bool:
 def install_sampling(sampling_params: type) -> None:
     """Let min_p and logit_bias pass `SamplingParams.verify` with clover2; a second call does nothing.
 
-    Where drafts are verified, vLLM's V2 runner leaves out the logprobs of `logprob_token_ids`: such requests are refused.
-
     Args:
         sampling_params: `vllm.SamplingParams`.
     """
@@ -550,10 +548,6 @@ def install_sampling(sampling_params: type) -> None:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not samples_every_token(speculative_config):
             original(self, speculative_config)
-        elif getattr(self, "logprob_token_ids", None) and not speculative_config.disable_padded_drafter_batch:
-            raise ValueError(
-                "logprob_token_ids does not work with Clover-2 on vLLM's V2 model runner; leave it out."
-            )
 
     _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
     sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]

@@ -138,13 +138,6 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         lambda setup: bool(setup.parallel.enable_batch_sharded_sampling),
     ),
     Refusal(
-        "logits processors of users",
-        "with the V2 model runner they would see the rows of a tree as if they were a text; V1 serves them",
-        "on a GPU remove --logits-processors",
-        None,
-        in_worker=True,
-    ),
-    Refusal(
         "watermarks",
         "the tokens that a watermark chooses were never compared with plain vLLM's",
         "remove --watermark-config",

@@ -28,7 +28,7 @@ from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMet
 from clover_vllm.engine.drafting.ranks import leads
 from clover_vllm.engine.hooks import making_graphs, making_speculator
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
-from clover_vllm.engine.support import refuse, refuse_trees
+from clover_vllm.engine.support import refuse_trees
 from clover_vllm.engine.v2.graphs import TargetGraphs
 from clover_vllm.engine.v2.layout import Scored
 from clover_vllm.engine.v2.scorer import DeviceScorer
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.clover")
 
 BUILT_IN_PROCESSORS = 3
-"""Logits processors that vLLM's V2 sampler always has: biases, penalties, bad words."""
+"""Logits processors that vLLM's V2 sampler always has, before those of users: biases, penalties, bad words."""
 
 
 class CloverV2Runner(GPUModelRunner):
@@ -84,8 +84,8 @@ class CloverV2Runner(GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if len(self.sampler.logits_processors) > BUILT_IN_PROCESSORS:
-            raise refuse("logits processors of users")
+        for processor in self.sampler.logits_processors[BUILT_IN_PROCESSORS:]:
+            self.trees.follow(processor)
         self.rejection_sampler: DeviceScorer = DeviceScorer(
             self.sampler, self.speculative_config, self.device, self.trees
         )

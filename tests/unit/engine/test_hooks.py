@@ -104,8 +104,6 @@ def test_flags_and_json_may_not_contradict() -> None:
 class FakeParams:
     """Stands for SamplingParams; the original refuses every speculation."""
 
-    logprob_token_ids: list[int] | None = None
-
     def _validate_spec_decode(self, speculative_config: Any) -> None:
         if speculative_config is not None:
             raise ValueError("not supported with speculative decoding")
@@ -113,8 +111,6 @@ class FakeParams:
 
 class Says:
     """Stands for a speculative configuration with `samples_every_token`."""
-
-    disable_padded_drafter_batch = True
 
     def __init__(self, answer: bool) -> None:
         self._answer = answer
@@ -133,13 +129,6 @@ def test_other_methods_still_refuse_sampling_parameters() -> None:
     assert Params._validate_spec_decode is hooked
     Params()._validate_spec_decode(None)
     Params()._validate_spec_decode(Says(True))
-    chosen, says = Params(), Says(True)
-    chosen.logprob_token_ids = [3]
-    says.disable_padded_drafter_batch = True  # the V1 runner
-    chosen._validate_spec_decode(says)
-    says.disable_padded_drafter_batch = False
-    with pytest.raises(ValueError, match="logprob_token_ids"):
-        chosen._validate_spec_decode(says)
     for other in (Says(False), object()):
         with pytest.raises(ValueError, match="not supported"):
             Params()._validate_spec_decode(other)
