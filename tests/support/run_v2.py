@@ -50,8 +50,8 @@ def main(spec: Json) -> Json:
     tally = Tally(runner)
     script = ScriptedSlots(runner, seed=1, share=0.0)
     scheduler = clover.llm_engine.engine_core.engine_core.scheduler
-    sizes = scheduler.sizes
-    chooses, rng = sizes.choose, random.Random(5)
+    sizes = getattr(scheduler, "sizes", None)  # of adaptive trees
+    chooses, rng = getattr(sizes, "choose", None), random.Random(5)
     results["clover"] = {}
     for name, job in spec["jobs"].items():
         if "graphs" in job:
@@ -59,7 +59,8 @@ def main(spec: Json) -> Json:
             recorded_graphs.install()
             recorded_graphs.capture(runner, job["graphs"])
         script.share = job.get("scripted", 0.0)
-        sizes.choose = chooses if job.get("chooses") else lambda _: rng.choice(sizes.ladder)
+        if sizes is not None:
+            sizes.choose = chooses if job.get("chooses") else lambda _: rng.choice(sizes.ladder)
         script.know(
             [[sequence["tokens"] for sequence in outputs] for outputs in results["plain"][name]["outputs"]]
         )
@@ -76,7 +77,11 @@ def main(spec: Json) -> Json:
         )
         results["clover"][name] = result
     results["scheduler"] = [kind.__name__ for kind in type(scheduler).__mro__]
-    results["learnt"] = sorted({size for size, _ in sizes._costs})
+    results["learnt"] = sorted({size for size, _ in sizes._costs}) if sizes is not None else []
+    results["cache"] = [
+        [type(group.kv_cache_spec).__name__, getattr(group.kv_cache_spec, "sliding_window", None)]
+        for group in runner.kv_cache_config.kv_cache_groups
+    ]
     results["clover runner"] = [kind.__name__ for kind in type(runner).__mro__]
     return results
 
