@@ -18,6 +18,7 @@ from configure import configuration
 from engines import run_script
 from small import head_for, one_sentence, tiny_llama
 from vllm.engine.arg_utils import EngineArgs
+from vllm_uses import uses
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine import hooks, plugin
@@ -30,11 +31,27 @@ def test_installed_vllm_is_as_expected() -> None:
     assert hooks.complaints(vllm.__version__) == []
 
 
+def test_whatever_v2_uses_of_vllm_is_listed() -> None:
+    listed = {(symbol.module, symbol.name) for symbol in (*hooks.HOOKS, *hooks.RELIED_ON)}
+    listed |= {(module, name.partition(".")[0]) for module, name in listed}
+    engine = Path(hooks.__file__).parent
+    files = [*(engine / "v2").glob("*.py"), engine / "backends" / "gpu.py", engine / "gpu_worker.py"]
+    found = set().union(*map(uses, files))
+    assert {
+        ("vllm.config.model", "PROCESSED_LOGPROBS_MODES"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.dynamic_sd_lookup"),
+        ("vllm.v1.worker.gpu.input_batch", "InputBatch.make_dummy"),
+        ("vllm.v1.worker.gpu.spec_decode.rejection_sampler", "RejectionSampler._verify"),
+    } <= found
+    assert found - listed == set()
+
+
 @pytest.mark.parametrize(
     ("symbol", "words"),
     [
         (hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.gone", ("self",), ""), "does not exist"),
         (hooks.Symbol("vllm.gone.module", "f", (), ""), "does not exist"),
+        (hooks.Symbol("vllm.v1.core.sched.scheduler", "Scheduler.gone", (), ""), "does not exist"),
         (
             hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("self", "x"), ""),
             "takes other arguments",
