@@ -39,6 +39,7 @@ LONGEST = [
     "test_bench.py",
     "test_train.py",
     "test_v2.py",
+    "test_v2_windows.py",
     "test_starts.py",
     "test_sessions.py",
     "test_target.py",

@@ -195,6 +195,7 @@ def compile_attention(shape: Shape, capability: int) -> list[Compiled]:
 def compile_others(capability: int) -> list[Compiled]:
     """What is done with trees of 25 nodes before and behind a step, and moving rows of head size 128."""
     from clover_vllm.attention.triton.cache_rows import CacheRows
+    from clover_vllm.attention.triton.counts import count_trees, width_of
     from clover_vllm.attention.triton.slots import (
         HeadTensors,
         KeptTrees,
@@ -215,7 +216,16 @@ def compile_others(capability: int) -> list[Compiled]:
         )
         CacheRows(caches).move_accepted(emitted, index[:-1], path, num_sampled)
         kept, slots = KeptTrees.make(requests, nodes, index.device), emitted[:requests]
-        put_trees(kept, slots, kept.tokens, kept.parents, index, emitted.view(requests, -1), kept.tokens)
+        put_trees(
+            kept,
+            slots,
+            kept.tokens,
+            kept.parents,
+            kept.probabilities,
+            index,
+            emitted.view(requests, -1),
+            kept.tokens,
+        )
         for bits in (emitted, None):
             lay_out_trees(kept, slots, index, index, index, emitted, bits)
         head = HeadTensors(*(emitted,) * 4, index, index, emitted, emitted)
@@ -235,6 +245,8 @@ def compile_others(capability: int) -> list[Compiled]:
                 num_sampled=num_sampled,
                 next_prefill_tokens=index,
             )
+        counts = torch.zeros(width_of(nodes), dtype=torch.float64)
+        count_trees(counts, kept, slots, index, path, num_sampled, kept.probabilities[:, 0])
     return compiling.found
 
 

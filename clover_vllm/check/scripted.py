@@ -128,9 +128,7 @@ class ScriptedTrees:
             right = rest_of(self._known, name, len(runner.requests[name].output_token_ids))
             nodes = rng.randrange(runner.num_spec_tokens + 1)
             if runner.drafter.options.tree == "chain":  # such an engine masks nothing
-                good = rng.randrange(min(len(right), nodes) + 1)
-                wrong = [rng.randrange(vocab) for _ in range(nodes - good)]
-                made[r] = Tree.chain(right[:good] + wrong)
+                made[r] = Tree.chain(hide_in_chain(rng, right, nodes, vocab))
             else:
                 made[r] = Tree(*hide(rng, right, nodes, vocab))
         return self._original(made, requests)
@@ -180,7 +178,12 @@ class ScriptedSlots:
             slots[r] = slot = int(batch.idx_mapping_np[r])
             done = int(runner.req_states.total_len.gpu[slot]) - int(runner.req_states.prompt_len.np[slot])
             right = rest_of(self._known, runner.req_states.index_to_req_id[slot], done)
-            own = hide(rng, right, rng.randrange(nodes + 1), runner.vocab_size)
+            count, vocab = rng.randrange(nodes + 1), runner.vocab_size
+            if runner.speculator.options.tree == "chain":
+                chain = hide_in_chain(rng, right, count, vocab)
+                own = chain, list(range(-1, len(chain) - 1))
+            else:
+                own = hide(rng, right, count, vocab)
             tokens[r, : len(own[0])] = torch.tensor(own[0])
             parents[r, : len(own[1])] = torch.tensor(own[1])
         on_device = (part.to(drafts.device) for part in (slots, tokens, parents))
@@ -196,6 +199,12 @@ def rest_of(known: list[list[list[int]]], request_id: str, done: int) -> list[in
         return []
     sequences, sequence = known[int(match[2])], int(match[1] or 0)
     return sequences[sequence][done:] if sequence < len(sequences) else []
+
+
+def hide_in_chain(rng: random.Random, right: list[int], nodes: int, vocab: int) -> list[int]:
+    """Some of the right tokens, then random ones: `nodes` in all."""
+    good = rng.randrange(min(len(right), nodes) + 1)
+    return right[:good] + [rng.randrange(vocab) for _ in range(nodes - good)]
 
 
 def hide(rng: random.Random, right: list[int], nodes: int, vocab: int) -> tuple[list[int], list[int]]:

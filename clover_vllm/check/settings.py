@@ -19,7 +19,8 @@ class TortureSettings:
         seed: Of the first engine; the next one has the next seed.
         per_engine: Requests per engine.
         wave: Requests submitted together.
-        output: JSON file, or a folder for torture.json; a plot goes beside it.
+        interpreter: On vLLM's V2 model runner, the one for GPUs, in Triton's interpreter; smaller engines and requests.
+        output: JSON file, or a folder for torture.json (torture-v2.json with --interpreter); a plot goes beside it.
     """
 
     requests: Annotated[int, typer.Option(min=1)] = 2000
@@ -27,4 +28,5 @@ class TortureSettings:
     seed: int = 0
     per_engine: Annotated[int, typer.Option(min=1)] = 300
     wave: Annotated[int, typer.Option(min=1)] = 60
+    interpreter: bool = False
     output: Path | None = None

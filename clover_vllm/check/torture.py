@@ -5,6 +5,9 @@ tiny cache, a tiny token budget, a small max_model_len, any tree) get the same r
 some of them twice, some aborted. Every request that finishes must be the same to the last token, and
 every cache block must come back. The target is tiny and random, in float32, so that thousands of requests
 take minutes. Half of the trees hide the right answer, so that nodes are accepted.
+
+With `--interpreter` both are on vLLM's V2 model runner and its Triton kernels are interpreted, which takes seconds per
+request; so engines are smaller and answers shorter.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ Json = dict[str, Any]
 
 LONGEST = 384
 """Longest max_model_len of a tortured engine, tokens."""
+
+LONGEST_INTERPRETED = 24
+"""Longest answer in Triton's interpreter, tokens."""
 
 LOGPROB_ERROR = 1e-3
 """Largest difference of a logprob that counts as equal (float32, other batches)."""
@@ -101,17 +107,20 @@ class TortureOutcome:
 class Engine(JsonProcess):
     """A `torture_worker` process."""
 
-    def __init__(self, name: str, llm: Json, script: int | None, core: int | None) -> None:
+    def __init__(
+        self, name: str, llm: Json, script: int | None, core: int | None, interpret: bool = False
+    ) -> None:
         """
         Args:
             name: for messages.
             llm: arguments of vllm.LLM.
             script: seed of scripted trees, or None.
             core: processor core to bind to, or None.
+            interpret: see `TortureSettings.interpreter`.
         """
         environment = {} if core is None else {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
         super().__init__("clover_vllm.check.torture_worker", name, environment)
-        self.tell({"llm": llm, "script": script})
+        self.tell({"llm": llm, "script": script, "interpret": interpret})
 
     def run(self, requests: list[Json], known: list[Any], noise: int | None = None) -> Json:
         """A wave; see `torture_worker`.
@@ -122,12 +131,17 @@ class Engine(JsonProcess):
         return self.ask({"requests": requests, "known": known, "noise": noise})
 
 
-def engine_settings(rng: random.Random) -> Json:
-    """Random arguments of vllm.LLM with Clover-2, the model left out."""
+def engine_settings(rng: random.Random, interpret: bool = False) -> Json:
+    """Random arguments of vllm.LLM with Clover-2, the model left out.
+
+    Args:
+        rng: where the randomness comes from.
+        interpret: smaller ones, for Triton's interpreter.
+    """
     nodes = rng.choice([1, 2, 3, 5, 8, 8, 12, 16])
-    max_model_len = rng.choice([64, 96, 160, 256, LONGEST])
-    block = rng.choice([32, 64, 128])
-    max_num_seqs = rng.choice([1, 2, 4, 8, 16])
+    max_model_len = rng.choice([64, 96, 160] if interpret else [64, 96, 160, 256, LONGEST])
+    block = rng.choice([32, 64] if interpret else [32, 64, 128])
+    max_num_seqs = rng.choice([2, 4, 6] if interpret else [1, 2, 4, 8, 16])
     one = -(-(max_model_len + nodes + 2) // block)  # blocks that the longest request needs
     tree: Any = rng.choice(
         ["adaptive"] * 4 + ["best_first"] * 3 + ["chain", "published", [[0], [1], [0, 0], [1, 0], [0, 0, 0]]]
@@ -222,6 +236,16 @@ def random_wave(rng: random.Random, count: int, max_model_len: int, prompts: lis
         if rng.random() < 0.08:
             request["abort"] = request["step"] + rng.randrange(30)
         wave.append(request)
+    return wave
+
+
+def shortened(wave: list[Json], longest: int) -> list[Json]:
+    """The same requests, with answers of at most `longest` tokens."""
+    for request in wave:
+        params = request["params"]
+        params["max_tokens"] = min(params["max_tokens"], longest)
+        if "min_tokens" in params:
+            params["min_tokens"] = min(params["min_tokens"], params["max_tokens"])
     return wave
 
 
@@ -323,19 +347,23 @@ def torture(settings: TortureSettings) -> TortureOutcome:
         tempfile.TemporaryDirectory() as folder,
         Work("requests", settings.requests if until is None else None) as work,
     ):
-        target, head = make_tiny_pair(Path(folder))
+        interpret = settings.interpreter
+        target, head = make_tiny_pair(Path(folder), kv_heads=1 if interpret else 2)
         same = {"model": str(target), "dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
         ample = {"max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": 8192}
-        plain = Engine("plain vLLM", {**same, **ample}, None, cores[-1])
+        if interpret:
+            same["kv_cache_memory_bytes"] = 1 << 24
+            ample = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+        plain = Engine("plain vLLM", {**same, **ample}, None, cores[-1], interpret)
         pool = ThreadPoolExecutor(1)
         try:
             plain.hear()
             seed = settings.seed
             while outcome.requests < settings.requests if until is None else time.monotonic() < until:
                 rng = random.Random(seed)
-                llm = engine_settings(rng)
+                llm = engine_settings(rng, interpret)
                 llm["speculative_config"]["model"] = str(head)
-                trees = Engine("Clover-2", {**same, **llm}, seed, cores[0])
+                trees = Engine("Clover-2", {**same, **llm}, seed, cores[0], interpret)
                 try:
                     _one_engine(settings, seed, rng, llm, plain, trees, pool, outcome, started, until, work)
                 finally:
@@ -350,7 +378,7 @@ def torture(settings: TortureSettings) -> TortureOutcome:
     outcome.seconds = time.monotonic() - started
     _show(outcome)
     if settings.output is not None:
-        write(outcome, settings.output)
+        write(outcome, settings.output, "torture-v2.json" if settings.interpreter else "torture.json")
     if outcome.failure is not None:
         raise UserError(outcome.failure)
     if not outcome.clean:
@@ -381,10 +409,12 @@ def _one_engine(
         count = min(count, settings.requests - outcome.requests)
     again = (
         f"clover-vllm torture --seed {seed} --requests {count} --per-engine {count} --wave {settings.wave}"
+        f"{' --interpreter' * settings.interpreter}"
     )
     prompts: list[list[int]] = []
     sizes = [min(settings.wave, count - done) for done in range(0, count, settings.wave)]
-    waves = (random_wave(rng, size, llm["max_model_len"], prompts) for size in sizes)
+    longest = LONGEST_INTERPRETED if settings.interpreter else LONGEST
+    waves = (shortened(random_wave(rng, size, llm["max_model_len"], prompts), longest) for size in sizes)
 
     def answer(wave: list[Json]) -> Json:
         return plain.run([{**r, "abort": None} for r in wave], [])
@@ -459,17 +489,18 @@ def _percent(share: float | None) -> str:
     )
 
 
-def write(outcome: TortureOutcome, output: Path) -> Path:
+def write(outcome: TortureOutcome, output: Path, name: str = "torture.json") -> Path:
     """The result and where it comes from as JSON, with a plot of the memory beside it.
 
     Args:
         outcome: what was seen.
-        output: the JSON file (`*.json`), or a folder for `torture.json`.
+        output: the JSON file (`*.json`), or a folder.
+        name: of the file in a folder.
 
     Returns:
         the JSON file.
     """
-    file = output if output.suffix == ".json" else output / "torture.json"
+    file = output if output.suffix == ".json" else output / name
     make_folder(file.parent)
     growth = {
         "memory_growth": outcome.memory_growth,

@@ -1,7 +1,7 @@
 """One engine of the torture test, in a process of its own.
 
 Reads one JSON object per line on stdin and answers with one on stdout. The first is {"llm": arguments of
-vllm.LLM, "script": seed or null}; then each {"requests": [...], "known": answers by request, by sequence} is a wave,
+vllm.LLM, "script": seed or null, "interpret": whether in Triton's interpreter}; then each {"requests": [...], "known": answers by request, by sequence} is a wave,
 with "noise": seed if its logits are to be moved at random by up to NOISE.
 """
 
@@ -10,10 +10,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from clover_vllm.check.interpreter import interpret
 
 NOISE = 5e-5
 """Plain vLLM's own float32 logits move by about as much with the rows that share a step."""
@@ -21,21 +24,16 @@ NOISE = 5e-5
 
 def serve(answers: TextIO) -> None:
     """Answer commands until stdin ends."""
+    settings = json.loads(sys.stdin.readline())
+    if settings["interpret"]:
+        interpret()  # before vLLM is imported
     import psutil
     from vllm import LLM
 
-    from clover_vllm.check.restless import Restless
-    from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
+    from clover_vllm.check.scripted import drive, runner_of
 
-    settings = json.loads(sys.stdin.readline())
     llm = LLM(**settings["llm"])
-    script = None
-    if settings["script"] is not None:
-        # Half of the trees are the head's own, half hide the right answer, whatever the head is worth.
-        runner = runner_of(llm)
-        script = ScriptedTrees(runner, settings["script"], share=0.5)
-        if runner.speculation.sizer is not None:  # adaptive: sizes, sleep and waking at random
-            Restless(runner, settings["script"])
+    script = None if settings["script"] is None else scripted(llm, settings["script"])
     _say(answers, {"ready": True})
     for line in sys.stdin:
         command = json.loads(line)
@@ -49,6 +47,26 @@ def serve(answers: TextIO) -> None:
         result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
         result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
         _say(answers, result)
+
+
+def scripted(llm: Any, seed: int) -> Any:
+    """Trees of which half are the head's own and half hide the right answer, whatever the head is worth.
+
+    Adaptive ones change their sizes at random, and on the V1 runner sleep and wake.
+    """
+    from clover_vllm.check.restless import Restless
+    from clover_vllm.check.scripted import ScriptedSlots, ScriptedTrees, runner_of
+
+    runner = runner_of(llm)
+    if hasattr(runner, "speculator"):  # V2
+        sizes = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "sizes", None)
+        if sizes is not None:
+            rng = random.Random(seed)
+            sizes.choose = lambda _: rng.choice(sizes.ladder)
+        return ScriptedSlots(runner, seed, share=0.5)
+    if runner.speculation.sizer is not None:
+        Restless(runner, seed)
+    return ScriptedTrees(runner, seed, share=0.5)
 
 
 def release_free_memory() -> None:

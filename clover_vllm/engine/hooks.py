@@ -5,7 +5,7 @@ Official ones: the entry point `vllm.general_plugins`, `ModelRegistry.register_m
 
 `HOOKS` lists what is replaced at run time; `RELIED_ON` what our worker, runner and proposer override
 or call in vLLM's classes and what therefore must look as expected. Both are read from vLLM's source
-files, so that the check imports no more of vLLM than the packages that they are in.
+files, so that the check imports nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SUPPORTED_VLLM = ("0.32.0",)
 
 @dataclass(frozen=True)
 class Symbol:
-    """A function of vLLM and the arguments that we expect it to take."""
+    """A name of vLLM, and the arguments that we expect it to take if it is a function."""
 
     module: str
-    name: str  # a function, or Class.method
+    name: str  # of a function, a class, what a module assigns or imports, or Class.member
     arguments: tuple[str, ...]  # in order; further ones may follow
     why: str
 
@@ -444,8 +444,175 @@ _ON_V2 = (
             ),
         )
     ),
+    Symbol(_V2_RUNNER, "GPUModelRunner.sample_tokens", ("self", "grammar_output"), "counts what is accepted"),
+    Symbol(f"{_V2}.async_utils", "async_copy_to_np", ("x",), "counts what is accepted"),
+    Symbol("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", ("self",), "counts what is accepted"),
+    Symbol(f"{_V2}.metrics.logits", "get_num_nans", ("logits",), "counts NaNs as the base class does"),
+    Symbol(
+        f"{_V2}.sample.logprob",
+        "compute_topk_scores",
+        (
+            "logits",
+            "num_logprobs",
+            "sampled_token_ids",
+            "cu_num_logits",
+            "logprob_token_ids_state",
+            "expanded_idx_mapping",
+            "max_per_req_token_ids",
+            "logits_mode",
+        ),
+        "logprobs of named tokens",
+    ),
+    Symbol(_VERIFIER, "get_max_chunk_logits", ("vocab_size",), "bounds the sampler's memory"),
+    Symbol(
+        _VERIFIER,
+        "RejectionSampler.__init__",
+        ("self", "sampler", "spec_config", "device"),
+        "made by our runner",
+    ),
+    Symbol(
+        f"{_V2}.sample.sampler",
+        "Sampler.get_logprobs_dims",
+        ("self", "idx_mapping_np"),
+        "logprobs along the path",
+    ),
+    Symbol(
+        f"{_V2}.sample.states",
+        "SamplingStates.max_num_logprobs",
+        ("self", "idx_mapping_np"),
+        "logprobs along the path",
+    ),
+    Symbol(
+        f"{_V2}.sample.logits_processor.interface",
+        "LogitsProcessor.add_request",
+        ("self", "req_idx", "sampling_params"),
+        "who takes chains",
+    ),
+    Symbol(
+        f"{_V2}.input_batch",
+        "InputBatch.make_dummy",
+        ("cls", "num_reqs", "num_tokens", "input_buffers", "max_query_len"),
+        "CUDA graphs of drafting",
+    ),
+    Symbol(
+        "vllm.v1.core.sched.async_scheduler",
+        "AsyncScheduler.__init__",
+        ("self",),
+        "sizes of trees",
+    ),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler.__init__", ("self", "vllm_config"), "sizes of trees"),
+    Symbol(
+        _SPECULATOR,
+        "DraftModelSpeculator.__init__",
+        ("self", "vllm_config", "device"),
+        "care of the head's layers and cache",
+    ),
+    Symbol(_SPECULATOR, "BaseSpeculator.capture", ("self",), "CUDA graphs of drafting"),
+    Symbol(
+        _SPECULATOR,
+        "BaseSpeculator.init_cudagraph_manager",
+        ("self", "cudagraph_mode"),
+        "CUDA graphs of drafting",
+    ),
+    Symbol(
+        "vllm.forward_context",
+        "set_forward_context",
+        ("attn_metadata", "vllm_config", "num_tokens"),
+        "the head's forward",
+    ),
+    Symbol("vllm.utils.torch_utils", "async_tensor_h2d", ("data",), "copies to the device"),
+    Symbol(
+        "vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path"), "tree attention"
+    ),
 )
-RELIED_ON = (*_ON_V1, *_ON_V2)
+
+_NAMES_ON_V2 = {
+    "vllm.config.compilation": {
+        "CUDAGraphMode": "FULL FULL_DECODE_ONLY NONE decode_mode",
+    },
+    "vllm.config.model": {"": "PROCESSED_LOGPROBS_MODES"},
+    "vllm.config.vllm": {"VllmConfig": "parallel_config scheduler_config speculative_config"},
+    "vllm.distributed.parallel_state": {"": "get_tensor_model_parallel_world_size get_tp_group"},
+    "vllm.logger": {"": "init_logger"},
+    "vllm.model_executor.model_loader": {"": "get_model"},
+    "vllm.sampling_params": {
+        "SamplingParams": "bad_words frequency_penalty presence_penalty repetition_penalty structured_outputs "
+        "thinking_token_budget all_stop_token_ids",
+    },
+    "vllm.v1.attention.backend": {
+        "AttentionCGSupport": "UNIFORM_BATCH",
+        "AttentionType": "DECODER",
+        "CommonAttentionMetadata": "block_table_tensor max_query_len query_start_loc seq_lens",
+    },
+    "vllm.v1.attention.backends.flash_attn": {
+        "FlashAttentionBackend": "get_builder_cls get_impl_cls",
+        "FlashAttentionImpl": "num_heads kv_cache_dtype sliding_window",
+    },
+    "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": "TRITON_ATTN FLASH_ATTN CPU_ATTN"},
+    "vllm.v1.attention.backends.triton_attn": {
+        "TritonAttentionBackend": "get_builder_cls get_impl_cls",
+        "TritonAttentionImpl": "num_heads kv_cache_dtype sliding_window",
+    },
+    "vllm.v1.attention.backends.utils": {"": "PAD_SLOT_ID"},
+    "vllm.v1.core.sched.output": {
+        "": "GrammarOutput",
+        "SchedulerOutput": "num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens "
+        "total_num_scheduled_tokens",
+    },
+    "vllm.v1.core.sched.scheduler": {"Scheduler": "dynamic_sd_lookup num_spec_tokens"},
+    "vllm.v1.kv_cache_interface": {"": "AttentionSpec", "KVCacheConfig": "kv_cache_groups"},
+    "vllm.v1.outputs": {
+        "": "LogprobsTensors",
+        "ModelRunnerOutput": "req_id_to_index sampled_token_ids",
+    },
+    f"{_V2}.cudagraph_utils": {
+        "BatchExecutionDescriptor": "num_reqs num_tokens uniform_token_count",
+        "CudaGraphManager": "_candidates _capture_descs _graphs_captured compilation_config cudagraph_mode max_num_reqs "
+        "needs_capture",
+    },
+    f"{_V2}.input_batch": {
+        "InputBatch": "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos idx_mapping idx_mapping_np "
+        "input_ids logits_indices num_computed_tokens_np num_draft_tokens num_draft_tokens_per_req num_reqs "
+        "num_scheduled_tokens num_tokens positions query_start_loc seq_lens seq_lens_cpu_upper_bound",
+        "InputBuffers": "device max_num_tokens positions query_start_loc seq_lens",
+    },
+    _V2_RUNNER: {
+        "GPUModelRunner": "attn_groups compilation_config device dtype kv_cache_config max_num_reqs max_num_tokens "
+        "model_config num_speculative_steps parallel_config rejection_sampler req_states sampler speculative_config "
+        "speculator use_aux_hidden_state_outputs vllm_config",
+    },
+    f"{_V2}.sample.logprob": {"": "LogprobTokenIdsState"},
+    f"{_V2}.sample.output": {"SamplerOutput": "sampled_token_ids logprobs_tensors num_sampled num_rejected"},
+    f"{_V2}.sample.sampler": {
+        "Sampler": "compute_nans logits_processors logprob_token_ids_state logprobs_mode req_states return_sampling_mask "
+        "sampling_states",
+    },
+    f"{_V2}.sample.states": {"SamplingStates": "temperature"},
+    _VERIFIER: {"RejectionSampler": "sampler"},
+    _SPECULATOR: {
+        "DraftModelSpeculator": "attn_cg_support attn_groups block_tables device draft_attn_layer_names "
+        "draft_max_seq_len draft_model_config draft_tokens dtype hidden_size idx_mapping input_buffers kv_cache_config "
+        "max_model_len max_num_reqs max_num_tokens model model_state num_speculative_steps speculative_config vllm_config",
+    },
+    f"{_V2}.states": {
+        "RequestState": "device draft_tokens max_num_reqs max_seq_len num_speculative_steps prefill_len req_id_to_index "
+        "total_len",
+    },
+    "vllm.v1.worker.gpu_worker": {"Worker": "device use_v2_model_runner"},
+    "vllm.v1.worker.worker_base": {"WorkerBase": "vllm_config"},
+}
+"""By module and class ("": none), names that `engine.v2` and its backends read or set."""
+
+RELIED_ON = (
+    *_ON_V1,
+    *_ON_V2,
+    *(
+        Symbol(module, f"{owner}.{name}" if owner else name, (), "read or set on V2")
+        for module, owners in _NAMES_ON_V2.items()
+        for owner, names in owners.items()
+        for name in names.split()
+    ),
+)
 
 
 def complaints(version: str) -> list[str]:
@@ -467,17 +634,23 @@ def complaints(version: str) -> list[str]:
 
 
 @cache
+def _source(module: str) -> ast.Module:
+    """A module's source file, found without importing its packages; empty if there is none."""
+    package, *names = module.split(".")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(folder, *names)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return ast.parse(file.read_text(encoding="utf-8"))
+    return ast.parse("")
+
+
+@cache
 def _functions(module: str) -> dict[str, tuple[str, ...]]:
     """Functions and methods of a module's source file, with their positional arguments."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return {}
-    if spec is None or spec.origin is None:
-        return {}
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     found: dict[str, tuple[str, ...]] = {}
-    for node in tree.body:
+    for node in _source(module).body:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = _names(node)
         elif isinstance(node, ast.ClassDef):
@@ -491,8 +664,29 @@ def _names(function: ast.FunctionDef) -> tuple[str, ...]:
     return tuple(argument.arg for argument in function.args.args)
 
 
+@cache
+def _other_names(module: str) -> frozenset[str]:
+    """Classes of a module's source file, what it assigns, and attributes of its classes."""
+    found = set(_assigned(_source(module)))
+    for node in _source(module).body:
+        if isinstance(node, ast.ClassDef):
+            found |= {node.name, *(f"{node.name}.{name}" for name in _assigned(node))}
+    return frozenset(found)
+
+
+def _assigned(owner: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Names in the body of a module or class, and attributes that a class's methods set."""
+    for node in owner.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+        for inner in ast.walk(node) if isinstance(owner, ast.ClassDef) else ():
+            if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+                yield inner.attr
+
+
 def _arguments(module: str, name: str) -> tuple[str, ...] | None:
-    return _functions(module).get(name)
+    found = _functions(module).get(name)
+    return () if found is None and name in _other_names(module) else found
 
 
 def install(engine_args: type, problems: list[str]) -> None:
@@ -543,8 +737,6 @@ def _knows_sampling_methods() -> bool:
 def install_sampling(sampling_params: type) -> None:
     """Let min_p and logit_bias pass `SamplingParams.verify` with clover2; a second call does nothing.
 
-    Where drafts are verified, vLLM's V2 runner leaves out the logprobs of `logprob_token_ids`: such requests are refused.
-
     Args:
         sampling_params: `vllm.SamplingParams`.
     """
@@ -556,10 +748,6 @@ def install_sampling(sampling_params: type) -> None:
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not samples_every_token(speculative_config):
             original(self, speculative_config)
-        elif getattr(self, "logprob_token_ids", None) and not speculative_config.disable_padded_drafter_batch:
-            raise ValueError(
-                "logprob_token_ids does not work with Clover-2 on vLLM's V2 model runner; leave it out."
-            )
 
     _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
     sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]

@@ -69,6 +69,7 @@ class Counters:
         fallbacks: [len(REASONS)].
         nodes_of, accepted_of: [len(SOURCES)], nodes verified and accepted.
         reckoning: [len(RECKONING)].
+        trees: totals, sizes, drafted and accepted, one behind the other.
     """
 
     def __init__(self, num_nodes: int) -> None:
@@ -78,6 +79,7 @@ class Counters:
         """
         sizes = (len(_TOTALS), num_nodes + 1, num_nodes, num_nodes, len(PARTS), len(REASONS))
         values = np.zeros(sum(sizes))
+        self.trees = values[: sum(sizes[:4])]
         self.totals, self.sizes, self.drafted, self.accepted, self.seconds, self.fallbacks = np.split(
             values, np.cumsum(sizes)[:-1]
         )
@@ -152,6 +154,11 @@ class Counters:
                 for node in nodes:
                     self.accepted_of[sources[node]] += 1
         self.count_seconds(seconds)
+        self._write()
+
+    def take(self, trees: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        """Take what was counted of trees elsewhere, since the start; [len(self.trees)]."""
+        self.trees[:] = trees
         self._write()
 
     def count_seconds(self, seconds: Mapping[str, float]) -> None:

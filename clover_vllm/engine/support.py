@@ -101,6 +101,8 @@ def _cache_dtype(setup: Setup) -> str:
 
 
 def _sliding_window(setup: Setup) -> bool:
+    if prefers_v2():
+        return False
     used = getattr(setup.target.hf_text_config, "use_sliding_window", True)
     return setup.target.get_sliding_window() is not None and bool(used)
 
@@ -136,13 +138,6 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         "each rank would walk the trees of its requests alone",
         "remove --enable-batch-sharded-sampling",
         lambda setup: bool(setup.parallel.enable_batch_sharded_sampling),
-    ),
-    Refusal(
-        "logits processors of users",
-        "with the V2 model runner they would see the rows of a tree as if they were a text; V1 serves them",
-        "on a GPU remove --logits-processors",
-        None,
-        in_worker=True,
     ),
     Refusal(
         "watermarks",
@@ -200,7 +195,7 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     ),
     _trees(
         "sliding-window attention",
-        "the tree kernel attends to the whole prefix",
+        "the CPU's tree kernel attends to the whole prefix; Triton's, on V2, knows windows",
         _sliding_window,
         in_worker=True,
     ),
@@ -251,8 +246,8 @@ def check_supported(setup: Setup, trees: bool) -> None:
             raise refusal.error(found if isinstance(found, str) else "")
 
 
-def refuse(what: str, detail: str = "") -> UserError:
-    """The sentence of a refusal in the table, for checks outside this module.
+def refuse_trees(what: str, detail: str = "") -> UserError:
+    """The sentence of a refusal in the table that is of trees only, for checks outside this module.
 
     Args:
         what: `Refusal.what`.
@@ -261,13 +256,9 @@ def refuse(what: str, detail: str = "") -> UserError:
     Raises:
         KeyError: the table has no such entry.
     """
-    return _BY_NAME[what].error(detail)
-
-
-def refuse_trees(what: str, detail: str = "") -> UserError:
-    """As `refuse`, for what only trees do not work with."""
-    assert _BY_NAME[what].trees_only, f"{what} is refused with chains too"
-    return refuse(what, detail)
+    refusal = _BY_NAME[what]
+    assert refusal.trees_only, f"{what} is refused with chains too"
+    return refusal.error(detail)
 
 
 def refusal_table() -> str:

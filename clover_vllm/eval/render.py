@@ -408,6 +408,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "speedups": speedups_sentences,
     "replicas": replicas_example,
     "torture": torture_table,
+    "torture-v2": torture_table,
     "eval": eval_table,
     "kernels-compiled": kernels_compiled_table,
     "compare": compare_table,

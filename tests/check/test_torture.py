@@ -42,10 +42,22 @@ def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path)
     assert json.loads((tmp_path / "out.json").read_text())["tokens"] == outcome.tokens
 
 
+@pytest.mark.timeout(1800)
+def test_random_requests_on_the_v2_runner_equal_plain_vllm(tmp_path: Path) -> None:
+    settings = TortureSettings(
+        requests=length(12, 200), per_engine=length(6, 20), wave=6, seed=7, interpreter=True, output=tmp_path
+    )
+    outcome = torture(settings)
+    assert outcome.engines == math.ceil(settings.requests / settings.per_engine)
+    assert outcome.compared > 0.7 * settings.requests
+    assert outcome.accepted > 0
+    assert json.loads((tmp_path / "torture-v2.json").read_text())["tokens"] == outcome.tokens
+
+
 class FakeEngine:
     """Answers what is asked; the engine with trees says one token more than plain vLLM."""
 
-    def __init__(self, name: str, llm: Any, script: int | None, core: int) -> None:
+    def __init__(self, name: str, llm: Any, script: int | None, core: int, interpret: bool) -> None:
         self._more = 1 if name == "Clover-2" else 0
 
     def hear(self) -> None: ...

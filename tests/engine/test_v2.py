@@ -18,7 +18,7 @@ from length import FULL, length
 
 from clover_vllm.check.features import FEATURES, KINDS, in_both_kinds, in_one_kind
 from clover_vllm.check.tiny import make_tiny_pair
-from clover_vllm.check.torture import difference, random_wave
+from clover_vllm.check.torture import difference, random_wave, shortened
 
 NODES = 7
 LONGEST = length(7, 32)
@@ -49,14 +49,9 @@ def feature_requests() -> list[Json]:
 def torture_requests() -> list[Json]:
     """Random requests of the torture test, shorter in `make test`."""
     rng = random.Random(4)
-    wave = random_wave(rng, length(10, 300), 120, [])
+    wave = shortened(random_wave(rng, length(10, 300), 120, []), length(6, 20))
     for request in wave:
         request["prompt"] = request["prompt"][:100]
-        request["params"]["max_tokens"] = min(request["params"]["max_tokens"], length(6, 20))
-        if "min_tokens" in request["params"]:
-            request["params"]["min_tokens"] = min(
-                request["params"]["min_tokens"], request["params"]["max_tokens"]
-            )
     return wave
 
 
@@ -139,6 +134,22 @@ def test_random_requests_give_what_plain_v2_gives(runs: Json) -> None:
     assert not found
     assert trees["stats"]["accepted"] > 5
     assert trees["stats"]["leaked_blocks"] == 0
+
+
+def test_what_was_verified_and_accepted_is_counted(runs: Json) -> None:
+    for name in runs["jobs"]:
+        stats = runs["clover"][name]["stats"]
+        assert stats["counted"] == pytest.approx(stats["tally"], rel=1e-6), name
+    nodes, trees, promised, first, greedy, greedy_first = stats["counted"][:6]
+    assert nodes > trees > greedy > greedy_first > 0
+    assert first > greedy_first
+    assert promised > 0
+    sizes, drafted, accepted = (
+        stats["counted"][start : start + NODES] for start in (7, 7 + NODES, 7 + 2 * NODES)
+    )
+    assert sum(sizes) == drafted[0] == trees
+    assert all(drafted[i] >= accepted[i] for i in range(NODES))
+    assert accepted[2] > 0
 
 
 def test_random_requests_were_served_by_graphs_of_all_parts_padded_and_not(runs: Json) -> None:

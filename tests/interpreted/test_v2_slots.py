@@ -67,6 +67,17 @@ def test_requests_with_a_history_get_their_likeliest_chain() -> None:
     )
 
 
+def test_requests_that_a_users_processor_changes_get_their_likeliest_chain() -> None:
+    trees = slot_trees()
+    processor = SimpleNamespace(add_request=lambda _, params: bool(params.extra_args))
+    trees.follow(cast(Any, processor))
+    for extra, changes in (({"favour": True}, True), (None, False)):
+        params = SamplingParams(max_tokens=50, extra_args=extra)
+        assert processor.add_request(3, params) == changes
+        kept = put(trees, 3, params)
+        assert kept == ([7, 9, 5, PADDING, PADDING] if changes else list(TREE.tokens))
+
+
 def test_nothing_that_ends_a_request_is_accepted() -> None:
     assert put(slot_trees(), 0, SamplingParams(stop_token_ids=[9, 77])) == [7, 8, PADDING, 4, 5]
     assert put(slot_trees(total=98), 0, SamplingParams()) == [7, 8, PADDING, PADDING, PADDING]

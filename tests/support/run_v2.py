@@ -47,10 +47,11 @@ def main(spec: Json) -> Json:
     clover = LLM(**given, speculative_config=spec["speculative"])
     runner = runner_of(clover)
     seen = Seen(runner)
+    tally = Tally(runner)
     script = ScriptedSlots(runner, seed=1, share=0.0)
     scheduler = clover.llm_engine.engine_core.engine_core.scheduler
-    sizes = scheduler.sizes
-    chooses, rng = sizes.choose, random.Random(5)
+    sizes = getattr(scheduler, "sizes", None)  # of adaptive trees
+    chooses, rng = getattr(sizes, "choose", None), random.Random(5)
     results["clover"] = {}
     for name, job in spec["jobs"].items():
         if "graphs" in job:
@@ -58,20 +59,67 @@ def main(spec: Json) -> Json:
             recorded_graphs.install()
             recorded_graphs.capture(runner, job["graphs"])
         script.share = job.get("scripted", 0.0)
-        sizes.choose = chooses if job.get("chooses") else lambda _: rng.choice(sizes.ladder)
+        if sizes is not None:
+            sizes.choose = chooses if job.get("chooses") else lambda _: rng.choice(sizes.ladder)
         script.know(
             [[sequence["tokens"] for sequence in outputs] for outputs in results["plain"][name]["outputs"]]
         )
         with counting(job.get("count_reads", False)) as reads:
             result = drive(clover, job["requests"])
+        while clover.llm_engine.engine_core.engine_core.batch_queue:  # a step ahead of the last answer
+            clover.llm_engine.step()
         result["stats"] |= seen.take()
         result["stats"]["reads"] = dict(reads)
         result["stats"]["replays"] = recorded_graphs.replays(runner)
+        result["stats"]["counted"], result["stats"]["tally"] = (
+            runner.counters.trees.tolist(),
+            list(tally.counts),
+        )
         results["clover"][name] = result
     results["scheduler"] = [kind.__name__ for kind in type(scheduler).__mro__]
-    results["learnt"] = sorted({size for size, _ in sizes._costs})
+    results["learnt"] = sorted({size for size, _ in sizes._costs}) if sizes is not None else []
+    results["cache"] = [
+        [type(group.kv_cache_spec).__name__, getattr(group.kv_cache_spec, "sliding_window", None)]
+        for group in runner.kv_cache_config.kv_cache_groups
+    ]
     results["clover runner"] = [kind.__name__ for kind in type(runner).__mro__]
     return results
+
+
+class Tally:
+    """Counts the trees of a V2 runner as `Counters.trees` does, in plain loops over what is on the device."""
+
+    def __init__(self, runner: Any) -> None:
+        nodes = runner.num_speculative_steps
+        self.counts = [0.0] * (7 + 3 * nodes)
+        self._nodes, self._runner, self._sample = nodes, runner, runner.sample
+        runner.sample = self.sample
+
+    def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
+        """In the place of the runner's."""
+        made = self._sample(hidden, batch, grammar)
+        if batch.num_draft_tokens == 0:
+            return made
+        kept, paths = self._runner.trees.kept, self._runner.rejection_sampler.path.tolist()
+        temperatures = self._runner.sampler.sampling_states.temperature.np
+        for r, slot in enumerate(batch.idx_mapping_np):
+            given = int(batch.num_draft_tokens_per_req[r])
+            own = [i for i, token in enumerate(kept.tokens[slot, :given].tolist()) if token >= 0]
+            if not own:
+                continue
+            path = paths[r][: max(0, int(made[1][r]) - 1)]
+            promised = sum(kept.probabilities[slot, own].tolist())
+            first, greedy = path[:1] == [1], temperatures[slot] == 0
+            totals = (len(own), 1, promised, first, greedy, first and greedy)
+            for i, value in enumerate(totals):
+                self.counts[i] += float(value)
+            self.counts[6 + len(own)] += 1
+            depths = kept.depths[slot].tolist()
+            for depth in range(max(depths[1 + i] for i in own)):
+                self.counts[7 + self._nodes + depth] += 1
+            for depth in range(len(path)):
+                self.counts[7 + 2 * self._nodes + depth] += 1
+        return made
 
 
 READS = {

@@ -24,6 +24,7 @@ class KeptTrees:
     parents: torch.Tensor  # int64 [S, N]
     bits: torch.Tensor  # int64 [S, N + 1], of root and nodes, see `PagedTrees.bits`
     depths: torch.Tensor  # int64 [S, N + 1]
+    probabilities: torch.Tensor  # float32 [S, N], joint, as the head expects
 
     @classmethod
     def make(cls, slots: int, nodes: int, device: torch.device) -> KeptTrees:
@@ -32,6 +33,7 @@ class KeptTrees:
             torch.full((slots, nodes), -1, dtype=torch.int64, device=device),
             torch.ones((slots, nodes + 1), dtype=torch.int64, device=device),
             torch.zeros((slots, nodes + 1), dtype=torch.int64, device=device),
+            torch.zeros((slots, nodes), dtype=torch.float32, device=device),
         )
 
     @property
@@ -58,6 +60,7 @@ def put_trees(
     slots: torch.Tensor,
     tokens: torch.Tensor,
     parents: torch.Tensor,
+    log_probs: torch.Tensor,
     total_lens: torch.Tensor,
     rules: torch.Tensor,
     drafts: torch.Tensor,
@@ -69,22 +72,24 @@ def put_trees(
         slots: int64 [R], or -1.
         tokens: int64 [R, M] of M nodes, at most N; a parent stands before its children.
         parents: int64 [R, M].
+        log_probs: float32 [R, M], joint.
         total_lens: int32 [S], tokens that each request has.
         rules: int64 [S, 3 or more], most tokens of a request, whether only its tree's likeliest chain is kept, number
             of tokens by which it may end, those tokens. Nodes that would end it are not to be accepted.
         drafts: int64 [R, N], takes tokens that can be read as a step's inputs.
     """
-    tokens, parents = tokens.contiguous(), parents.contiguous()
     _put_kernel[(len(slots),)](
         slots,
-        tokens,
-        parents,
+        tokens.contiguous(),
+        parents.contiguous(),
+        log_probs.contiguous(),
         total_lens,
         rules,
         kept.tokens,
         kept.parents,
         kept.bits,
         kept.depths,
+        kept.probabilities,
         drafts,
         tokens.shape[1],
         rules.stride(0),
@@ -201,12 +206,14 @@ def _put_kernel(
     slots,
     given_tokens,
     given_parents,
+    given_log_probs,
     total_lens,
     rules,
     tokens,
     parents,
     bits,
     depths,
+    probabilities,
     drafts,
     width,
     stride_rules,
@@ -223,19 +230,23 @@ def _put_kernel(
     given = node < width
     token = tl.load(given_tokens + r * width + node, mask=given, other=-1)
     parent = tl.load(given_parents + r * width + node, mask=given, other=-1)
+    probability = tl.exp(tl.load(given_log_probs + r * width + node, mask=given, other=-float("inf")))
     rule = rules + slot * stride_rules
     chain = tl.load(rule + 1) != 0
     if chain:  # the likeliest: from each node to its first child
         found = tl.full([BLOCK], -1, tl.int64)
+        expected = tl.zeros([BLOCK], tl.float32)
         above = tl.full([], -1, tl.int32)
         length = 0
         while above < BLOCK:
             children = (parent == above) & (token != -1)
             above = tl.min(tl.where(children, node, BLOCK), axis=0)
-            taken = tl.sum(tl.where(node == above, token, 0), axis=0)
-            found = tl.where((node == length) & (above < BLOCK), taken, found)
+            place = (node == length) & (above < BLOCK)
+            found = tl.where(place, tl.sum(tl.where(node == above, token, 0), axis=0), found)
+            expected = tl.where(place, tl.sum(tl.where(node == above, probability, 0.0), axis=0), expected)
             length += 1
         token = found
+        probability = expected
         parent = node.to(tl.int64) - 1
     mask = (tl.full([BLOCK], 1, tl.int64) << (node + 1).to(tl.int64)) | 1
     depth = tl.full([BLOCK], 1, tl.int64)
@@ -256,6 +267,7 @@ def _put_kernel(
     tl.store(parents + slot * NODES + node, parent, mask=kept)
     tl.store(bits + slot * (NODES + 1) + 1 + node, mask, mask=kept)
     tl.store(depths + slot * (NODES + 1) + 1 + node, depth, mask=kept)
+    tl.store(probabilities + slot * NODES + node, probability, mask=kept)
     tl.store(drafts + r * stride_drafts + node, tl.maximum(token, 0), mask=kept)
 
 

@@ -41,7 +41,9 @@ class Forced:
         self._lengths = torch.tensor(method.accepted, device=device)
         self._parents = torch.tensor([shape.parents], device=device)
         self._tokens = torch.arange(FIRST, FIRST + nodes, device=device)[None]
-        self._none = torch.zeros(1, nodes, device=device)  # log-probabilities, which nobody reads
+        self._none = torch.zeros(
+            1, nodes, device=device
+        )  # log-probabilities; what they promise is not looked at
         self._never = runner.vocab_size - 1
         self._calls = 0
         self._trees = runner.trees

@@ -101,6 +101,7 @@ class TreeAttentionImpl:
     scale: float
     num_heads: int
     kv_cache_dtype: str
+    sliding_window: tuple[int, int]  # rows before and behind a row that it sees; -1: all
     contexts: SplitContexts  # set by `CloverV2Runner`
 
     def forward(
@@ -138,6 +139,7 @@ class TreeAttentionImpl:
                 output,
                 rows.trees,
                 self.scale,
+                window=1 + self.sliding_window[0],
                 all_rows=rows.alone,
                 partials=self.contexts.of(rows.trees.seq_lens.shape[0], rows.trees.max_rows),
             )
@@ -160,7 +162,6 @@ class TreeAttentionImpl:
             "ALiBi": getattr(self, "alibi_slopes", None) is not None,
             "soft-capped scores": bool(getattr(self, "logits_soft_cap", 0)),
             "attention sinks": getattr(self, "sinks", None) is not None,
-            "sliding-window attention": tuple(getattr(self, "sliding_window", (-1, -1))) != (-1, -1),
             "chunked local attention": getattr(self, "chunk_lookback", -1) != -1,
             "layers that share their KV cache": getattr(self, "kv_sharing_target_layer_name", None)
             is not None,

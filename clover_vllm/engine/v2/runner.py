@@ -7,6 +7,7 @@ Nothing here reads a device tensor: what was accepted, vLLM's output copy tells 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from clover_vllm.attention.triton.cache_rows import CacheRows
+from clover_vllm.attention.triton.counts import count_trees
 from clover_vllm.attention.triton.tree_attention import SplitContexts, processors_of
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMetadataBuilder
+from clover_vllm.engine.drafting.ranks import leads
 from clover_vllm.engine.hooks import making_graphs, making_speculator
-from clover_vllm.engine.support import refuse, refuse_trees
+from clover_vllm.engine.metrics import AcceptanceWatch, Counters
+from clover_vllm.engine.support import refuse_trees
 from clover_vllm.engine.v2.graphs import TargetGraphs
 from clover_vllm.engine.v2.layout import Scored
 from clover_vllm.engine.v2.scorer import DeviceScorer
@@ -30,6 +36,7 @@ from clover_vllm.engine.v2.speculator import Clover2Speculator
 from clover_vllm.engine.v2.trees import SlotTrees
 
 if TYPE_CHECKING:
+    import numpy as np
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -37,7 +44,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.clover")
 
 BUILT_IN_PROCESSORS = 3
-"""Logits processors that vLLM's V2 sampler always has: biases, penalties, bad words."""
+"""Logits processors that vLLM's V2 sampler always has, before those of users: biases, penalties, bad words."""
 
 
 class CloverV2Runner(GPUModelRunner):
@@ -65,11 +72,20 @@ class CloverV2Runner(GPUModelRunner):
         self._step: StepRows | None = None  # where trees may branch
         self._rows: CacheRows | None = None  # of the target's layers, where trees may branch
         self._slots: torch.Tensor | None = None  # int64, cache slots of the step's rows
+        self.counters = Counters(self.num_speculative_steps)
+        if leads():
+            engine = str(self.parallel_config.data_parallel_index)
+            labels = {"model_name": str(self.model_config.served_model_name), "engine": engine}
+            self.counters.export(self.speculative_config.counters, labels)
+        head = self.speculative_config.draft_model_config.hf_config
+        self._watch = AcceptanceWatch(self.counters, head.first_acceptance)
+        self._counts = torch.zeros(len(self.counters.trees), dtype=torch.float64, device=self.device)
+        self._counted: np.ndarray | None = None  # the same on the host, once the step's output is there
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if len(self.sampler.logits_processors) > BUILT_IN_PROCESSORS:
-            raise refuse("logits processors of users")
+        for processor in self.sampler.logits_processors[BUILT_IN_PROCESSORS:]:
+            self.trees.follow(processor)
         self.rejection_sampler: DeviceScorer = DeviceScorer(
             self.sampler, self.speculative_config, self.device, self.trees
         )
@@ -164,7 +180,50 @@ class CloverV2Runner(GPUModelRunner):
         sampled, num_sampled = made[0].sampled_token_ids, made[1]
         path = self.rejection_sampler.path if input_batch.num_draft_tokens else None
         self.speculator.scored = Scored(sampled, path)
+        self._counted = None if path is None else self._count(input_batch, path, num_sampled)
         if path is not None and self._rows is not None and self._slots is not None:
             roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
             self._rows.move_accepted(self._slots, roots, path, num_sampled)
+        return made
+
+    def _count(self, batch: InputBatch, path: torch.Tensor, num_sampled: torch.Tensor) -> np.ndarray:
+        """What trees were verified and accepted since the start. It is there when vLLM has waited for its own copy."""
+        temperatures = self.sampler.sampling_states.temperature.gpu
+        count_trees(
+            self._counts,
+            self.trees.kept,
+            batch.idx_mapping,
+            batch.cu_num_logits,
+            path,
+            num_sampled,
+            temperatures,
+        )
+        return async_copy_to_np(self._counts)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, whose copy of the step's output is started behind that of the counts."""
+        made = super().sample_tokens(*args, **kwargs)
+        counted, self._counted = self._counted, None
+        return made if counted is None else CountedOutput(made, partial(self._take, counted))
+
+    def _take(self, counted: np.ndarray) -> None:
+        self.counters.take(counted)
+        self._watch.look()
+
+
+class CountedOutput(AsyncModelRunnerOutput):
+    """A step's output, with which the host learns what was counted."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, arrived: Callable[[], None]) -> None:
+        """
+        Args:
+            output: vLLM's.
+            arrived: called once it is on the host.
+        """
+        self._output = output
+        self._arrived = arrived
+
+    def get_output(self) -> ModelRunnerOutput:
+        made = self._output.get_output()
+        self._arrived()
         return made

@@ -14,6 +14,7 @@ from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
@@ -31,6 +32,9 @@ class DeviceScorer(RejectionSampler):
         super().__init__(sampler, spec_config, device)
         self._trees = trees
         self._paths: list[torch.Tensor] = []  # by chunk
+        self._slots: torch.Tensor  # int64 [L of a chunk], request slot of each row
+        # Of a step: most logprobs of likely tokens, and of tokens that requests have named; None: no logprobs.
+        self._widths: tuple[int, int] | None = None
         self.path: torch.Tensor | None = None  # of the last step, see `Scored`
 
     def __call__(
@@ -54,6 +58,7 @@ class DeviceScorer(RejectionSampler):
         if invalid_drafts is not None:
             self._trees.drop(invalid_drafts, input_batch)
         self._paths.clear()
+        self._widths = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         sampled, num_sampled, logprobs, masks = self._verify_in_chunks(
             logits,
             input_batch,
@@ -105,8 +110,9 @@ class DeviceScorer(RejectionSampler):
             draft_sampled,
             expanded_local_pos,
             seq_lens_upper_bound_np,
-            return_logprobs=self.sampler.sampling_states.max_num_logprobs(idx_mapping_np) >= 0,
+            return_logprobs=self._widths is not None,
         )
+        self._slots = expanded_idx_mapping
         sampled, num_sampled, path = walk_trees(
             emitted, cu_num_logits, idx_mapping, self._trees.kept.tokens, self._trees.kept.parents
         )
@@ -124,12 +130,35 @@ class DeviceScorer(RejectionSampler):
         cu_num_logits_np: np.ndarray,
         max_num_logprobs: int,
     ) -> LogprobsTensors | None:
-        """As the base class, which takes a request's first rows for those of its tokens."""
-        if max_num_logprobs >= 0 and self.sampler.logprobs_mode not in PROCESSED_LOGPROBS_MODES:
+        """As the base class, which takes a request's first rows for those of its tokens, and leaves out named tokens."""
+        if self._widths is None:
+            return None
+        mode = self.sampler.logprobs_mode
+        if mode not in PROCESSED_LOGPROBS_MODES:
             logits = along_path(logits, self._paths[-1], cu_num_logits)
-        return super()._get_logprobs_tensors(
-            sampled, num_sampled, logits, cu_num_logits, cu_num_logits_np, max_num_logprobs
+        likely, named = self._widths
+        if not named:
+            return super()._get_logprobs_tensors(
+                sampled, num_sampled, logits, cu_num_logits, cu_num_logits_np, max_num_logprobs
+            )
+        request, local = _places(len(logits), cu_num_logits)
+        return compute_topk_scores(
+            logits,
+            likely,
+            sampled[request, local].clamp(min=0),
+            cu_num_logits_np.tolist(),
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=self._slots,
+            max_per_req_token_ids=named,
+            logits_mode=mode in ("raw_logits", "processed_logits"),
         )
+
+
+def _places(rows: int, cu_num_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each of the rows: its request, and which of that one's rows it is, both int64 [L]."""
+    row = torch.arange(rows, dtype=torch.int32, device=cu_num_logits.device)
+    request = torch.searchsorted(cu_num_logits[1:], row, right=True)
+    return request, (row - cu_num_logits[request]).long()
 
 
 def along_path(logits: torch.Tensor, path: torch.Tensor, cu_num_logits: torch.Tensor) -> torch.Tensor:
@@ -143,9 +172,6 @@ def along_path(logits: torch.Tensor, path: torch.Tensor, cu_num_logits: torch.Te
     Returns:
         [L, V]; behind the path, the root's row again.
     """
-    rows = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
-    request = torch.searchsorted(cu_num_logits[1:], rows, right=True)
-    first = cu_num_logits[request]
-    local = (rows - first).long()
+    request, local = _places(len(logits), cu_num_logits)
     step = path[request, (local - 1).clamp(min=0)].where(local > 0, 0)
-    return logits[first + step]
+    return logits[cu_num_logits[request] + step]

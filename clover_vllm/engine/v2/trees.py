@@ -11,6 +11,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from vllm.v1.worker.gpu.states import RequestState
 
 from clover_vllm.attention.triton.inputs import CAUSAL
@@ -47,9 +48,27 @@ class SlotTrees:
         self._requests = requests
         # See `put_trees`.
         self._rules = torch.zeros((slots, 3 + MOST_ENDINGS), dtype=torch.int64, device=device)
+        self._changed: set[int] = (
+            set()
+        )  # slots whose new request has its logits changed by a user's processor
+
+    def follow(self, processor: LogitsProcessor) -> None:
+        """Verify chains alone for requests whose logits a processor of the user's changes; it is told of requests first.
+
+        vLLM lets it read the drafts before a row as the row's history (`LogitsContext`), which is right in a chain alone.
+        """
+        original = processor.add_request
+
+        def add_request(slot: int, params: SamplingParams) -> bool:
+            changes = original(slot, params)
+            if changes:
+                self._changed.add(slot)
+            return changes
+
+        processor.add_request = add_request  # type: ignore[method-assign]
 
     def add_request(self, slot: int, params: SamplingParams | None) -> None:
-        """A request that begins in a slot; it verifies chains alone if its sampling looks at what is before a row."""
+        """A request that begins in a slot; it verifies chains alone if its sampling may look at what is before a row."""
         endings = sorted(params.all_stop_token_ids) if params is not None else []
         fits = len(endings) <= MOST_ENDINGS
         row = np.zeros(3 + MOST_ENDINGS, dtype=np.int64)
@@ -57,7 +76,8 @@ class SlotTrees:
             row[0] = self._requests.max_seq_len[slot]
             row[2] = len(endings)
             row[3 : 3 + len(endings)] = endings
-        row[1] = params is not None and needs_history(params)
+        row[1] = slot in self._changed or (params is not None and needs_history(params))
+        self._changed.discard(slot)
         async_tensor_h2d(row, out=self._rules[slot])
 
     def put(self, slots: torch.Tensor, trees: TreeBatch, drafts: torch.Tensor) -> None:
@@ -69,7 +89,9 @@ class SlotTrees:
             drafts: int64 [R, N], takes tokens that can be read as a step's inputs.
         """
         total_lens = self._requests.total_len.gpu
-        put_trees(self.kept, slots, trees.tokens, trees.parents, total_lens, self._rules, drafts)
+        put_trees(
+            self.kept, slots, trees.tokens, trees.parents, trees.log_probs, total_lens, self._rules, drafts
+        )
 
     def lay_out(self, batch: InputBatch, prefill_lens: torch.Tensor, step: StepRows | None) -> None:
         """Prepare a step that verifies drafts: positions, and who sees whom.

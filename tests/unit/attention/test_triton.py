@@ -63,6 +63,7 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(
         ("lay_out_kernel", 0),
         ("rows_kernel", 0),
         ("rows_kernel", 0),
+        ("count_kernel", 0),
     ]
 
 

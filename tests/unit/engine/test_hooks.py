@@ -18,6 +18,7 @@ from configure import configuration
 from engines import run_script
 from small import head_for, one_sentence, tiny_llama
 from vllm.engine.arg_utils import EngineArgs
+from vllm_uses import uses
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.engine import hooks, plugin
@@ -30,11 +31,27 @@ def test_installed_vllm_is_as_expected() -> None:
     assert hooks.complaints(vllm.__version__) == []
 
 
+def test_whatever_v2_uses_of_vllm_is_listed() -> None:
+    listed = {(symbol.module, symbol.name) for symbol in (*hooks.HOOKS, *hooks.RELIED_ON)}
+    listed |= {(module, name.partition(".")[0]) for module, name in listed}
+    engine = Path(hooks.__file__).parent
+    files = [*(engine / "v2").glob("*.py"), engine / "backends" / "gpu.py", engine / "gpu_worker.py"]
+    found = set().union(*map(uses, files))
+    assert {
+        ("vllm.config.model", "PROCESSED_LOGPROBS_MODES"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.dynamic_sd_lookup"),
+        ("vllm.v1.worker.gpu.input_batch", "InputBatch.make_dummy"),
+        ("vllm.v1.worker.gpu.spec_decode.rejection_sampler", "RejectionSampler._verify"),
+    } <= found
+    assert found - listed == set()
+
+
 @pytest.mark.parametrize(
     ("symbol", "words"),
     [
         (hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.gone", ("self",), ""), "does not exist"),
         (hooks.Symbol("vllm.gone.module", "f", (), ""), "does not exist"),
+        (hooks.Symbol("vllm.v1.core.sched.scheduler", "Scheduler.gone", (), ""), "does not exist"),
         (
             hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("self", "x"), ""),
             "takes other arguments",
@@ -104,8 +121,6 @@ def test_flags_and_json_may_not_contradict() -> None:
 class FakeParams:
     """Stands for SamplingParams; the original refuses every speculation."""
 
-    logprob_token_ids: list[int] | None = None
-
     def _validate_spec_decode(self, speculative_config: Any) -> None:
         if speculative_config is not None:
             raise ValueError("not supported with speculative decoding")
@@ -113,8 +128,6 @@ class FakeParams:
 
 class Says:
     """Stands for a speculative configuration with `samples_every_token`."""
-
-    disable_padded_drafter_batch = True
 
     def __init__(self, answer: bool) -> None:
         self._answer = answer
@@ -133,13 +146,6 @@ def test_other_methods_still_refuse_sampling_parameters() -> None:
     assert Params._validate_spec_decode is hooked
     Params()._validate_spec_decode(None)
     Params()._validate_spec_decode(Says(True))
-    chosen, says = Params(), Says(True)
-    chosen.logprob_token_ids = [3]
-    says.disable_padded_drafter_batch = True  # the V1 runner
-    chosen._validate_spec_decode(says)
-    says.disable_padded_drafter_batch = False
-    with pytest.raises(ValueError, match="logprob_token_ids"):
-        chosen._validate_spec_decode(says)
     for other in (Says(False), object()):
         with pytest.raises(ValueError, match="not supported"):
             Params()._validate_spec_decode(other)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
@@ -67,6 +68,16 @@ def test_padding_of_the_scheduler_is_no_draft() -> None:
     assert counters.total("drafts") == 0
     assert not counters.sizes.any()
     assert not counters.drafted.any()
+
+
+def test_what_a_device_has_counted_is_taken_over() -> None:
+    counters = Counters(2)
+    counters.take(np.array([5.0, 3, 1.5, 2, 2, 1, 0, 1, 2, 3, 2, 2, 1]))
+    assert (counters.total("nodes"), counters.total("drafts"), counters.total("promised")) == (5, 3, 1.5)
+    assert counters.sizes.tolist() == [0, 1, 2]
+    assert counters.drafted.tolist() == [3, 2]
+    assert counters.accepted.tolist() == [2, 1]
+    assert not counters.seconds.any()
 
 
 class Config:
