@@ -20,7 +20,7 @@ from clover_vllm.cluster.ingress import LOST
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Json:
     """Two replicas with stand-ins for engines: one is killed, then another one's engine dies."""
-    return on_ray(tmp_path_factory.mktemp("ray"), "serve")
+    return on_ray(tmp_path_factory.mktemp("ray"), "kill")
 
 
 @pytest.mark.parametrize("how", ["killed", "died"])
