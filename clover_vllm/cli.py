@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clover_vllm import __version__
-from clover_vllm.base.command_line import takes
+from clover_vllm.base.command_line import PASSES_ON, takes
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
@@ -108,14 +108,15 @@ def target(
     print(make_target(name, output))
 
 
-@app.command()
+@app.command(context_settings=PASSES_ON)
 @_one_line
 @takes(DataSettings)
 def data(settings: DataSettings) -> None:
     """Generate the target's own answers, which heads are trained on.
 
     Runs vLLM under continuous batching and writes shards of token ids. A killed run continues
-    where it stopped when the same command is given again.
+    where it stopped when the same command is given again. All other flags are those of `vllm serve`
+    for its engine, such as --tensor-parallel-size.
     """
     from clover_vllm.train.generate import generate
 
@@ -154,7 +155,7 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=PASSES_ON)
 @_one_line
 def batch(
     flags: typer.Context,

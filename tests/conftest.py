@@ -60,6 +60,7 @@ LONGEST = [
     "test_patches.py",
     "test_adaptive.py",
     "test_batch_engine.py",
+    "test_prometheus.py",
     "test_train_serve.py",
     "test_scorer.py",
     "test_eval.py",

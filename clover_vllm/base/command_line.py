@@ -2,7 +2,7 @@
 
 A field is an option: its name, type and default are those of the field, its help is the field's text in the
 docstring's section "Args". `Annotated` says the rest: `typer.Option(min=1)` for bounds (or for a help that is
-computed), `Parsed` for a list that is written as one word, and `HIDDEN` for a field that is no option.
+computed), `Parsed` for a list that is written as one word, and `LEFT_OVER` for what is no option.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typer.models import OptionInfo
 from clover_vllm.base.docstrings import argument_texts
 from clover_vllm.base.errors import UserError
 
-HIDDEN = object()
-"""Marks a field that is set by programs only."""
+LEFT_OVER = object()
+"""Marks a list of all that is no option, which the command passes on to somebody else."""
+PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""`context_settings` of commands that pass something on."""
 
 S = TypeVar("S")
 
@@ -71,6 +73,7 @@ def names(text: str) -> list[str]:
 def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
     """Turn a function of `settings` into a command whose options are the fields of that dataclass."""
     options = {field.name: (field, kind, marks) for field, kind, marks in _options(settings)}
+    passed_on = [name for name, (_, _, marks) in options.items() if LEFT_OVER in marks]
     parsers = {
         name: m.parse for name, (_, _, marks) in options.items() for m in marks if isinstance(m, Parsed)
     }
@@ -83,11 +86,17 @@ def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., No
             annotation=str if name in parsers else kind,
         )
         for name, (field, kind, marks) in options.items()
+        if name not in passed_on
     ]
+    if passed_on:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter("context", kind, annotation=typer.Context))
 
     def decorate(command: Callable[[S], None]) -> Callable[..., None]:
         @wraps(command)
         def run(**values: Any) -> None:
+            for name in passed_on:
+                values[name] = values.pop("context").args
             parsed = {name: parse(values[name]) for name, parse in parsers.items()}
             command(settings(**(values | parsed)))
 
@@ -99,13 +108,12 @@ def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., No
 
 
 def _options(settings: type) -> Iterator[tuple[Field[Any], Any, list[Any]]]:
-    """Fields that are options, with their type and what `Annotated` says of them."""
+    """Fields, with their type and what `Annotated` says of them."""
     hints = get_type_hints(settings, include_extras=True)
     for field in fields(settings):
         hint = hints[field.name]
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if HIDDEN not in marks:
-            yield field, kind, marks
+        yield field, kind, marks
 
 
 def _option(field: Field[Any], marks: list[Any], text: str | None) -> OptionInfo:

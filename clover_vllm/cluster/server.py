@@ -11,6 +11,7 @@ from ray.serve.llm import LLMServer
 
 from clover_vllm.cluster.cores import claim_cores
 from clover_vllm.launch.environment import is_cpu_build, prepare
+from clover_vllm.launch.reaper import start_reaper
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,8 +27,10 @@ class CloverServer(LLMServer):
     async def start(self) -> None:
         """Claims cores, starts the engine, and watches it from then on.
 
-        Ray would find a dead engine by its health checks only, and would send it requests until then.
+        Ray would find a dead engine by its health checks only, and would send it requests until then. An engine whose
+        replica is killed ends too; with Ray that takes a setting of `ray start`.
         """
+        self._reaper = start_reaper()
         said = (self._llm_config.runtime_env or {}).get("env_vars", {})
         if is_cpu_build() and BIND not in said:  # the environment of `ray start` is that of all replicas
             bundles = self.get_deployment_options(self._llm_config)["placement_group_bundles"]

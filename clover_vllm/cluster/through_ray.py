@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clover_vllm.cluster.answering import Answering, EngineDied, answering, parse_flags
 from clover_vllm.cluster.cores import claim_cores
 from clover_vllm.launch.environment import is_cpu_build, prepare
+from clover_vllm.launch.reaper import start_reaper
 
 if TYPE_CHECKING:
     from clover_vllm.cluster.batch import BatchSettings, Request
@@ -42,6 +43,7 @@ class Answerer:
         self._prepare(flags)
 
     def _prepare(self, flags: Sequence[str]) -> None:
+        self._reaper = start_reaper()
         self._flags = flags
         self._stack = AsyncExitStack()
         self._engine: asyncio.Task[Answering] | None = None

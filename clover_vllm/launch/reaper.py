@@ -18,14 +18,19 @@ LOOK_EVERY = 0.5
 """Seconds between two looks at who there is; who is started and orphaned between two looks is missed."""
 
 
-@contextmanager
-def reaped() -> Iterator[None]:
-    """While the block runs, the end of this process is the end of its descendants."""
-    watcher = subprocess.Popen(
+def start_reaper() -> subprocess.Popen[bytes]:
+    """From now on the end of this process is the end of its descendants, unless the process returned is ended before."""
+    return subprocess.Popen(
         [sys.executable, "-m", "clover_vllm.launch.reaper", str(psutil.Process().pid)],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the others
     )
+
+
+@contextmanager
+def reaped() -> Iterator[None]:
+    """While the block runs, the end of this process is the end of its descendants."""
+    watcher = start_reaper()
     try:
         yield
     finally:

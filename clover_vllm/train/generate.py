@@ -3,7 +3,9 @@
 The prompts are dealt into shards of fixed size. A shard is generated in one go, from an empty
 prefix cache and with a seed per request, and written through a rename. The engine runs in this
 process, so that which requests share a step does not depend on timing. So a kill costs at most one
-shard, and a resumed run gives the shards that an unbroken one would have given.
+shard, and a resumed run gives the shards that an unbroken one would have given. The price is an engine that
+empties at the end of a shard: in bfloat16 answers depend on what shares their steps, so shards must not. Larger
+shards lose less.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         UserError: anything that the user can mend, before the engine starts where possible.
     """
     _check(settings)
+    options = engine_options(settings.flags)
     every = read_prompts(settings.prompts)
     prompts = [p for p in every if p.held_out == settings.held_out]
     selected = len(prompts)
@@ -100,7 +103,7 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         "prompts_too_long": too_long,
     }
     if missing:
-        summary |= _run(settings, missing)
+        summary |= _run(settings, missing, options)
     summary |= _totals(path for path in parts if path.exists())
     write_json(settings.output / "summary.json", summary | {"settings": _plain(settings)})
     return summary
@@ -173,19 +176,20 @@ def _exchanges(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) ->
     return found
 
 
-def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[str, Any]:
+def _run(
+    settings: DataSettings, missing: dict[Path, list[_Request]], options: Mapping[str, Any]
+) -> dict[str, Any]:
     Console(stderr=True).print("Starting vLLM; this takes up to a minute.")
-    engine = start_engine(
-        settings.target,
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=settings.max_model_len,
-        dtype=settings.dtype,
+    ours = {
+        "max_num_seqs": settings.max_num_seqs,
+        "max_model_len": settings.max_model_len,
+        "dtype": settings.dtype,
         # vLLM 0.32 on CPU dies of a seeded request whose prompt is prefilled in chunks ("CPU
         # Generator does not use offset"), so prompts stay whole.
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=max(settings.max_model_len, 4096),
-        **settings.engine,
-    )
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(settings.max_model_len, 4096),
+    }
+    engine = start_engine(settings.target, **{**ours, **options})
     started, tokens = time.monotonic(), 0
     with Work("answers", sum(map(len, missing.values()))) as work:
         for path, requests in missing.items():
@@ -204,6 +208,25 @@ def _run(settings: DataSettings, missing: dict[Path, list[_Request]]) -> dict[st
         "seconds_of_last_start": round(seconds, 1),
         "peak_memory_gib": round(_peak_memory_with_children(), 2),
     }
+
+
+def engine_options(flags: Sequence[str]) -> dict[str, Any]:
+    """Arguments of vllm.LLM by flags of `vllm serve`; ends the command as argparse does where they are wrong.
+
+    Raises:
+        UserError: they name another target.
+    """
+    if not flags:
+        return {}
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="clover-vllm data"))
+    usual, given = vars(parser.parse_args([])), vars(parser.parse_args(list(flags)))
+    changed = {name: value for name, value in given.items() if value != usual[name]}
+    if "model" in changed:
+        raise UserError("--model is not taken here; --target names the model.")
+    return changed
 
 
 def start_engine(target: str, **options: Any) -> Any:

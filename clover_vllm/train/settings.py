@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from clover_vllm.base.command_line import HIDDEN, Parsed, numbers_or_none
+from clover_vllm.base.command_line import LEFT_OVER, Parsed, numbers_or_none
 from clover_vllm.heads.registry import HEADS, shaped_heads
 
 SHAPES_HEADS = {
@@ -24,8 +24,8 @@ class DataSettings:
     """What `clover-vllm data` was asked for.
 
     A prompt's temperature is 0 for `greedy_share` of the prompts, else drawn evenly between
-    `min_temperature` and `max_temperature`; both draws depend on the prompt alone. `engine` holds more arguments
-    of vllm.LLM.
+    `min_temperature` and `max_temperature`; both draws depend on the prompt alone. `flags` are more of the engine,
+    as `vllm serve` takes them.
 
     Args:
         target: Target model folder or hub name.
@@ -66,7 +66,7 @@ class DataSettings:
     max_model_len: int = 2048
     dtype: str = "auto"
     seed: int = 0
-    engine: Annotated[dict[str, Any], HIDDEN] = field(default_factory=dict)
+    flags: Annotated[list[str], LEFT_OVER] = field(default_factory=list)
 
 
 def _shapes(field: str, does: str) -> str:

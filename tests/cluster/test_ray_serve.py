@@ -1,4 +1,7 @@
-"""Ray Serve while replicas and engines are killed. Minutes on two cores: `conftest.py` takes it up in the full form alone."""
+"""Ray Serve while replicas and engines are killed, come, go and change.
+
+Minutes on two cores: `conftest.py` takes it up in the full form alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from clover_vllm.cluster.ingress import LOST
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Json:
     """Two replicas with stand-ins for engines: one is killed, then another one's engine dies."""
-    return on_ray(tmp_path_factory.mktemp("ray"), "serve")
+    return on_ray(tmp_path_factory.mktemp("ray"), "kill")
 
 
 @pytest.mark.parametrize("how", ["killed", "died"])
@@ -56,6 +59,21 @@ def test_replicas_of_a_host_do_not_share_cores_while_there_are_enough(seen: Json
     if len(allowed) > 1:
         assert len(set(seen["cores"])) == 2
     assert all(set(map(int, cores.split(","))) <= set(allowed) for cores in seen["cores"])
+
+
+@pytest.mark.parametrize("how", ["scale", "roll"])
+def test_no_request_is_lost_while_replicas_come_and_go(tmp_path: Path, how: str) -> None:
+    """A second replica comes and leaves by load; all are replaced by such with another head. Streams are whole."""
+    seen = on_ray(tmp_path, how)
+    if how == "scale":
+        assert seen["replicas"] == [1, 2, 1]
+    else:
+        assert seen["heads"] == ["old", "old", "new", "new"]
+    assert len(seen["answers"]) > 20
+    for number, status, text in seen["answers"]:
+        streamed = seen["whole_stream"].replace("q0", f"q{number}")
+        assert (status, text) == (200, streamed if number % 2 else answer_to(f"q{number}"))
+    assert seen["orphans"] == []
 
 
 @pytest.mark.timeout(2400)

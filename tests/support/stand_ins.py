@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.llm.openai_api_models import ChatCompletionResponse
 
+from clover_vllm.base.files import whole_file
 from clover_vllm.cluster.server import CloverServer
 
 SECONDS = 2.0
@@ -27,15 +28,16 @@ class StandInEngine:
     """Stands for Ray's VLLMEngine; its child stands for an engine core."""
 
     def __init__(self, config: Any) -> None:
-        del config
+        self._head = config.engine_kwargs["speculative_config"]["model"]
         self._folder = Path(os.environ["STAND_IN_FOLDER"])
         self._engine_client = self
         self.errored = False
 
     async def start(self) -> None:
         child = subprocess.Popen(["sleep", "1000"])
-        note = {"child": child.pid, "cores": os.environ["VLLM_CPU_OMP_THREADS_BIND"]}
-        (self._folder / f"{os.getpid()}.json").write_text(json.dumps(note))
+        note = {"child": child.pid, "head": self._head, "cores": os.environ["VLLM_CPU_OMP_THREADS_BIND"]}
+        with whole_file(self._folder / f"{os.getpid()}.json") as fresh:
+            fresh.write_text(json.dumps(note))
 
     async def check_health(self) -> None:
         assert not self.errored

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 import typer
 from small import one_sentence
 from typer.testing import CliRunner
 
-from clover_vllm.base.command_line import HIDDEN, Parsed, names, numbers, takes
+from clover_vllm.base.command_line import LEFT_OVER, PASSES_ON, Parsed, names, numbers, takes
 from clover_vllm.base.errors import UserError
 
 
@@ -36,7 +36,18 @@ class Settings:
     scale: bool = True
     paths: list[Path] | None = None
     method: Annotated[str, typer.Option(help=f"One of {3}.")] = "plain"
-    engine: Annotated[dict[str, Any], HIDDEN] = field(default_factory=dict)
+
+
+@dataclass
+class Passing:
+    """What is asked for.
+
+    Args:
+        output: A file.
+    """
+
+    output: Path
+    flags: Annotated[list[str], LEFT_OVER] = field(default_factory=list)
 
 
 def run(*arguments: str) -> tuple[str, list[Settings]]:
@@ -62,7 +73,7 @@ def test_fields_are_options_and_defaults_hold() -> None:
 
 
 def test_what_is_no_option_or_out_of_bounds_is_refused() -> None:
-    for wrong in ([], ["--output", "a", "--rate", "2"], ["--output", "a", "--engine", "{}"]):
+    for wrong in ([], ["--output", "a", "--rate", "2"], ["--output", "a", "--flags", "b"]):
         assert run(*wrong)[1] == []
     assert run("--output", "a", "--no-sweep")[1] == []  # a switch that is off needs no second name
 
@@ -78,7 +89,22 @@ def test_help_is_the_docstrings() -> None:
         "One of 3.",
     ):
         assert text in output
-    assert "--engine" not in output
+
+
+def test_what_is_no_option_is_passed_on_where_it_is_wanted() -> None:
+    called: list[Passing] = []
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command(context_settings=PASSES_ON)
+    @takes(Passing)
+    def command(settings: Passing) -> None:
+        """Do it."""
+        called.append(settings)
+
+    more = ["--rank", "2", "--output", "a", "--on", "--share=0.5", "x"]
+    assert CliRunner().invoke(app, more).exit_code == 0
+    assert called == [Passing(Path("a"), ["--rank", "2", "--on", "--share=0.5", "x"])]
+    assert "--flags" not in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_lists_are_written_with_commas() -> None:

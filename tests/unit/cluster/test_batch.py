@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import multiprocessing
+import os
 import random
-from collections.abc import Iterator, Sequence
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from small import one_sentence
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.cluster import batch
+from clover_vllm.cluster import answering, batch
 from clover_vllm.cluster.batch import BatchSettings, Request, read_requests, run_batch
 
 
@@ -65,37 +72,85 @@ def run_with(engine: Engine, settings: BatchSettings, monkeypatch: pytest.Monkey
     return run_batch(settings)
 
 
+class SlowEngine:
+    """Stands for `Answering`: its answers have ids and times of their own, as vLLM's have."""
+
+    def __init__(self, asked: Path) -> None:
+        self._asked = asked
+        self._rng = random.SystemRandom()  # another one in each process
+
+    async def answer(self, text: str) -> str:
+        line = json.loads(text)
+        with self._asked.open("a") as file:
+            file.write(line["custom_id"] + "\n")
+        await asyncio.sleep(self._rng.uniform(0, 0.02))
+        body = {"id": uuid4().hex, "created": time.time_ns(), "text": line["body"]["messages"]}
+        found = json.loads(answer(Request(0, line["custom_id"], "")))
+        return json.dumps({"id": uuid4().hex, **found, "response": {"request_id": uuid4().hex, "body": body}})
+
+
+def lasting(output: Path) -> bytes:
+    """The lines of an output but for ids and times, sorted."""
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line in lines:
+        del line["id"], line["response"]["request_id"]
+        del line["response"]["body"]["id"], line["response"]["body"]["created"]
+    return "".join(sorted(json.dumps(line) + "\n" for line in lines)).encode()
+
+
 def test_kills_at_random_moments_lose_and_repeat_nothing(
-    settings: BatchSettings, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 kills, some of them in the middle of a write: the output is that of an unbroken run, byte for byte."""
-    run_with(Engine(), settings, monkeypatch)
-    unbroken = settings.output.read_bytes()
-    settings.output.unlink()
-    rng, asked, cut = random.Random(1), 0, 0
-    part = settings.output.with_name("out.jsonl.part")
-    for seed in range(20):
-        engine = Engine(seed, kill_after=rng.randrange(2))
-        with pytest.raises(Killed):
-            run_with(engine, settings, monkeypatch)
-        asked += engine.asked
-        assert not settings.output.exists()
-        if rng.random() < 0.5 and engine.asked:
-            whole = part.read_bytes()
-            part.write_bytes(whole[: -rng.randrange(1, 20)])
+    """20 processes get SIGKILL, and some files lose the end of a line: the output is that of an unbroken run."""
+    kills, at_once = 20, 4
+
+    @asynccontextmanager
+    async def start(_flags: Sequence[str]) -> AsyncIterator[SlowEngine]:
+        yield SlowEngine(tmp_path / f"asked-{os.getpid()}")
+
+    monkeypatch.setattr(answering, "answering", start)
+    monkeypatch.setattr(answering, "parse_flags", lambda _flags: None)
+    lines = [json.dumps(chat(f"{'refuse' if i % 10 == 3 else 'answer'} {i}")) for i in range(300)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    unbroken, broken = (
+        BatchSettings(tmp_path / "in.jsonl", tmp_path / name, ("--model", "x"), at_once)
+        for name in ("unbroken.jsonl", "broken.jsonl")
+    )
+    started = multiprocessing.get_context("fork").Process
+
+    def run_to_its_end(settings: BatchSettings) -> int:
+        """How many it was asked."""
+        process = started(target=run_batch, args=(settings,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return len((tmp_path / f"asked-{process.pid}").read_text().splitlines())
+
+    assert run_to_its_end(unbroken) == 300
+    part, rng, cut = tmp_path / "broken.jsonl.part", random.Random(1), 0
+    for kill in range(kills):
+        before = part.stat().st_size if part.exists() else 0
+        process = started(target=run_batch, args=(broken,))
+        process.start()
+        while kill % 3 and not (part.exists() and part.stat().st_size > before):
+            time.sleep(0.001)  # every third is killed wherever it is
+        time.sleep(rng.uniform(0, 0.04))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not broken.output.exists()
+        if kill % 4 == 1:
+            part.write_bytes(part.read_bytes()[: -rng.randrange(1, 20)])
             cut += 1
-    assert cut > 2
-    last = Engine()
-    done = run_with(last, settings, monkeypatch)
-    assert settings.output.read_bytes() == unbroken
-    assert done["answers"] == 30
-    assert done["refused_by_the_engine"] == 3
-    assert done["by_an_earlier_run"] > 3
-    assert asked + last.asked == 30 + cut
+    left = part.read_bytes().count(b"\n") - 1
+    assert kills < left < 300
+    run_to_its_end(broken)
+    assert lasting(broken.output) == lasting(unbroken.output)
+    ids = [json.loads(line)["custom_id"] for line in broken.output.read_text().splitlines()]
+    assert ids == [json.loads(line)["custom_id"] for line in lines]
+    asked = sum(len(file.read_text().splitlines()) for file in tmp_path.glob("asked-*")) - 300
+    assert 300 <= asked <= 300 + cut + kills * at_once  # what was under way, and the lines that were cut
     assert not part.exists()
-    again = Engine()
-    assert run_with(again, settings, monkeypatch)["by_an_earlier_run"] == 30
-    assert again.asked == 0
 
 
 def test_bad_lines_are_reported_and_the_others_answered(

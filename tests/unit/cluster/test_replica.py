@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'LLMServer.__del__'")
 def started(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[list[Any], dict[str, str]]:
     """A replica whose engine dies soon: how it left, and its environment."""
     exits: list[Any] = []
+    reapers: list[int] = []
     claims: list[tuple[int, int]] = []
 
     def claim(count: int, ranks: int) -> str:
@@ -26,6 +27,7 @@ def started(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[list[Any], di
         return "mine"
 
     async def start(self: LLMServer) -> None:
+        assert len(reapers) == 1
         self.engine = SimpleNamespace(_engine_client=client)
 
     async def run() -> None:
@@ -50,6 +52,7 @@ def started(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[list[Any], di
     client = SimpleNamespace(errored=False)
     monkeypatch.setattr(server, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(server, "claim_cores", claim)
+    monkeypatch.setattr(server, "start_reaper", lambda: reapers.append(1))
     monkeypatch.setattr(LLMServer, "start", start)
     monkeypatch.setattr(os, "_exit", exits.append)
     asyncio.run(run())

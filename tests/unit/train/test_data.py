@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.prompts import Prompt, read_prompts
-from clover_vllm.train.generate import generate
+from clover_vllm.train.generate import engine_options, generate
 from clover_vllm.train.settings import DataSettings
 
 KILLS = length(4, 10)
@@ -61,7 +61,7 @@ def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
         "max_num_seqs": 8,
         "max_model_len": 64,
         "dtype": "bfloat16",
-        "engine": {"enforce_eager": True},
+        "flags": ["--enforce-eager"],
     }
 
 
@@ -193,6 +193,18 @@ def test_impossible_settings_are_refused_before_the_engine_starts(
     with pytest.raises(UserError, match=named) as caught:
         generate(DataSettings(**(fields | changes)))
     one_sentence(caught.value)
+
+
+def test_flags_of_vllm_reach_the_engine() -> None:
+    flags = ["--tensor-parallel-size", "2", "--gpu-memory-utilization=0.5", "--no-enable-prefix-caching"]
+    wanted = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False}
+    assert engine_options(flags) == wanted
+    assert engine_options([]) == {}
+    with pytest.raises(UserError, match="--target") as caught:
+        engine_options(["--model", "other"])
+    one_sentence(caught.value)
+    with pytest.raises(SystemExit, match="2"):
+        engine_options(["--max-token", "5"])
 
 
 def test_a_damaged_answer_for_tasks_is_named(spoken_target: Path, prompt_file: Path, tmp_path: Path) -> None:
