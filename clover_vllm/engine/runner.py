@@ -9,7 +9,7 @@ and draft anew. The scheduler needs no change: a prefix of a tree is a tree.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,13 +84,25 @@ class CloverRunner(GPUModelRunner):
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        drafted = any(scheduler_output.scheduled_spec_decode_tokens.values())
+        # The state of a hybrid target is read as after drafts, whether there were any or not.
+        with nullcontext() if drafted or self.model_config.is_hybrid else self._without_speculation():
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.timer.measure("python"):
             step = self._step(scheduler_output, num_scheduled_tokens)
             self.current.begin(step)
             if step.has_branches:
                 self._set_positions(step)
         return prepared
+
+    @contextmanager
+    def _without_speculation(self) -> Iterator[None]:
+        """A step without drafts is prepared as without speculation, and so vLLM's own sampler samples it."""
+        config, self.speculative_config = self.speculative_config, None
+        try:
+            yield
+        finally:
+            self.speculative_config = config
 
     def _step(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
         """The trees whose nodes were scheduled, and what scoring needs to know of the batch."""
@@ -141,7 +153,7 @@ class CloverRunner(GPUModelRunner):
             self.current.end()
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
-        with self.timer.measure("sample"):
+        with self.timer.measure("sample"), self._without_discarded_generators():
             output = super()._sample(logits, spec_decode_metadata)
         if spec_decode_metadata is None and self.current.running:  # vLLM sampled the roots itself
             self.current.value.accepted = [[] for _ in self.current.value.trees]
@@ -158,16 +170,14 @@ class CloverRunner(GPUModelRunner):
 
     @contextmanager
     def _without_discarded_generators(self) -> Iterator[None]:
-        """Hide generators that nothing was drawn from, so that vLLM does not rewind them.
+        """Hide the generators of prompts that go on, so that nothing is drawn from them and nothing rewound.
 
-        The scorer does not draw for a prompt that goes on. vLLM rewinds by generator offsets, which
-        CPU generators do not have: plain vLLM 0.32.0 ends there ("does not use offset").
+        vLLM draws for such a prompt too and rewinds by generator offsets, which CPU generators do not have:
+        plain vLLM 0.32.0 ends there ("does not use offset").
         """
         generators = self.input_batch.generators
-        hidden = {}
-        for r in np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist():
-            if r in generators:
-                hidden[r] = generators.pop(r)
+        discarded = self.discard_request_mask.np
+        hidden = {r: generators.pop(r) for r in list(generators) if discarded[r]}
         try:
             yield
         finally:
