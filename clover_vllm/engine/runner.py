@@ -84,9 +84,10 @@ class CloverRunner(GPUModelRunner):
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        # A recurrent state is read as after drafts, whether there were any or not.
+        recurrent = self.model_config.is_hybrid or self.model_config.is_attention_free
         drafted = any(scheduler_output.scheduled_spec_decode_tokens.values())
-        # The state of a hybrid target is read as after drafts, whether there were any or not.
-        with nullcontext() if drafted or self.model_config.is_hybrid else self._without_speculation():
+        with nullcontext() if drafted or recurrent else self._without_speculation():
             prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.timer.measure("python"):
             step = self._step(scheduler_output, num_scheduled_tokens)
@@ -107,6 +108,7 @@ class CloverRunner(GPUModelRunner):
     def _step(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
         """The trees whose nodes were scheduled, and what scoring needs to know of the batch."""
         batch, rows = self.input_batch, num_scheduled_tokens.tolist()
+        states, most = self.requests, self.max_model_len
         trees: list[Tree | None] = [None] * len(rows)
         for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
             if tokens:
@@ -115,9 +117,7 @@ class CloverRunner(GPUModelRunner):
         return Step(
             trees,
             rows,
-            endings={
-                r: ending_of(self.requests[batch.req_ids[r]], self.max_model_len) for r in range(len(rows))
-            },
+            endings={r: ending_of(states[name], most) for r, name in enumerate(batch.req_ids[: len(rows)])},
             histories=batch.req_output_token_ids,
             discarded=frozenset(np.nonzero(self.discard_request_mask.np[: len(rows)])[0].tolist()),
             with_logprobs=frozenset(batch.req_id_to_index[name] for name in batch.num_logprobs),
@@ -125,16 +125,12 @@ class CloverRunner(GPUModelRunner):
 
     def _set_positions(self, step: Step) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
-        rows: list[int] = []
-        shifts: list[int] = []
-        for root, tree in zip(step.root_rows, step.trees, strict=True):
-            if tree is None or tree.is_chain:
-                continue
-            for node, depth in enumerate(tree.depths):
-                if depth != node + 1:
-                    rows.append(root + node + 1)
-                    shifts.append(depth - node - 1)
-        self.positions[torch.tensor(rows, device=self.device)] += torch.tensor(shifts, device=self.device)
+        depths = np.array([depth for tree in step.trees if tree is not None for depth in tree.depths])
+        counts = np.array(step.nodes)
+        nodes = np.arange(len(depths)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.repeat(step.root_rows, counts) + 1 + nodes
+        shifts = torch.from_numpy(depths - 1 - nodes).to(self.device)
+        self.positions[torch.from_numpy(rows).to(self.device)] += shifts
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
@@ -147,7 +143,7 @@ class CloverRunner(GPUModelRunner):
         seconds = self.timer.finish_step(step.decodes_only)
         with self.timer.measure("python"):  # of the next step, as the seconds of this one are being counted
             batch = self.input_batch
-            greedy = [request in batch.greedy_reqs for request in batch.req_ids]
+            greedy = [request in batch.greedy_reqs for request in batch.req_ids] if step.has_drafts else []
             self.counters.count_step(step, greedy, seconds)
             self._watch.look()
             self.current.end()
