@@ -39,7 +39,7 @@ def test_text_stays_the_same_whatever_is_drafted(sampled: bool, tmp_path: Path) 
     assert stats["sources"]["nodes"]["retrieved"] > 10
 
 
-@pytest.mark.parametrize("window", [16, 10_000])
+@pytest.mark.parametrize("window", [16, 40, 10_000])
 def test_the_head_reads_what_it_slept_through(tmp_path: Path, window: int) -> None:
     """What it computes after it wakes is what the reference computes of the part in view, whatever it has missed."""
     target, head = make_pair(tmp_path, "llama tied")

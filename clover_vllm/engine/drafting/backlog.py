@@ -20,6 +20,9 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from clover_vllm.tree.budget import Ints
 from clover_vllm.tree.step import Step
 
+LEAST_IN_VIEW = 16
+"""Positions that are in view where a view begins anew, at least."""
+
 
 @dataclass
 class AcceptedRows:
@@ -153,14 +156,17 @@ class Backlog:
         """
         Args:
             limit: most bytes of hidden states; the oldest go.
-            window: of a text of which the head has missed more, by over a block, it reads these latest positions, and
-                those before them in the same block.
+            window: of a text of which the head has missed many more, it reads so many of the latest positions, from the
+                nearer beginning of a block.
             block_size: cache slots per block.
             blocks: of the cache; 0 where no prefix is shared between requests.
             vocab_size: placeholders of multimodal prompts and of embeddings lie outside and are read as 0.
         """
         self._limit, self._block_size, self._vocab_size = limit, block_size, vocab_size
         self._window = window
+        # Of two blocks between which the window begins, the nearer one, if enough is in view then: the later one from
+        # this slot of the earlier one on.
+        self._later = max(-(-block_size // 2), block_size - window + LEAST_IN_VIEW)
         self._notes: deque[_Note] = deque()
         self._dropped = 0  # notes that are gone; the oldest that is left has this number
         self._bytes = 0
@@ -261,9 +267,11 @@ class Backlog:
 
     def _view_from(self, read: int, end: int) -> int:
         """Where the head reads on that has read up to `read` of a text of `end` positions."""
-        if end - read <= self._window + self._block_size:
+        if end - read < self._window + self._later:
             return read
-        return (end - self._window) // self._block_size * self._block_size
+        begin = end - self._window
+        beyond = begin % self._block_size
+        return begin - beyond + (self._block_size if beyond >= self._later else 0)
 
     def take(
         self,

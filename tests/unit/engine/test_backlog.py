@@ -208,9 +208,21 @@ def test_memory_is_bounded_and_who_loses_states_begins_with_what_is_left() -> No
     assert taken.complete == {0, 1}
 
 
+def test_a_window_begins_at_the_nearer_block_where_enough_is_in_view_then() -> None:
+    backlog = Backlog(AMPLE, 64, 128, 0, VOCAB)
+    begins = {end: backlog._view_from(0, end) for end in range(1, 2000)}
+    assert all(begins[end] == 0 for end in range(1, 144))
+    views = [end - begin for end, begin in begins.items() if end >= 144]
+    assert all(begin % 128 == 0 for begin in begins.values())
+    assert (min(views), max(views)) == (16, 143)
+    assert sum(views) / len(views) < 82
+    assert backlog._view_from(1000, 1143) == 1000, "what it has read before stays in view"
+
+
+@pytest.mark.parametrize("window", [12, 20])
 @pytest.mark.parametrize("seed", range(12))
-def test_of_much_the_end_alone_is_read(seed: int) -> None:
-    world = World([1, 9, 40, 70], seed=seed, window=12)
+def test_of_much_the_end_alone_is_read(seed: int, window: int) -> None:
+    world = World([1, 9, 40, 70], seed=seed, window=window)
     for _ in range(30):
         world.step()
         asked = sorted(world.rng.sample(range(4), world.rng.randrange(1, 5)))
@@ -221,7 +233,7 @@ def test_of_much_the_end_alone_is_read(seed: int) -> None:
                 continue
             for i, r in enumerate(taken.requests):
                 count = taken.starts[i + 1] - taken.starts[i]
-                assert count < 12 + 2 * BLOCK
+                assert count < window + 2 * BLOCK
                 assert count == pending[r]
             world.backlog.sweep()
     world.take([0, 1, 2, 3])
