@@ -93,17 +93,18 @@ def _logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:
 class ScriptedTrees:
     """Replaces a runner's drafts by trees that hide known continuations in scattered rows."""
 
-    def __init__(self, runner: Any, seed: int, share: float) -> None:
+    def __init__(self, runner: Any, seed: int, share: float, rest: float = 0.0) -> None:
         """
         Args:
             runner: a `CloverRunner`.
             seed: of the trees' shapes.
             share: how many drafts are replaced; the others stay the head's.
+            rest: share of the steps for which nothing is drafted.
         """
         self._known: list[list[list[int]]] = []
         self._rng = random.Random(seed)
         self._runner = runner
-        self._share = share
+        self._share, self._rest = share, rest
         self._original = runner._remember
         runner._remember = self._remember
 
@@ -119,6 +120,8 @@ class ScriptedTrees:
         from clover_vllm.tree import Tree
 
         runner, rng = self._runner, self._rng
+        if self._rest and rng.random() < self._rest:
+            return self._original({}, requests)
         vocab = runner.model_config.get_vocab_size()
         made: dict[int, Tree] = dict(trees)
         for r in runner.speculation.going:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from clover_vllm.check.interpreter import interpret
+from clover_vllm.launch.interpreter import interpret
 
 NOISE = 5e-5
 """Plain vLLM's own float32 logits move by about as much with the rows that share a step."""

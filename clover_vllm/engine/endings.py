@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.utils import check_sequence_repetition
@@ -13,16 +14,20 @@ from clover_vllm.tree.step import Ending
 
 def ending_of(state: CachedRequestState, max_model_len: int) -> Ending:
     """Which token of the coming step is a request's last."""
-    remaining = max_model_len - state.num_tokens
-    params = state.sampling_params
+    params, output = state.sampling_params, state.output_token_ids
+    remaining = max_model_len - state.num_prompt_tokens
     if params is None:
-        return Ending(remaining=remaining)
-    if params.max_tokens is not None:
-        remaining = min(remaining, params.max_tokens - len(state.output_token_ids))
-    stops = frozenset(params.stop_token_ids or ())
-    if params.eos_token_id is not None:
-        stops |= {params.eos_token_id}
-    return Ending(stops, remaining, repetition(params, state.output_token_ids))
+        return Ending(remaining=remaining - len(output))
+    if params.max_tokens is not None and params.max_tokens < remaining:
+        remaining = params.max_tokens
+    stops = _stops(params.eos_token_id, *(params.stop_token_ids or ()))
+    return Ending(stops, remaining - len(output), repetition(params, output))
+
+
+@lru_cache(maxsize=1024)
+def _stops(*tokens: int | None) -> frozenset[int]:
+    """The same set for all requests that end alike, and for all their steps."""
+    return frozenset(token for token in tokens if token is not None)
 
 
 def repetition(params: SamplingParams, output: list[int]) -> Callable[[Sequence[int]], bool] | None:

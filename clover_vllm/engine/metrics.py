@@ -27,7 +27,8 @@ from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
 from clover_vllm.engine.ray_metrics import push_to_ray
-from clover_vllm.tree.forest import source_of
+from clover_vllm.tree.budget import Ints
+from clover_vllm.tree.forest import KINDS, source_of
 from clover_vllm.tree.step import Step
 
 logger = init_logger("vllm.clover")
@@ -55,6 +56,8 @@ FOLDER_PREFIX = "clover-metrics-"
 
 _TOTALS = ("nodes", "drafts", "promised", "first", "greedy_drafts", "greedy_first")
 
+_SOURCE_OF = np.array([SOURCES.index(source_of(kind)) for kind in range(KINDS)])
+
 
 class Counters:
     """Numbers that only grow, in memory and, once exported, in files too.
@@ -77,15 +80,24 @@ class Counters:
         Args:
             num_nodes: most nodes per tree.
         """
-        sizes = (len(_TOTALS), num_nodes + 1, num_nodes, num_nodes, len(PARTS), len(REASONS))
-        values = np.zeros(sum(sizes))
-        self.trees = values[: sum(sizes[:4])]
-        self.totals, self.sizes, self.drafted, self.accepted, self.seconds, self.fallbacks = np.split(
-            values, np.cumsum(sizes)[:-1]
+        depths, sources = num_nodes, len(SOURCES)
+        sizes = (
+            len(_TOTALS),
+            num_nodes + 1,
+            depths,
+            depths,
+            len(RECKONING),
+            len(PARTS),
+            len(REASONS),
+            sources,
+            sources,
         )
-        self.nodes_of, self.accepted_of = np.zeros(len(SOURCES)), np.zeros(len(SOURCES))
-        self.reckoning = np.zeros(len(RECKONING))
-        self._files: list[MetricsFile] = []
+        self._values = np.zeros(sum(sizes) + 1)  # the last stays 0
+        parts = np.split(self._values[:-1], np.cumsum(sizes)[:-1])
+        self.totals, self.sizes, self.drafted, self.accepted, self.reckoning, *others = parts
+        self.seconds, self.fallbacks, self.nodes_of, self.accepted_of = others
+        self.trees = self._values[: sum(sizes[:4])]
+        self._files: list[tuple[MetricsFile, Ints]] = []  # and the places in `_values` of what stands in it
 
     def export(self, folder: str, labels: Mapping[str, str]) -> None:
         """Write what is counted from now on to files as well, after every step.
@@ -96,35 +108,22 @@ class Counters:
         """
         if not folder or not os.path.isdir(folder):
             return
+        place = _TOTALS.index
+        first, last = len(self.totals), len(self.totals) + len(self.sizes)
+        buckets = [*range(first, last), len(self._values) - 1, place("nodes")]
+        counted = [place("promised"), place("first"), *range(last, len(self._values) - 1)]
         try:
             self._files = [
-                MetricsFile(folder, "histogram", _histogram(len(self.sizes), labels)),
-                MetricsFile(folder, "counter", _counters(len(self.drafted), labels)),
+                (MetricsFile(folder, "histogram", _histogram(len(self.sizes), labels)), np.array(buckets)),
+                (MetricsFile(folder, "counter", _counters(len(self.drafted), labels)), np.array(counted)),
             ]
         except OSError as error:
             logger.warning("Clover-2 cannot export its metrics: %s.", error)
         self._write()
 
     def _write(self) -> None:
-        if not self._files:
-            return
-        histogram, counters = self._files
-        histogram.write(np.concatenate((self.sizes, [0.0, self.total("nodes")])))
-        named = [self.total("promised"), self.total("first")]
-        counters.write(
-            np.concatenate(
-                (
-                    named,
-                    self.reckoning,
-                    self.drafted,
-                    self.accepted,
-                    self.seconds,
-                    self.fallbacks,
-                    self.nodes_of,
-                    self.accepted_of,
-                )
-            )
-        )
+        for file, places in self._files:
+            file.write(self._values[places])
 
     def total(self, name: str) -> float:
         """One of the totals, by name."""
@@ -138,21 +137,8 @@ class Counters:
             greedy: by request, whether it takes the most likely token.
             seconds: by part.
         """
-        for tree, nodes, is_greedy in zip(step.trees, step.accepted, greedy, strict=False):
-            if tree is None or tree.tokens[0] < 0:  # padding by the scheduler, not a draft
-                continue
-            first = bool(nodes) and nodes[0] == 0
-            promised = sum(tree.probabilities)
-            self.totals += (len(tree.tokens), 1, promised, first, is_greedy, is_greedy and first)
-            self.sizes[len(tree.tokens)] += 1
-            self.drafted[: max(tree.depths)] += 1
-            self.accepted[: len(nodes)] += 1
-            if tree.signals:
-                sources = [SOURCES.index(source_of(kind)) for kind, _ in tree.signals]
-                for source in sources:
-                    self.nodes_of[source] += 1
-                for node in nodes:
-                    self.accepted_of[sources[node]] += 1
+        if step.has_drafts:
+            self._count_trees(step, greedy)
         self.count_seconds(seconds)
         self._write()
 
@@ -160,6 +146,28 @@ class Counters:
         """Take what was counted of trees elsewhere, since the start; [len(self.trees)]."""
         self.trees[:] = trees
         self._write()
+
+    def _count_trees(self, step: Step, greedy: Sequence[bool]) -> None:
+        verified = [
+            (tree, nodes, is_greedy)
+            for tree, nodes, is_greedy in zip(step.trees, step.accepted, greedy, strict=False)
+            if tree is not None and tree.tokens[0] >= 0  # below: padding by the scheduler, not a draft
+        ]
+        found = [(is_greedy, bool(nodes) and nodes[0] == 0) for _, nodes, is_greedy in verified]
+        self.totals += (
+            sum(len(tree.tokens) for tree, _, _ in verified),
+            len(verified),
+            sum(sum(tree.probabilities) for tree, _, _ in verified),
+            sum(first for _, first in found),
+            sum(is_greedy for is_greedy, _ in found),
+            sum(is_greedy and first for is_greedy, first in found),
+        )
+        self.sizes += _counts([len(tree.tokens) for tree, _, _ in verified], len(self.sizes))
+        self.drafted += _reaching([max(tree.depths) for tree, _, _ in verified], len(self.drafted))
+        self.accepted += _reaching([len(nodes) for _, nodes, _ in verified], len(self.accepted))
+        signed = [(tree.signals, nodes) for tree, nodes, _ in verified if tree.signals]
+        self.nodes_of += _by_source([kind for signals, _ in signed for kind, _ in signals])
+        self.accepted_of += _by_source([signals[node][0] for signals, nodes in signed for node in nodes])
 
     def count_seconds(self, seconds: Mapping[str, float]) -> None:
         """Add seconds by part; they are written with the next step."""
@@ -173,6 +181,21 @@ class Counters:
     def count_fallback(self, reason: str) -> None:
         """Add a request that got less speculation for one of `REASONS`."""
         self.fallbacks[REASONS.index(reason)] += 1
+
+
+def _counts(values: Sequence[int], size: int) -> Ints:
+    """How often 0, 1, ... occur, [size]."""
+    return np.bincount(np.array(values, dtype=np.int64), minlength=size)
+
+
+def _reaching(depths: Sequence[int], size: int) -> Ints:
+    """How many reach depth 1, 2, ..., [size]."""
+    return _counts(depths, size + 1)[:0:-1].cumsum()[::-1]
+
+
+def _by_source(kinds: Sequence[int]) -> Ints:
+    """Nodes by source, [len(SOURCES)], of nodes by kind."""
+    return np.bincount(_SOURCE_OF[np.array(kinds, dtype=np.int64)], minlength=len(SOURCES))
 
 
 class AcceptanceWatch:
@@ -253,16 +276,18 @@ def _counters(depths: int, labels: Mapping[str, str]) -> list[str]:
         ("clover:first_node_accepted", "Trees whose most likely node was accepted."),
     ):
         keys.append(_key(name, f"{name}_total", text, labels))
+    for name, text in (
+        ("clover:drafted_depth", "Trees that reach a depth."),
+        ("clover:accepted_depth", "Trees accepted to a depth."),
+    ):
+        keys += [_key(name, f"{name}_total", text, labels, depth=str(depth + 1)) for depth in range(depths)]
     for name, text in zip(
         RECKONING,
         ("Seconds that steps were expected to take.", "Seconds that they took.", "Seconds without drafting."),
         strict=True,
     ):
         keys.append(_key(f"clover:{name}", f"clover:{name}_total", text, labels))
-    numbers = [str(depth + 1) for depth in range(depths)]
     for name, text, label, values in (
-        ("clover:drafted_depth", "Trees that reach a depth.", "depth", numbers),
-        ("clover:accepted_depth", "Trees accepted to a depth.", "depth", numbers),
         ("clover:step_seconds", "Seconds per part of a step.", "part", PARTS),
         ("clover:fallbacks", "Requests with less speculation.", "reason", REASONS),
         ("clover:source_nodes", "Nodes verified, by who proposed them.", "source", SOURCES),

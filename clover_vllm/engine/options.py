@@ -62,8 +62,8 @@ class CloverOptions:
             for the engine's own precision everywhere.
         backlog_mib: most memory, in MiB, for hidden states that the head has not read, on the V1 model runner,
             because drafting did not pay. The oldest go.
-        read_window: positions that the head reads, on the V1 model runner, of a text of which it has missed more
-            by over a block of the cache; it begins at the start of a block and sees nothing before it.
+        read_window: positions that the head reads, on the V1 model runner, of a text of which it has missed many
+            more, give or take half a block of the cache; it begins at the start of a block and sees nothing before it.
 
     Raises:
         UserError: a value that cannot work.

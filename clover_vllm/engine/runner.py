@@ -9,7 +9,7 @@ and draft anew. The scheduler needs no change: a prefix of a tree is a tree.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 class CloverRunner(GPUModelRunner):
     """The V1 runner with trees; a mixin for its subclasses."""
+
+    speculative_config: Any  # vLLM's type has no fields of ours, and may be None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -84,7 +86,11 @@ class CloverRunner(GPUModelRunner):
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        # A recurrent state is read as after drafts, whether there were any or not.
+        recurrent = self.model_config.is_hybrid or self.model_config.is_attention_free
+        drafted = any(scheduler_output.scheduled_spec_decode_tokens.values())
+        with nullcontext() if drafted or recurrent else self._without_speculation():
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.timer.measure("python"):
             step = self._step(scheduler_output, num_scheduled_tokens)
             self.current.begin(step)
@@ -92,9 +98,19 @@ class CloverRunner(GPUModelRunner):
                 self._set_positions(step)
         return prepared
 
+    @contextmanager
+    def _without_speculation(self) -> Iterator[None]:
+        """A step without drafts is prepared as without speculation, and so vLLM's own sampler samples it."""
+        config, self.speculative_config = self.speculative_config, None
+        try:
+            yield
+        finally:
+            self.speculative_config = config
+
     def _step(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
         """The trees whose nodes were scheduled, and what scoring needs to know of the batch."""
         batch, rows = self.input_batch, num_scheduled_tokens.tolist()
+        states, most = self.requests, self.max_model_len
         trees: list[Tree | None] = [None] * len(rows)
         for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
             if tokens:
@@ -103,9 +119,7 @@ class CloverRunner(GPUModelRunner):
         return Step(
             trees,
             rows,
-            endings={
-                r: ending_of(self.requests[batch.req_ids[r]], self.max_model_len) for r in range(len(rows))
-            },
+            endings={r: ending_of(states[name], most) for r, name in enumerate(batch.req_ids[: len(rows)])},
             histories=batch.req_output_token_ids,
             discarded=frozenset(np.nonzero(self.discard_request_mask.np[: len(rows)])[0].tolist()),
             with_logprobs=frozenset(batch.req_id_to_index[name] for name in batch.num_logprobs),
@@ -113,16 +127,12 @@ class CloverRunner(GPUModelRunner):
 
     def _set_positions(self, step: Step) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
-        rows: list[int] = []
-        shifts: list[int] = []
-        for root, tree in zip(step.root_rows, step.trees, strict=True):
-            if tree is None or tree.is_chain:
-                continue
-            for node, depth in enumerate(tree.depths):
-                if depth != node + 1:
-                    rows.append(root + node + 1)
-                    shifts.append(depth - node - 1)
-        self.positions[torch.tensor(rows, device=self.device)] += torch.tensor(shifts, device=self.device)
+        depths = np.array([depth for tree in step.trees if tree is not None for depth in tree.depths])
+        counts = np.array(step.nodes)
+        nodes = np.arange(len(depths)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.repeat(step.root_rows, counts) + 1 + nodes
+        shifts = torch.from_numpy(depths - 1 - nodes).to(self.device)
+        self.positions[torch.from_numpy(rows).to(self.device)] += shifts
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
@@ -135,13 +145,13 @@ class CloverRunner(GPUModelRunner):
         seconds = self.timer.finish_step(step.decodes_only)
         with self.timer.measure("python"):  # of the next step, as the seconds of this one are being counted
             batch = self.input_batch
-            greedy = [request in batch.greedy_reqs for request in batch.req_ids]
+            greedy = [request in batch.greedy_reqs for request in batch.req_ids] if step.has_drafts else []
             self.counters.count_step(step, greedy, seconds)
             self._watch.look()
             self.current.end()
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> Any:
-        with self.timer.measure("sample"):
+        with self.timer.measure("sample"), self._without_discarded_generators():
             output = super()._sample(logits, spec_decode_metadata)
         if spec_decode_metadata is None and self.current.running:  # vLLM sampled the roots itself
             self.current.value.accepted = [[] for _ in self.current.value.trees]
@@ -158,16 +168,14 @@ class CloverRunner(GPUModelRunner):
 
     @contextmanager
     def _without_discarded_generators(self) -> Iterator[None]:
-        """Hide generators that nothing was drawn from, so that vLLM does not rewind them.
+        """Hide the generators of prompts that go on, so that nothing is drawn from them and nothing rewound.
 
-        The scorer does not draw for a prompt that goes on. vLLM rewinds by generator offsets, which
-        CPU generators do not have: plain vLLM 0.32.0 ends there ("does not use offset").
+        vLLM draws for such a prompt too and rewinds by generator offsets, which CPU generators do not have:
+        plain vLLM 0.32.0 ends there ("does not use offset").
         """
         generators = self.input_batch.generators
-        hidden = {}
-        for r in np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist():
-            if r in generators:
-                hidden[r] = generators.pop(r)
+        discarded = self.discard_request_mask.np
+        hidden = {r: generators.pop(r) for r in list(generators) if discarded[r]}
         try:
             yield
         finally:

@@ -119,7 +119,7 @@ class TreeScorer(nn.Module):
         accepted: list[list[int]],
     ) -> None:
         """All rows of the chosen requests at once: an argmax has no side effects."""
-        counts = [1 + len(step.trees[r] or ()) for r in chosen]
+        counts = [1 + step.nodes[r] for r in chosen]
         if len(chosen) < len(step.trees):
             rows = [step.sampled_rows[r] + i for r, n in zip(chosen, counts, strict=True) for i in range(n)]
             logits = logits[torch.tensor(rows, device=logits.device)]
@@ -131,10 +131,11 @@ class TreeScorer(nn.Module):
             tree, own = step.trees[r], emitted[first : first + count]
             first += count
             nodes = walk(tree, own) if tree is not None else []
-            tokens = [own[0], *(own[node + 1] for node in nodes)]
-            ending = step.endings.get(r, NEVER)
-            last = next((i for i in range(len(nodes)) if ending.at(tokens[: i + 1])), len(nodes))
-            output[r], accepted[r] = tokens[: last + 1], nodes[:last]
+            output[r], accepted[r] = [own[0], *(own[node + 1] for node in nodes)], nodes
+            if nodes:
+                ending = step.endings.get(r, NEVER)
+                last = next((i for i in range(len(nodes)) if ending.at(output[r][: i + 1])), len(nodes))
+                output[r], accepted[r] = output[r][: last + 1], nodes[:last]
 
     def _sample(
         self,

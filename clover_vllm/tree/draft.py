@@ -35,7 +35,7 @@ class Tree:
 
     @cached_property
     def is_chain(self) -> bool:
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+        return [*self.parents] == [*range(-1, len(self.parents) - 1)]
 
     @cached_property
     def depths(self) -> list[int]:
@@ -59,7 +59,7 @@ class Tree:
         masks = [1]
         for node, parent in enumerate(self.parents):
             masks.append(masks[parent + 1] | 1 << (node + 1))
-        return signed(masks)
+        return signed(masks) if len(self) == MAX_NODES else masks
 
     @cached_property
     def children(self) -> dict[tuple[int, int], int]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 from clover_vllm.tree.draft import Tree
 
 
-@dataclass(frozen=True)
-class Ending:
-    """Which token ends a request, as `vllm.v1.core.sched.utils.check_stop`."""
+class Ending(NamedTuple):
+    """Which token ends a request, as `vllm.v1.core.sched.utils.check_stop`. One is made per request and step."""
 
     tokens: frozenset[int] = frozenset()
     remaining: int = sys.maxsize  # tokens until max_tokens or max_model_len, before the step
@@ -64,6 +64,11 @@ class Step:
         self._accepted = nodes
 
     @cached_property
+    def nodes(self) -> list[int]:
+        """By request, nodes of its tree."""
+        return [0 if tree is None else len(tree.tokens) for tree in self.trees]
+
+    @cached_property
     def first_rows(self) -> list[int]:
         """By request, index of its first row."""
         return [end - count for end, count in zip(accumulate(self.rows), self.rows, strict=True)]
@@ -71,14 +76,18 @@ class Step:
     @cached_property
     def root_rows(self) -> list[int]:
         """By request, index of its root's row. Drafts are a request's last rows, before them its prompt chunk."""
-        ends = accumulate(self.rows)
-        return [end - 1 - (len(tree) if tree else 0) for end, tree in zip(ends, self.trees, strict=True)]
+        return [end - 1 - nodes for end, nodes in zip(accumulate(self.rows), self.nodes, strict=True)]
 
     @cached_property
     def sampled_rows(self) -> list[int]:
         """By request, index of its root's row among the rows whose logits are computed: roots and nodes."""
-        counts = [1 + (len(tree) if tree else 0) for tree in self.trees]
-        return [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+        before = accumulate(self.nodes, initial=0)
+        return [r + count for r, (count, _) in enumerate(zip(before, self.nodes, strict=False))]
+
+    @cached_property
+    def has_drafts(self) -> bool:
+        """Whether anything is verified."""
+        return any(self.nodes)
 
     @cached_property
     def has_branches(self) -> bool:
@@ -98,6 +107,8 @@ class Step:
         sources: list[int] = []
         destinations: list[int] = []
         for root, nodes in zip(self.root_rows, self.accepted, strict=True):
+            if not nodes or nodes[-1] == len(nodes) - 1:  # ascending: the first ones
+                continue
             for depth, node in enumerate(nodes):
                 if node != depth:
                     sources.append(root + 1 + node)

@@ -23,7 +23,8 @@ def walk(tree: Tree, emitted: Sequence[int]) -> list[int]:
     """
     accepted: list[int] = []
     current = ROOT
-    while (key := (current, emitted[current + 1])) in tree.children:
-        current = tree.children[key]
-        accepted.append(current)
+    for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True)):
+        if parent == current and token == emitted[current + 1]:  # of equal siblings the first
+            current = node
+            accepted.append(node)
     return accepted

@@ -183,6 +183,14 @@ def differing(a: Json, b: Json) -> int:
     return count
 
 
+def assert_only_drafts_are_scored(stats: Json, least: int = 20) -> None:
+    """Steps without drafts, of which there were some, were left to vLLM's own sampler."""
+    by = stats["sampled_by"]
+    assert by["vllm, none"] >= least, by
+    assert by["scorer, drafts"] >= least, by
+    assert by["scorer, none"] == by["vllm, drafts"] == 0, by
+
+
 def assert_same(plain: Json, trees: Json, chosen: Iterable[int]) -> None:
     """Every sequence of the chosen requests is the same: tokens, text, ends and logprobs."""
     for i in chosen:

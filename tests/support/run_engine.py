@@ -6,8 +6,9 @@ depends on nothing but the requests. Keys of what `main` takes:
     llm: arguments of vllm.LLM.
     requests: see `clover_vllm.check.scripted.drive`; also with "lora": folder of an adapter, and "embeds": a .pt file
         of embeddings that stand for the prompt.
-    scripted: {"answers": tokens by request and sequence, "seed": int, "share": of the drafts (1)}: trees are
-        not drafted but hide those answers among random siblings in random shapes and sizes.
+    scripted: {"answers": tokens by request and sequence, "seed": int, "share": of the drafts (1), "rest": share
+        of the steps without drafts (0)}: trees are not drafted but hide those answers among random siblings in
+        random shapes and sizes.
     restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
     wrong_scorer: a rule of `wrong_scorers.py` by which drafts are accepted instead.
     check_head: folder of the head: compare all that it computes with the reference model.
@@ -46,8 +47,8 @@ def main(spec: Json) -> Json:
     scripted = None
     if "scripted" in spec:
         scripted = Remembered(runner)
-        share = spec["scripted"].get("share", 1.0)
-        ScriptedTrees(runner, spec["scripted"]["seed"], share=share).know(spec["scripted"]["answers"])
+        share, rest = spec["scripted"].get("share", 1.0), spec["scripted"].get("rest", 0.0)
+        ScriptedTrees(runner, spec["scripted"]["seed"], share, rest).know(spec["scripted"]["answers"])
     restless = Restless(runner, spec["restless"]) if "restless" in spec else None
     if "wrong_scorer" in spec:
         WrongScorer(runner, spec["wrong_scorer"])
@@ -65,6 +66,7 @@ def main(spec: Json) -> Json:
     stats["accepted_in"] = verified.accepted_in
     stats["off_first_chain"] = verified.off_first_chain
     stats["grown"], stats["in_vain"] = verified.grown, verified.in_vain
+    stats["sampled_by"] = verified.sampled_by
     stats["lookahead"] = llm.llm_engine.engine_core.engine_core.scheduler.num_lookahead_tokens
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
@@ -153,9 +155,11 @@ class Verified:
         off_first_chain: accepted nodes that do not lie on their tree's path of first children.
         in_vain: drafts verified for a request with one token to go.
         grown: drafts grown.
+        sampled_by: steps with drafts and without, by who sampled: our scorer, or vLLM's own sampler.
     """
 
     def __init__(self, runner: Any) -> None:
+        self.sampled_by = {f"{who}, {what}": 0 for who in ("scorer", "vllm") for what in ("drafts", "none")}
         self.chains = self.branching = self.in_vain = self.grown = 0
         self.by_request: dict[int, list[int]] = {}
         self.before: dict[int, int] = {}
@@ -168,6 +172,12 @@ class Verified:
             self._grow_forest = runner.drafter.grow_forest
             runner._step, runner.drafter.grow, runner._end_step = self._step, self.grow, self._end_step
             runner.drafter.grow_forest = self.grow_forest
+            self._scored, self._score = False, runner.scorer.forward
+            runner.scorer.forward = self.score
+
+    def score(self, *args: Any) -> Any:
+        self._scored = True
+        return self._score(*args)
 
     def _step(self, *args: Any) -> Any:
         step = self._original(*args)
@@ -183,6 +193,9 @@ class Verified:
         return step
 
     def _end_step(self, step: Any) -> None:
+        drafted = any(tree is not None for tree in step.trees)
+        self.sampled_by[f"{'scorer' if self._scored else 'vllm'}, {'drafts' if drafted else 'none'}"] += 1
+        self._scored = False
         names = self._runner.input_batch.req_ids
         for name, tree, nodes in zip(names, step.trees, step.accepted, strict=True):
             if tree is None:

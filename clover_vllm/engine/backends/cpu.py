@@ -7,7 +7,9 @@ official way). Steps without branching trees run vLLM's code untouched.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -31,6 +33,8 @@ from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.support import is_tree_cache_dtype, refuse_trees
 from clover_vllm.tree.draft import causal_masks
 from clover_vllm.tree.step import CurrentStep, Step
+
+_causal_masks = cache(causal_masks)  # of at most MAX_ROWS numbers of rows
 
 
 @dataclass
@@ -93,26 +97,25 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def _tree_inputs(
         self, step: Step, requests: list[int], plain: CPUAttentionMetadata
     ) -> TreeAttentionInputs:
-        masks = torch.zeros(plain.num_actual_tokens, dtype=torch.int64)
         values: list[int] = []
         for rows, tree in zip(step.rows, step.trees, strict=True):
             if rows > MAX_ROWS:
                 values += [0] * rows
             elif tree is None or tree.is_chain:
-                values += causal_masks(rows)
+                values += _causal_masks(rows)
             else:
-                assert rows == len(tree) + 1, "a branching tree's root is its first row"
+                assert rows == len(tree.tokens) + 1, "a branching tree's root is its first row"
                 values += tree.masks
-        masks[: len(values)] = torch.tensor(values)
-        index = torch.tensor(requests)
-        starts = plain.query_start_loc[index]
-        stops = plain.query_start_loc[index + 1]
+        masks = torch.zeros(plain.num_actual_tokens, dtype=torch.int64)
+        masks[: len(values)] = torch.from_numpy(np.array(values, dtype=np.int64))
+        count = len(step.rows)
+        table, lengths = plain.block_table[:count], plain.seq_lens[:count]
+        starts, stops = plain.query_start_loc[:count], plain.query_start_loc[1 : count + 1]
+        if len(requests) < count:
+            index = torch.tensor(requests)
+            table, lengths, starts, stops = (of[index] for of in (table, lengths, starts, stops))
         return TreeAttentionInputs(
-            block_table=plain.block_table[index] if len(requests) < len(step.rows) else plain.block_table,
-            starts=starts,
-            stops=stops,
-            prefixes=plain.seq_lens[index] - (stops - starts),
-            masks=masks,
+            block_table=table, starts=starts, stops=stops, prefixes=lengths - (stops - starts), masks=masks
         )
 
     def _rest(

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from clover_vllm.tree.budget import Ints
 from clover_vllm.tree.step import Step
+
+LEAST_IN_VIEW = 16
+"""Positions that are in view where a view begins anew, at least."""
 
 
 @dataclass
@@ -38,37 +41,112 @@ class AcceptedRows:
 
 @dataclass
 class _Note:
-    """A step: what of its rows is text now, worked out only when somebody asks."""
+    """A step: which of its rows are text now. Of a request they follow each other, but for accepted nodes."""
 
     hidden: torch.Tensor  # [rows of the step, (1 + target layers) D]
-    names: Sequence[str]  # of the batch
-    step: Step
-    computed: np.ndarray  # [R], positions cached before the step
-
-    @cached_property
-    def index(self) -> dict[str, int]:
-        return {name: r for r, name in enumerate(self.names)}
-
-    def rows(self, r: int) -> tuple[int, list[int]]:
-        """First position of a request in this step, and the rows that are text, in order."""
-        first, root = self.step.first_rows[r], self.step.root_rows[r]
-        accepted = self.step.accepted[r] if r < len(self.step.accepted) else []
-        return int(self.computed[r]), [*range(first, root + 1), *(root + 1 + node for node in accepted)]
+    numbers: Ints  # [R], of the batch's requests
+    first: Ints  # [R], rows
+    begin: Ints  # [R], positions of those rows
+    end: Ints  # [R], behind the last position that is text
+    moved: tuple[list[int], list[int]]  # rows of accepted nodes, and where they would follow their root
 
 
-_Rows = list[tuple[torch.Tensor, list[int]]]
-"""Hidden states of steps, and which of their rows."""
+def _note(hidden: torch.Tensor, numbers: Ints, step: Step, computed: np.ndarray, rows: Ints) -> _Note:
+    first = np.cumsum(rows) - rows
+    if not step.has_drafts:
+        return _Note(hidden, numbers, first, computed, computed + rows, ([], []))
+    accepted = [len(nodes) for nodes in step.accepted]
+    return _Note(hidden, numbers, first, computed, computed + rows - step.nodes + accepted, step.moves())
 
 
-def _cut(parts: _Rows, skip: int, count: int) -> _Rows:
-    """So many of some steps' rows, behind those to skip."""
-    found: _Rows = []
-    for of, rows in parts:
-        if kept := rows[skip : skip + count]:
-            found.append((of, kept))
-            count -= len(kept)
-        skip = max(0, skip - len(rows))
-    return found
+class _Missed:
+    """Where the hidden states of positions lie that some requests have not read."""
+
+    def __init__(
+        self,
+        notes: Sequence[_Note],
+        numbers: Sequence[int],
+        begins: Sequence[int],
+        ends: Sequence[int],
+        since: Sequence[int],
+    ) -> None:
+        """
+        Args:
+            notes: of the steps to look in, the latest last. Of a position that several have, the latest counts.
+            numbers: [R], of the requests.
+            begins, ends: [R], the first position of each request, and the one behind its last.
+            since: [R], by request, the first of the notes that counts.
+        """
+        self._notes = notes
+        self._begins = np.array(begins)
+        counts = np.maximum(np.array(ends) - self._begins, 0)
+        self._starts = np.concatenate(([0], np.cumsum(counts)))
+        self._offsets = np.cumsum([0, *(len(note.hidden) for note in notes)])  # of each note's first row
+        self._rows = np.full(self._starts[-1], -1)
+        place = {number: i for i, number in enumerate(numbers)}
+        known: dict[int, Ints] = {}  # notes of the same batch share their numbers
+        for note in notes:
+            if id(note.numbers) not in known:
+                known[id(note.numbers)] = np.array([place.get(n, -1) for n in note.numbers.tolist()])
+        owner = np.concatenate([known[id(note.numbers)] for note in notes])
+        first = np.concatenate([note.first + base for note, base in zip(notes, self._offsets, strict=False)])
+        begin = np.concatenate([note.begin for note in notes])
+        end = np.concatenate([note.end for note in notes])
+        of_note = np.repeat(np.arange(len(notes)), [len(note.first) for note in notes])
+        low, high = np.maximum(begin, self._begins[owner]), np.minimum(end, np.array(ends)[owner])
+        used = np.flatnonzero((owner >= 0) & (low < high) & (of_note >= np.array(since)[owner]))
+        owner, first, begin, low, high = (part[used] for part in (owner, first, begin, low, high))
+        counts = high - low
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.repeat(self._starts[owner] + low - self._begins[owner], counts) + within
+        self._rows[places] = np.repeat(first + low - begin, counts) + within  # in order: the latest wins
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all positions were found."""
+        return bool((self._rows >= 0).all())
+
+    def of_requests(self) -> list[tuple[int, Ints]]:
+        """By request, the first position from which on there is no gap, and the rows from there."""
+        found = []
+        gaps = np.flatnonzero(self._rows < 0)
+        for i, begin in enumerate(self._begins.tolist()):
+            first, last = int(self._starts[i]), int(self._starts[i + 1])
+            if len(gaps):
+                own = gaps[(gaps >= first) & (gaps < last)]
+                skip = int(own[-1]) + 1 - first if len(own) else 0
+                begin, first = begin + skip, first + skip
+            found.append((begin, self._rows[first:last]))
+        return found
+
+    def hidden(self, rows: Ints) -> torch.Tensor:
+        """Hidden states of rows, [len(rows), W], in one pass."""
+        notes, offsets = self._notes, self._offsets
+        if any(note.moved[0] for note in notes):
+            actual = np.arange(offsets[-1])
+            for note, base in zip(notes, offsets, strict=False):
+                sources, destinations = note.moved
+                actual[base + np.array(destinations, np.int64)] = base + np.array(sources, np.int64)
+            rows = actual[rows]
+        if len(notes) == 1:
+            source = notes[0].hidden
+        else:
+            # Of every note no more than what lies between the first and the last row that is read.
+            of_note = np.searchsorted(offsets, rows, side="right") - 1
+            local = rows - offsets[of_note]
+            low, high = np.full(len(notes), offsets[-1]), np.zeros(len(notes), np.int64)
+            np.minimum.at(low, of_note, local)
+            np.maximum.at(high, of_note, local + 1)
+            sizes = np.maximum(high - low, 0)
+            source = torch.cat(
+                [
+                    note.hidden[a:b]
+                    for note, a, b in zip(notes, low.tolist(), high.tolist(), strict=True)
+                    if a < b
+                ]
+            )
+            rows = local + (np.cumsum(sizes) - sizes - low)[of_note]
+        return source.index_select(0, torch.from_numpy(rows).to(source.device))
 
 
 class Backlog:
@@ -78,17 +156,23 @@ class Backlog:
         """
         Args:
             limit: most bytes of hidden states; the oldest go.
-            window: of a text of which the head has missed more, by over a block, it reads these latest positions, and
-                those before them in the same block.
+            window: of a text of which the head has missed many more, it reads so many of the latest positions, from the
+                nearer beginning of a block.
             block_size: cache slots per block.
             blocks: of the cache; 0 where no prefix is shared between requests.
             vocab_size: placeholders of multimodal prompts and of embeddings lie outside and are read as 0.
         """
         self._limit, self._block_size, self._vocab_size = limit, block_size, vocab_size
         self._window = window
+        # Of two blocks between which the window begins, the nearer one, if enough is in view then: the later one from
+        # this slot of the earlier one on.
+        self._later = max(-(-block_size // 2), block_size - window + LEAST_IN_VIEW)
         self._notes: deque[_Note] = deque()
         self._dropped = 0  # notes that are gone; the oldest that is left has this number
         self._bytes = 0
+        self._numbers: dict[str, int] = {}  # by request; another one when it begins again
+        self._begun = 0  # numbers given
+        self._batch: tuple[Sequence[str], Ints] | None = None  # names and numbers of the latest note
         self._since: dict[str, int] = {}  # by request, the first note that it has not read
         self._read: dict[str, int] = {}  # by request, the position up to which the head has read
         self._first: dict[str, int] = {}  # by request, the position at which its view begins
@@ -105,6 +189,7 @@ class Backlog:
         if name in self._read:
             read = min(self._read[name], computed)
         else:
+            self._numbers[name], self._begun, self._batch = self._begun, self._begun + 1, None
             self._since[name] = self._dropped + len(self._notes)
             shared = list(block_ids[: -(-computed // self._block_size)])
             known = self._whole[shared] if len(self._whole) else np.zeros(len(shared), dtype=bool)
@@ -135,17 +220,22 @@ class Backlog:
             computed: int [R], positions cached before the step.
             table: int [R, blocks], vLLM's block table.
         """
-        self._notes.append(_Note(hidden, names, step, computed))
+        rows = np.array(step.rows)
+        self._notes.append(_note(hidden, self._numbers_of(names), step, computed, rows))
         self._bytes += hidden.numel() * hidden.element_size()
         while self._bytes > self._limit and len(self._notes) > 1:
             self._drop()
         if len(self._whole):
             first = -(-computed // self._block_size)
-            last = (computed + np.array(step.rows) - 1) // self._block_size
-            for r in np.flatnonzero(
-                first <= last
-            ).tolist():  # blocks that the target writes from their beginning
+            last = (computed + rows - 1) // self._block_size
+            # Blocks that the target writes from their beginning.
+            for r in np.flatnonzero(first <= last).tolist():
                 self._whole[table[r, first[r] : last[r] + 1]] = False
+
+    def _numbers_of(self, names: Sequence[str]) -> Ints:
+        if self._batch is None or self._batch[0] != names:
+            self._batch = (names, np.array([self._numbers.get(name, -1) for name in names]))
+        return self._batch[1]
 
     def _drop(self) -> None:
         hidden = self._notes.popleft().hidden
@@ -155,7 +245,7 @@ class Backlog:
     def forget(self, names: Iterable[str]) -> None:
         """Requests have ended, or lost their cache to a preemption."""
         for name in names:
-            for known in (self._since, self._read, self._first):
+            for known in (self._numbers, self._since, self._read, self._first):
                 known.pop(name, None)
 
     def sweep(self) -> None:
@@ -177,9 +267,11 @@ class Backlog:
 
     def _view_from(self, read: int, end: int) -> int:
         """Where the head reads on that has read up to `read` of a text of `end` positions."""
-        if end - read <= self._window + self._block_size:
+        if end - read < self._window + self._later:
             return read
-        return (end - self._window) // self._block_size * self._block_size
+        begin = end - self._window
+        beyond = begin % self._block_size
+        return begin - beyond + (self._block_size if beyond >= self._later else 0)
 
     def take(
         self,
@@ -192,123 +284,101 @@ class Backlog:
         """What some requests have not read, which counts as read from now on.
 
         Args:
-            requests: of the batch; one that is unknown, or has missed nothing, is left out.
-            names: of the batch.
+            requests: of the batch that was noted last; one that is unknown, or has missed nothing, is left out.
+            names: of that batch.
             states: of vLLM's runner.
             table: int [R, blocks], vLLM's block table.
             most: positions. What does not fit is left for the next time.
         """
+        asked = [r for r in requests if names[r] in self._read]
+        if not asked or not most:
+            return None
+        missed = self._missed([names[r] for r in asked], self._notes[-1].end[asked].tolist())
         chosen: list[int] = []
         complete: set[int] = set()
-        parts: _Rows = []
+        rows: list[Ints] = []
         tokens: list[int] = []
         froms: list[int] = []
         counts: list[int] = []
-        last = self._dropped + len(self._notes)
-        for r in requests:
+        for r, (begin, own) in zip(asked, missed.of_requests(), strict=True):
             name = names[r]
-            if name not in self._read or not most:
-                continue
-            count, missed = self._in_view(name)
-            if not count:
-                continue
-            if count > most:
-                count = most
-                missed = _cut(missed, 0, most)
-            else:
-                complete.add(r)
-                self._since[name] = last
-            most -= count
-            parts += missed
-            chosen.append(r)
+            if begin > self._read[name]:
+                self._first[name] = self._read[name] = self._block_from(begin)
             read = self._read[name]
+            own = own[read - begin :]
+            if not len(own) or not most:
+                continue
+            if len(own) <= most:
+                complete.add(r)
+                self._since[name] = self._dropped + len(self._notes)
+            rows.append(own[:most])
+            chosen.append(r)
             froms.append(read)
-            counts.append(count)
-            tokens += self._tokens(states[name], read + 1, read + 1 + count)
-            self._read[name] = read + count
+            counts.append(len(rows[-1]))
+            tokens += self._tokens(states[name], read + 1, read + 1 + counts[-1])
+            self._read[name] = read + counts[-1]
+            most -= counts[-1]
         if not chosen:
             return None
-        return self._layout(chosen, [names[r] for r in chosen], complete, parts, tokens, froms, counts, table)
+        hidden = missed.hidden(np.concatenate(rows))
+        return self._layout(
+            chosen, [names[r] for r in chosen], complete, hidden, tokens, froms, counts, table
+        )
 
-    def _in_view(self, name: str) -> tuple[int, _Rows]:
-        """What a request has missed, of which the view begins anew if that is much or something was never noted."""
-        start, missed = self._missed(name, self._read[name], max(self._since[name], self._dropped))
-        count = sum(len(rows) for _, rows in missed)
-        end = start + count
-        begin = max(self._view_from(self._read[name], end), start)
-        if begin > self._read[name]:
-            self._first[name] = self._read[name] = self._block_from(begin)
-        skip = self._read[name] - start
-        return max(0, count - skip), _cut(missed, skip, count)
-
-    def _missed(self, name: str, read: int, since: int) -> tuple[int, _Rows]:
-        """A request's rows in view by step, without a gap up to its latest, and their first position, `read` or later.
-
-        A later note of a position wins.
-        """
-        parts: _Rows = []
-        begin: int | None = None  # of the rows found so far, from the latest step back
-        for i in range(len(self._notes) - 1, since - self._dropped - 1, -1):
-            note = self._notes[i]
-            r = note.index.get(name)
-            if r is None:
-                continue
-            at, rows = note.rows(r)
-            if begin is None:
-                begin = at + len(rows)
-                read = max(read, self._view_from(read, begin))
-            if at + len(rows) < begin:
-                break
-            if at < begin:
-                parts.append((note.hidden, rows[max(0, read - at) : begin - at]))
-                begin = max(at, read)
-            if begin <= read:
-                break
-        return read if begin is None else begin, parts[::-1]
+    def _missed(self, names: Sequence[str], ends: Sequence[int]) -> _Missed:
+        """What some requests have not read up to these positions and would see."""
+        reads = [self._read[name] for name in names]
+        begins = [max(read, self._view_from(read, end)) for read, end in zip(reads, ends, strict=True)]
+        since = [max(0, self._since[name] - self._dropped) for name in names]
+        numbers = [self._numbers[name] for name in names]
+        kept = max(1, len(self._notes) - min(since))
+        # A step gives a request a position or more, but for steps that were without it.
+        look = min(kept, max(1, *(end - begin for begin, end in zip(begins, ends, strict=True))))
+        while True:
+            notes = [*islice(reversed(self._notes), look)][::-1]
+            after = [place - len(self._notes) + look for place in since]
+            found = _Missed(notes, numbers, begins, ends, after)
+            if look == kept or found.is_whole:
+                return found
+            look = kept
 
     def _tokens(self, state: CachedRequestState, first: int, last: int) -> list[int]:
-        """Token ids at some positions of a request's text, 0 where there are none."""
+        """Token ids at some positions of a request's text, -1 where there are none."""
         prompt, size = state.prompt_token_ids, state.num_prompt_tokens
         found: list[int] = []
         if first < size:
-            own = prompt[first : min(last, size)] if prompt is not None else [0] * (min(last, size) - first)
+            own = prompt[first : min(last, size)] if prompt is not None else [-1] * (min(last, size) - first)
             found += own
         if last > size:
             found += state.output_token_ids[max(0, first - size) : last - size]
-        found += [0] * (last - first - len(found))
-        return [token if 0 <= token < self._vocab_size else 0 for token in found]
+        found += [-1] * (last - first - len(found))
+        return found
 
     def _layout(
         self,
         chosen: list[int],
         names: list[str],
         complete: set[int],
-        parts: _Rows,
+        hidden: torch.Tensor,
         tokens: list[int],
         read: list[int],
         counts: list[int],
         table: np.ndarray,
     ) -> AcceptedRows:
-        latest = self._notes[-1].hidden
-        if all(of is latest for of, _ in parts):  # of this step alone, as mostly
-            states = latest[torch.tensor([row for _, rows in parts for row in rows]).to(latest.device)]
-        else:
-            states = torch.cat([of[torch.tensor(rows).to(of.device)] for of, rows in parts])
         sizes, firsts = np.array(counts), [self._first[name] for name in names]
         starts = [0, *accumulate(counts)]
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes) + np.repeat(read, sizes)
         owners = np.repeat(np.array(chosen), sizes)
         blocks = table[owners, positions // self._block_size].astype(np.int64)
         if len(self._whole):
-            for r, first, count in zip(chosen, read, counts, strict=True):
-                done = table[r, first // self._block_size : (first + count) // self._block_size]
-                self._whole[done] = True
-        device = latest.device
+            self._whole[blocks[positions % self._block_size == self._block_size - 1]] = True
+        ids, device = np.array(tokens), hidden.device
+        ids[(ids < 0) | (ids >= self._vocab_size)] = 0
         return AcceptedRows(
             requests=chosen,
             complete=complete,
-            hidden=states,
-            next_tokens=torch.tensor(tokens).to(device),
+            hidden=hidden,
+            next_tokens=torch.from_numpy(ids).to(device),
             positions=torch.from_numpy(positions).to(device),
             slots=torch.from_numpy(blocks * self._block_size + positions % self._block_size).to(device),
             starts=starts,

@@ -7,10 +7,14 @@ spent and saved, and lets it rest where it has lost, longer each time that it lo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 TRIAL = 96
-"""Steps after which drafting for a load is judged."""
+"""Steps after which drafting for a load is judged, whatever chance says."""
+
+EARLY, SURE = 16, 2.5
+"""Steps after which it is judged already if the loss is that many standard errors."""
 
 MEMORY = 128
 """Steps that count, roughly: older ones fade."""
@@ -25,6 +29,7 @@ class _Account:
 
     spent: float = 0.0  # milliseconds
     saved: float = 0.0
+    squares: float = 0.0  # of what a step saved less what it spent
     steps: int = 0  # since the last rest
     rest: int = FIRST_REST  # after the next loss
     resting: int = 0  # steps left
@@ -49,14 +54,18 @@ class Ledger:
             saved: milliseconds of steps without drafts that the accepted nodes have spared.
         """
         account = self._of(requests)
+        if account.resting:
+            return
         account.spent += spent - account.spent / MEMORY
         account.saved += saved - account.saved / MEMORY
+        account.squares += (saved - spent) ** 2 - account.squares / MEMORY
         account.steps += 1
-        if account.steps < TRIAL:
+        if account.steps < EARLY:
             return
-        if account.saved < account.spent:
+        lost = account.spent - account.saved
+        if lost > (0.0 if account.steps >= TRIAL else SURE * math.sqrt(account.squares)):
             account.resting, account.rest = account.rest, min(2 * account.rest, LONGEST_REST)
-            account.spent = account.saved = 0.0
+            account.spent = account.saved = account.squares = 0.0
             account.steps = 0
         elif account.steps >= 4 * TRIAL:
             account.rest = FIRST_REST

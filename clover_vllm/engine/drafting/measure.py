@@ -8,8 +8,9 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm import envs
 from vllm.config import set_current_vllm_config
@@ -24,13 +25,19 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.clover")
 
+FORMAT = 2
+"""Of what is kept; costs that were measured in another way are measured anew."""
+
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 """Rows of the target that are timed, while time is left."""
 
-HEAD_ROWS = (1, 2, 4, 8, 16, 32, 64)
+LOGIT_ROWS, HEAD_ROWS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64)
 
-SECONDS = 6.0
+SECONDS = 8.0
 """Most that start-up spends on it, but for the last run to be begun."""
+
+CONTEXTS, CONTEXT = 8, 1024
+"""Requests of the step by which reading is timed, and cached tokens of each."""
 
 CROSSING = 0.25
 """Cost of a node's reading a cached token, at the start, over that of a request's reading it: rows of a request share
@@ -66,6 +73,7 @@ def _kept(place: Path) -> Costs | None:
 def _place(runner: CloverRunner) -> Path:
     """Where costs are kept: a file per model, device, dtype and settings."""
     known = (
+        FORMAT,
         runner.vllm_config.compute_hash(),
         runner.speculative_config.draft_model_config.compute_hash(),
         platform.machine(),
@@ -89,9 +97,6 @@ def _measure(runner: CloverRunner) -> Costs:
     end = time.perf_counter() + SECONDS
     most = runner.max_num_tokens
     with set_current_vllm_config(runner.vllm_config):
-        runner.drafter.idle = True  # vLLM's dummy run would run it too
-        forward = _curve(ROWS, most, end, lambda rows: lambda: runner._dummy_run(rows, skip_eplb=True))
-        runner.drafter.idle = False
         hidden = torch.zeros(
             min(most, 64), runner.model_config.get_hidden_size(), dtype=runner.dtype, device=runner.device
         )
@@ -99,41 +104,88 @@ def _measure(runner: CloverRunner) -> Costs:
         def sample(rows: int) -> Callable[[], object]:
             return lambda: runner.sampler.greedy_sample(runner.model.compute_logits(hidden[:rows]).float())
 
-        logits = _curve(HEAD_ROWS, len(hidden), end, sample)
+        logits = _curve(LOGIT_ROWS, len(hidden), end, sample)
         augment, first, level = (
             _curve(
-                HEAD_ROWS if part != "augment" else (*HEAD_ROWS, 256), most, end, runner.drafter.timed(part)
+                HEAD_ROWS if part != "augment" else (*HEAD_ROWS, 256),
+                most,
+                end,
+                runner.drafter.timed(part),
+                before=lambda: _target(runner, 1),
             )
             for part in ("augment", "first", "level")
         )
-    cached = _reading(runner, forward.at(1))
+        cached = _reading(runner)
+        forward = _curve(ROWS, most, end, lambda rows: lambda: _target(runner, rows))
     return Costs(forward, logits, augment, first, level, cached=cached, crossed=CROSSING * cached)
 
 
+def _target(runner: CloverRunner, rows: int, **how: Any) -> None:
+    """A forward of the target alone: vLLM's dummy run would run the head too."""
+    runner.drafter.idle = True
+    runner._dummy_run(rows, skip_eplb=True, **how)
+    runner.drafter.idle = False
+
+
 def _curve(
-    rows: tuple[int, ...], most: int, end: float, prepare: Callable[[int], Callable[[], object]]
+    rows: tuple[int, ...],
+    most: int,
+    end: float,
+    prepare: Callable[[int], Callable[[], object]],
+    before: Callable[[], object] | None = None,
 ) -> Curve:
-    """Time a part at some numbers of rows. All ranks run it as often as the first finds right."""
+    """Time a part at some numbers of rows. All ranks run it as often as the first finds right.
+
+    Args:
+        rows: to be timed, while time is left.
+        most: rows of a step.
+        end: of that time.
+        prepare: makes the run of a number of rows.
+        before: run before each, since in serving a part finds the processor's caches full of something else.
+    """
     measured: dict[float, float] = {}
     for count in rows:
         if count > most or (len(measured) > 1 and agree(time.perf_counter() > end)):
             break
-        run = prepare(count)
-        run()
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
-            if agree(sum(times) > 0.2):
-                break
-        measured[count] = 1e3 * min(times)
+        measured[count] = _best(prepare(count), before)
     return Curve(measured)
 
 
-def _reading(runner: CloverRunner, forward: float) -> float:
-    """Milliseconds to read a cached token, from its bytes and the speed at which a row's forward reads the weights."""
-    weights = sum(p.numel() * p.element_size() for p in runner.model.parameters())
-    slots = runner.kv_cache_config.num_blocks * runner.input_batch.block_table[0].block_size
-    token = sum(cache.numel() * cache.element_size() for cache in runner.kv_caches) / max(1, slots)
-    return forward * token / max(1, weights)
+def _best(run: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Milliseconds of the fastest of a few runs, with something before each that is not timed."""
+    times: list[float] = []
+    for warmed in range(6):
+        if before is not None:
+            before()
+        begun = time.perf_counter()
+        run()
+        if warmed:
+            times.append(time.perf_counter() - begun)
+            if agree(sum(times) > 0.2):
+                break
+    return 1e3 * min(times)
+
+
+def _reading(runner: CloverRunner) -> float:
+    """Milliseconds to read a cached token: of a decode step by the length of its contexts.
+
+    Every request reads blocks of its own, as in serving: a block that all share would lie in the processor's cache.
+    """
+    table = runner.input_batch.block_table[0]
+    blocks = runner.kv_cache_config.num_blocks
+    requests = min(CONTEXTS, runner.max_num_reqs, runner.max_num_tokens, blocks - 1)
+    context = min(CONTEXT, runner.max_model_len, (blocks - 1) // max(1, requests) * table.block_size)
+    own = context // table.block_size
+    if requests < 1 or own < 1:
+        return 0.0
+    table.block_table.np[:requests, :own] = 1 + np.arange(requests * own).reshape(requests, own)
+
+    def decode(length: int) -> Callable[[], object]:
+        return lambda: _target(runner, requests, force_attention=True, profile_seq_lens=length)
+
+    try:
+        short, long = (_best(decode(length)) for length in (1, own * table.block_size))
+    finally:
+        table.block_table.np[:requests, :own] = 0
+        table.commit_block_table(requests)
+    return max(0.0, long - short) / (requests * own * table.block_size)

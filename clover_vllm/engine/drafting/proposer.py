@@ -210,7 +210,7 @@ class Clover2Proposer(EagleProposer):
             prices: of nodes and levels.
         """
         assert self.sizer is not None
-        learn = self.sizer.costs.learn_drafting
+        learn = self.sizer.learn_pass
         with self._forward_context(accepted, common):
             begun = time.perf_counter()
             g = self._augment(accepted)

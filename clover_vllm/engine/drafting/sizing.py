@@ -18,7 +18,7 @@ from clover_vllm.engine.drafting.ledger import Ledger
 from clover_vllm.tree import ROOT, Tree
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
-from clover_vllm.tree.forest import KINDS, Forest, Prices, first_intercepts
+from clover_vllm.tree.forest import KINDS, Forest, Prices, first_intercepts, source_of
 
 SAMPLES = 48
 """Latest drafts that stand for what drafting finds."""
@@ -27,7 +27,10 @@ LOOK = 24
 """Steps at the start in which some requests are drafted for whatever it costs, to see what that gives."""
 
 RETHINK_EVERY = 16
-"""Steps after which the choice to draft or to sleep is made anew, if the batch stays the same."""
+"""Steps after which the choice to draft or to sleep is made anew, if the batch stays about the same."""
+
+CHANGE = 0.2
+"""Share by which the number of requests must have changed for that choice to be made at once."""
 
 RETRIEVE_EVERY = 16
 """Steps between two tries to look texts up while that does not pay."""
@@ -106,12 +109,15 @@ class Sizer:
     saved: float = 0.0
     retrieving: Habit = field(default_factory=Habit)
     ledger: Ledger = field(default_factory=Ledger)
+    reading: float = 2.0  # positions that the head reads per request that it is asked for, lately
+    overhead: float = 0.1  # milliseconds per such request besides the head's passes
     _samples: deque[list[tuple[float, int]]] = field(
         default_factory=lambda: deque(maxlen=SAMPLES)
     )  # gain, depth
     _steps: int = 0
     _thought: tuple[int, int] = (0, -(10**9))  # requests and step of the last decision
     _probed: int = 0
+    _passes: float = 0.0  # milliseconds of the head's passes since the last draft was learnt from
 
     def calibration(self, wanted: Wanted) -> Calibration:
         """That of requests of this one's kind."""
@@ -147,6 +153,21 @@ class Sizer:
 
         return Prices(sampling, of_nodes, self.costs.of_level)
 
+    def rests(self, requests: int) -> bool:
+        """Whether this step drafts for nobody, and nothing is to be found out in it. Counts it if so."""
+        if not self.asleep or self._rethinks(requests, self._steps + 1) or self._probes(self._steps + 1):
+            return False
+        self._steps += 1
+        self.ledger.forbids(requests)
+        return True
+
+    def _rethinks(self, requests: int, step: int) -> bool:
+        known, thought = self._thought
+        return abs(requests - known) > CHANGE * known or step - thought >= RETHINK_EVERY
+
+    def _probes(self, step: int) -> bool:
+        return step - self._probed >= PROBE_EVERY
+
     def choose(self, wanted: Sequence[Wanted], forest: Forest, prices: Prices) -> list[int]:
         """Which of the wanted to ask the head for, by their place among them.
 
@@ -161,16 +182,15 @@ class Sizer:
             return []
         if self._steps <= LOOK or not self._samples:
             return able[:8]
-        requests, step = self._thought
-        if len(able) != requests or self._steps - step >= RETHINK_EVERY:
+        if self._rethinks(len(able), self._steps):
             self._thought = (len(able), self._steps)
             self._think(len(able), forest, prices)
         self.asleep |= self.ledger.forbids(prices.sampling)
         if self.asleep:
-            if self._steps - self._probed < PROBE_EVERY:
+            if not self._probes(self._steps):
                 return []
             self._probed = self._steps
-            return sorted(able, key=lambda i: (wanted[i].pending, i))[:1]
+            return [able[self._steps // PROBE_EVERY % len(able)]]
         sure = self._sure(forest)
         return [i for i in able if i not in sure and self._is_worth_reading(wanted[i])]
 
@@ -187,24 +207,28 @@ class Sizer:
     def _think(self, requests: int, forest: Forest, prices: Prices) -> None:
         """Compare the best that drafting would give with what there is without."""
         without = forest.budget(prices)
-        found = np.array([node for own in self._samples for node in own] or [(0.0, 1)])
-        found = found[np.argsort(-found[:, 0], kind="stable")]
         share = requests / len(self._samples)
-        base = self.costs.of_augmenting(requests) + self.costs.of_first(requests)
+        nodes = [(c.gain, 0, 1.0) for c in forest.best()]  # what was retrieved is there in any case
+        nodes += [(gain, depth, share) for own in self._samples for gain, depth in own]
+        found = np.array(sorted(nodes, key=lambda node: -node[0]) or [(0.0, 1, 0.0)])
+        base = prices.spent + self.overhead * requests
+        base += self.costs.of_augmenting(self.reading * requests) + self.costs.of_first(requests)
         best = (0.0, 0.0, 0.0)
-        deepest = int(found[:, 1].max(initial=1))
+        depths = found[:, 1]
+        deepest = int(depths.max(initial=1))
         levels_ms = 0.0
-        costs = np.array(prices.of_nodes(int(share * len(found)) + 1))
+        costs = np.array(prices.of_nodes(int(found[:, 2].sum()) + 1))
         places = np.arange(len(costs))
         for levels in range(1, deepest + 1):
             if levels > 1:
-                width = share * int((found[:, 1] == levels - 1).sum()) * 0.5
+                width = share * int((depths == levels - 1).sum()) * 0.5
                 levels_ms += self.costs.of_level(max(1.0, width))
                 if levels not in (2, 3, deepest):
                     continue
-            usable = found[found[:, 1] <= levels, 0]
-            milliseconds = np.interp(share * np.arange(len(usable) + 1), places, costs) + base + levels_ms
-            earned = prices.sampling + share * np.concatenate(([0.0], np.cumsum(usable)))
+            usable = found[depths <= levels]
+            rows = np.concatenate(([0.0], np.cumsum(usable[:, 2])))
+            milliseconds = np.interp(rows, places, costs) + base + levels_ms
+            earned = prices.sampling + np.concatenate(([0.0], np.cumsum(usable[:, 0] * usable[:, 2])))
             rates = earned / milliseconds
             i = int(np.argmax(rates))
             best = max(best, (float(rates[i]), float(milliseconds[i]), float(earned[i])))
@@ -243,16 +267,26 @@ class Sizer:
             emitting, drafting + self.costs.of_step(size) - self.costs.of_step(without), spared
         )
 
-    def learn_draft(self, forest: Forest, asked: Sequence[int]) -> None:
-        """Keep what drafting has found as a sample of what it finds.
+    def learn_pass(self, part: str, rows: int, milliseconds: float) -> None:
+        """A pass of the head, see `Costs.learn_drafting`."""
+        self.costs.learn_drafting(part, rows, milliseconds)
+        self._passes += milliseconds
+
+    def learn_draft(self, forest: Forest, asked: Sequence[int], read: int, milliseconds: float) -> None:
+        """Keep what drafting has found as a sample of what it finds, and what it took.
 
         Args:
             forest: grown.
             asked: its requests that the head was asked for.
+            read: positions.
+            milliseconds: all in all, look-ups left out.
         """
+        self.overhead += 0.05 * (max(0.0, milliseconds - self._passes) / len(asked) - self.overhead)
+        self.reading += 0.05 * (min(4.0, read / len(asked)) - self.reading)
+        self._passes = 0.0
         own: dict[int, list[tuple[float, int]]] = {r: [] for r in asked[:8]}
         for c in forest.candidates:
-            if c.request in own:
+            if c.request in own and source_of(c.kind) == "head":
                 own[c.request].append((c.gain, c.depth))
             if c.state >= 0:
                 for depth in range(c.depth, len(self.following)):

@@ -244,7 +244,7 @@ class Speculation:
         )
         sizer.costs.learn_step(size, 1e3 * taken)
         if self._drafting is not None:
-            ours = [(n in own, source_of(kind) != "retrieved") for tree, own in zip(step.trees, step.accepted, strict=True)
+            ours = [(n in own, source_of(kind) == "head") for tree, own in zip(step.trees, step.accepted, strict=True)
                     if tree is not None for n, (kind, _) in enumerate(tree.signals)]  # fmt: skip
             found = [is_accepted for is_accepted, is_ours in ours if is_ours]
             sizer.settle(size, sum(map(bool, done.sampled)), len(found), sum(found), self._drafting)
@@ -258,13 +258,15 @@ class Speculation:
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
-        wanted = self._wanted(backlog, done)
-        if not wanted:
+        looks = self.retrieval is not None and bool(done.going) and sizer.retrieving.due()
+        if not done.going or (not looks and sizer.rests(len(done.going))):
             agree(((), ()))
             return {}
+        wanted = self._wanted(backlog, done)
         prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
-        looked_up = self._retrieve(sizer, wanted, done.names, forest, prices)
+        looked_up = self._retrieve(sizer, wanted, done.names, forest, prices) if looks else 0.0
+        begun = time.perf_counter()
         places = sizer.choose(wanted, forest, prices)
         asked = [wanted[i].r for i in places]
         ended = self._rests(backlog, done) if places and not sizer.asleep else []
@@ -276,7 +278,9 @@ class Speculation:
                 places = [i for i in places if wanted[i].r in accepted.complete]
                 asked = [wanted[i].r for i in places]
                 runner.drafter.grow_forest(accepted, asked, places, done.common, forest, prices)
-                sizer.learn_draft(forest, places)
+                if places:
+                    taken = 1e3 * (time.perf_counter() - begun)
+                    sizer.learn_draft(forest, places, len(accepted.positions), taken)
         if not forest.candidates and not looked_up:
             return {}
         budget = forest.budget(prices)
@@ -296,9 +300,8 @@ class Speculation:
     def _retrieve(
         self, sizer: Sizer, wanted: Sequence[Wanted], names: Sequence[str], forest: Forest, prices: Prices
     ) -> float:
-        """Look the requests' texts up. Milliseconds that it took; 0 where it was not done."""
-        if self.retrieval is None or not sizer.retrieving.due():
-            return 0.0
+        """Look the requests' texts up. Milliseconds that it took."""
+        assert self.retrieval is not None
         begun = time.perf_counter()
         states = self._runner.requests
         found = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clover_vllm.engine.drafting.ledger import FIRST_REST, LONGEST_REST, TRIAL, Ledger
+from clover_vllm.engine.drafting.ledger import EARLY, FIRST_REST, LONGEST_REST, TRIAL, Ledger
 
 
 def _rest(ledger: Ledger, requests: int) -> int:
@@ -30,6 +30,15 @@ def test_losses_rest_longer_each_time_at_that_load_alone() -> None:
         rests.append(_rest(ledger, 16))
     assert rests[:3] == [FIRST_REST - 1, 2 * FIRST_REST - 1, 4 * FIRST_REST - 1]
     assert rests[-1] == LONGEST_REST - 1
+
+
+def test_a_clear_loss_is_judged_early_and_an_unclear_one_is_not() -> None:
+    clear, unclear = Ledger(), Ledger()
+    _run(clear, 16, EARLY, spent=1.0, saved=0.5)
+    for step in range(TRIAL - 1):
+        unclear.record(16, spent=1.0, saved=0.0 if step % 3 else 2.7)
+        assert not unclear.forbids(16)
+    assert clear.forbids(16)
 
 
 def test_gains_shorten_the_next_rest() -> None:

@@ -19,6 +19,7 @@ from clover_vllm.engine import metrics
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.runner import CloverRunner
 from clover_vllm.tree import Tree
+from clover_vllm.tree.forest import KINDS, head_kind, retrieved_kind
 from clover_vllm.tree.step import Step
 
 
@@ -47,6 +48,21 @@ def test_a_step_is_counted() -> None:
     assert counters.accepted.tolist() == [2, 1, 0, 0, 0, 0]
     assert counters.seconds.tolist() == [1.0, 0.0, 0.0, 0.25, 0.0]
     assert counters.fallbacks.sum() == 1
+
+
+def test_nodes_are_counted_by_source_and_trees_by_how_far_they_reach() -> None:
+    kinds = [head_kind(1), retrieved_kind(4, 1), head_kind(2), KINDS - 1]
+    tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.6, 0.3, 0.5, 0.25], [(kind, 0.0) for kind in kinds])
+    made = Step([tree, None, tree, tree.prefix(2)], [5, 1, 5, 3])
+    made.accepted = [[0, 2, 3], [], [1], []]
+    counters = Counters(6)
+    counters.count_step(made, [True, True, False, True], {})
+    assert counters.nodes_of.tolist() == [2 + 2 + 1, 1 + 1 + 1, 1 + 1]
+    assert counters.accepted_of.tolist() == [2, 1, 1]
+    assert counters.sizes.tolist() == [0, 0, 1, 0, 2, 0, 0]
+    assert counters.drafted.tolist() == [3, 2, 2, 0, 0, 0]
+    assert counters.accepted.tolist() == [2, 1, 1, 0, 0, 0]
+    assert [counters.total(name) for name in ("first", "greedy_drafts", "greedy_first")] == [1, 2, 1]
 
 
 def test_drafts_with_a_nan_are_counted() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clover_vllm.engine.drafting.retrieval import ANSWERS, LEAST_SHARE, Retrieval, suffix_cache
+from clover_vllm.engine.drafting.retrieval import ANSWERS, LEAST_SHARE, TRY, Retrieval, suffix_cache
 from clover_vllm.tree import ROOT
 
 
@@ -19,8 +19,9 @@ def state(prompt: Sequence[int] | None, output: Sequence[int] = ()) -> Any:
     return SimpleNamespace(prompt_token_ids=prompt and list(prompt), output_token_ids=list(output))
 
 
-def retrieval(kind: str = "all") -> Retrieval:
-    return Retrieval(suffix_cache(kind))
+def retrieval(kind: str = "all", longest_rest: int = 0, **more: Any) -> Retrieval:
+    """That never rests unless told so."""
+    return Retrieval(suffix_cache(kind), longest_rest, **more)
 
 
 def chain_of(found: Any) -> list[int]:
@@ -146,6 +147,99 @@ def test_the_oldest_answers_go_first() -> None:
     )
     assert gone is None
     assert kept is not None
+
+
+class Watched:
+    """A suffix cache whose look-ups and prompts are counted."""
+
+    def __init__(self) -> None:
+        self.cache = suffix_cache("all")
+        self.prompts = 0
+        self.looked: list[int] = []  # by look-up, the length of its context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def start_request(self, *args: Any) -> None:
+        self.prompts += 1
+        self.cache.start_request(*args)
+
+    def speculate(self, name: str, tail: list[int], **more: Any) -> Any:
+        self.looked.append(len(tail))
+        return self.cache.speculate(name, tail, **more)
+
+
+def test_a_text_that_never_repeats_is_looked_up_ever_more_rarely_and_one_that_does_at_every_step() -> None:
+    cache = Watched()
+    texts = Retrieval(cache, longest_rest=16)
+    output: list[int] = []
+    steps = []
+    for step in range(70):
+        output.append(100 + step)
+        before = len(cache.looked)
+        assert texts.look_up("new", state([1], output), most=4) is None
+        if len(cache.looked) > before:
+            steps.append(step)
+    assert steps == [0, 2, 5, 10, 19, 36, 53]
+    phrase = [*range(500, 580)]
+    found = 0
+    for step in range(1, 80):
+        found += texts.look_up("old", state(phrase, phrase[:step]), most=4) is not None
+    assert found >= 77
+
+
+def test_what_was_found_and_did_not_come_is_a_look_up_in_vain_and_what_came_ends_the_rest() -> None:
+    cache = Watched()
+    texts = Retrieval(cache, longest_rest=16)
+    prompt = [7, 8, 9] * 40
+    output: list[int] = []
+    steps = []
+    for step in range(60):
+        output += [7, 8]
+        before = len(cache.looked)
+        found = texts.look_up("a", state(prompt, output), most=4)
+        if len(cache.looked) > before:
+            assert found is not None
+            steps.append(step)
+        output.append(9 if step >= 40 else 900 + step)
+    assert steps == [0, 2, 5, 10, 19, 36, *range(53, 60)]
+
+
+def test_where_texts_do_not_repeat_the_prompts_of_most_new_requests_are_not_even_indexed() -> None:
+    """A request that rests has cost nothing but the look at a counter."""
+    cache = Watched()
+    texts = Retrieval(cache, longest_rest=16)
+    for i in range(60):
+        output = [1000 + i]
+        for step in range(12):
+            texts.look_up(f"r{i}", state([1, 2], output), most=4)
+            output.append(5000 + 100 * i + step)
+        texts.forget([f"r{i}"])
+    assert cache.prompts < 30
+    assert cache.prompts >= 60 // TRY
+
+
+def test_the_memory_of_long_answers_and_prompts_is_bounded() -> None:
+    """The oldest answers go; a prompt for which there is no room is not searched."""
+    cache = Watched()
+    texts = Retrieval(cache, longest_rest=0, tokens=100)
+    for i in range(6):
+        texts.look_up(f"r{i}", state([1], [*range(100 * i, 100 * i + 40)]), most=0)
+        texts.forget([f"r{i}"])
+    assert list(cache.cached_requests) == ["r4", "r5"]
+    texts.look_up("again", state([2, 400, 401], []), most=0)
+    assert texts.look_up("again", state([2, 400, 401], [402, 403]), most=1) is not None
+    texts.forget(["again"])
+    assert texts.look_up("long", state([*range(98)], [0, 1]), most=1) is not None
+    assert texts.look_up("longer", state([*range(98)], [0, 1]), most=1) is None
+    assert cache.prompts == 8
+    texts.forget(["long"])
+    assert texts.look_up("longer", state([*range(98)], [0, 1]), most=1) is not None
+    texts.look_up("endless", state([1], [*range(100)]), most=0)
+    texts.forget(["longer", "endless"])
+    texts.look_up("a", state([1], [*range(99)]), most=0)
+    texts.forget(["a"])
+    assert list(cache.cached_requests) == ["a"]
 
 
 def test_off_and_a_missing_package_mean_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from clover_vllm.engine.drafting.sizing import LIFE, LOOK, PROBE_EVERY, Sizer, Wanted
 from clover_vllm.tree.costs import Costs, Curve
-from clover_vllm.tree.forest import Prices
+from clover_vllm.tree.forest import Prices, Retrieved
 
 
 class _Head:
@@ -45,7 +45,7 @@ def _step(sizer: Sizer, wanted: Sequence[Wanted], likely: float = -0.2) -> list[
     for place in places[:1]:
         free = Prices(prices.sampling, prices.of_nodes, lambda _: 0.0)
         forest.grow_head(_Head(likely), [place], free, sizer.following, 3)
-        sizer.learn_draft(forest, [place])
+        sizer.learn_draft(forest, [place], 1, 0.1)
     return places
 
 
@@ -74,6 +74,36 @@ def test_sleeps_where_the_head_knows_nothing_and_wakes_for_few_requests() -> Non
     assert _after(sizer, _wanted(1), 40)[-10:] == [1] * 10
     assert not sizer.asleep
     _after(sizer, _wanted(1), 200, likely=-6.0)
+    assert sizer.asleep
+
+
+def test_rests_between_decisions_and_probes_while_asleep() -> None:
+    sizer = _sizer(per_row=8.0)
+    _after(sizer, _wanted(12), LOOK + 60)
+    assert sizer.asleep
+    rested = probed = 0
+    for _ in range(2 * PROBE_EVERY):
+        if sizer.rests(12):
+            rested += 1
+        else:
+            probed += len(_step(sizer, _wanted(12)))
+    assert rested > 1.8 * PROBE_EVERY
+    assert probed == 2
+    assert not sizer.rests(6)  # another load is thought about at once
+
+
+def test_what_was_retrieved_is_not_the_heads_merit() -> None:
+    """A head that adds nothing to what is found in the text is not asked for."""
+    sizer = _sizer(per_row=0.5)
+    for _ in range(LOOK + 60):
+        wanted = _wanted(12)
+        forest, prices = sizer.forest(wanted), sizer.prices(wanted, 12, 0, 0)
+        forest.retrieve({i: Retrieved([7, 8], [-1, 0], [0.9, 0.8], 16) for i in range(12)})
+        prices.spent = 0.5
+        places = sizer.choose(wanted, forest, prices)
+        if places:
+            forest.grow_head(_Head(-6.0), places[:1], prices, sizer.following, 3)
+            sizer.learn_draft(forest, places[:1], 1, 0.1)
     assert sizer.asleep
 
 
