@@ -1,14 +1,18 @@
 """Every request feature of vLLM, with trees, gives what plain vLLM gives for the same request.
 
 The trees are scripted: they hide plain vLLM's answer among random siblings, so that paths are accepted
-whatever the parameters. All features share a batch, with prompts in chunks. Now and then nothing is drafted, and
-vLLM's own sampler samples the step.
+whatever the parameters; one run has the head's own. All features share a batch, with prompts in chunks. Now and
+then nothing is drafted, and vLLM's own sampler samples the step. What `docs/compatibility.md` says is drafted for a
+feature, trees or chains, was verified for each of its requests.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,13 @@ from pairs import speculative
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from clover_vllm.check.features import FEATURES, KINDS
+from clover_vllm.check.features import FEATURES, KINDS, in_both_kinds
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
 
-CASES = [
-    (feature, kind) for feature in FEATURES for kind in KINDS if (feature, kind) != ("n", "greedy")
-]  # vLLM refuses n above 1 without sampling
+CASES = in_both_kinds(FEATURES)
 COPIES = 2
+LASTING, LONG = 4, 24
+"""Tokens of a request that has met a scripted draft, and a branching one: some steps have none or, by chance, a chain."""
 
 
 def llm(target: Path, **more: Any) -> Json:
@@ -82,6 +86,42 @@ def both(settings: Json, head: Path, requests: list[Json], **more: Any) -> tuple
     return plain, trees
 
 
+@cache
+def documented() -> dict[str, str]:
+    """What is drafted, "tree" or "chain", by sampling parameter and by test, as the docs have it."""
+    text = (Path(__file__).parents[2] / "docs/compatibility.md").read_text()
+    rows = text.partition("| request feature |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    return {
+        name: draft for asked, draft, tests in cells for name in re.findall(r"`(\w+)`", f"{asked} {tests}")
+    }
+
+
+def assert_drafted(
+    run: Json, chosen: Iterable[int], draft: str, lasting: int = LASTING, long: int = LONG
+) -> int:
+    """Drafts of that kind, and no branching trees but for "tree", were verified for each request that lasts.
+
+    Args:
+        run: with trees.
+        chosen: indices of requests.
+        draft: "tree" or "chain".
+        lasting, long: tokens of a request beyond which some draft was verified for it, and one that branches.
+
+    Returns:
+        how many last.
+    """
+    count = 0
+    for i in chosen:
+        said = max(len(one["tokens"]) for one in run["outputs"][i])
+        chains, branching = run["stats"]["verified_by_request"].get(str(i), [0, 0])
+        assert chains + branching > 0 or said <= lasting, f"nothing was drafted for request {i}"
+        assert branching == 0 or draft == "tree", f"trees were drafted for request {i}"
+        assert branching > 0 or draft == "chain" or said <= long, f"only chains were drafted for request {i}"
+        count += said > lasting
+    return count
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_tiny_pair(tmp_path_factory.mktemp("spoken"))
@@ -92,9 +132,8 @@ def think(target: Path, text: str) -> list[int]:
     return ids
 
 
-@pytest.fixture(scope="module")
-def runs(pair: tuple[Path, Path]) -> tuple[Json, Json]:
-    target, head = pair
+def featured(target: Path) -> tuple[Json, list[Json]]:
+    """Settings of an engine and its requests, of all cases."""
     settings = llm(
         target, reasoning_config={"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
     )
@@ -102,7 +141,22 @@ def runs(pair: tuple[Path, Path]) -> tuple[Json, Json]:
     for request in requests:
         if "thinking_token_budget" in request["params"]:
             request["prompt"] += think(target, "<think>")
+    return settings, requests
+
+
+@pytest.fixture(scope="module")
+def runs(pair: tuple[Path, Path]) -> tuple[Json, Json]:
+    target, head = pair
+    settings, requests = featured(target)
     return both(settings, head, requests)
+
+
+@pytest.fixture(scope="module")
+def own(pair: tuple[Path, Path]) -> Json:
+    """The drafts are the head's own: scripted ones would stand in for those of a drafter that makes none."""
+    target, head = pair
+    settings, requests = featured(target)
+    return run_engine({**settings, **with_trees(head)}, requests)
 
 
 def of_case(feature: str, kind: str) -> range:
@@ -111,25 +165,25 @@ def of_case(feature: str, kind: str) -> range:
 
 
 @pytest.mark.parametrize(("feature", "kind"), CASES)
-def test_feature(runs: tuple[Json, Json], feature: str, kind: str) -> None:
+def test_feature(runs: tuple[Json, Json], own: Json, feature: str, kind: str) -> None:
     plain, trees = runs
     chosen = of_case(feature, kind)
     assert_same(plain, trees, chosen)
+    assert_same(plain, own, chosen)
     assert all(plain["outputs"][i][0]["tokens"] for i in chosen)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_every_request_is_drafted_for_as_the_table_says(runs: tuple[Json, Json], feature: str) -> None:
-    """Branching trees, but chains where a grammar allows what comes next."""
-    outputs, by_request = runs[1]["outputs"], runs[1]["stats"]["verified_by_request"]
-    of_feature = [i for case in CASES if case[0] == feature for i in of_case(*case)]
-    lasting = [i for i in of_feature if len(outputs[i][0]["tokens"]) > 4]  # the others end as they begin
-    counts = [by_request[str(i)] for i in lasting]
-    assert all(chains + branching > 0 for chains, branching in counts)
-    # By chance, the scripted trees of a short request are all chains.
-    drafted_as_trees = any(branching > 0 for _, branching in counts)
-    assert counts
-    assert drafted_as_trees == ("structured_outputs" not in FEATURES[feature])
+@pytest.mark.parametrize(("feature", "kind"), CASES)
+def test_every_request_is_drafted_for_as_the_docs_say(
+    runs: tuple[Json, Json], own: Json, feature: str, kind: str
+) -> None:
+    """The head's own trees reach every request from its second token on; a grammar may drop its chains."""
+    drafts = {documented()[name] for name in {**KINDS[kind], **FEATURES[feature]}}
+    draft = "chain" if "chain" in drafts else "tree"
+    lasting = assert_drafted(runs[1], of_case(feature, kind), draft)
+    if draft == "tree":
+        lasting = assert_drafted(own, of_case(feature, kind), draft, lasting=1, long=1)
+    assert lasting
 
 
 STOPPING = ["stop", "include_stop_str_in_output", "min_tokens"]
@@ -223,6 +277,9 @@ def test_custom_logits_processors_and_processed_logprobs(pair: tuple[Path, Path]
         request["priority"] = i % 3
     plain, trees = both(settings, head, requests)
     assert_same(plain, trees, range(len(requests)))
+    assert_drafted(
+        trees, range(len(requests)), documented()["test_custom_logits_processors_and_processed_logprobs"]
+    )
     for i in range(1, len(requests), 6):
         assert [t % 2 for t in plain["outputs"][i][0]["tokens"]] == [1, 0] * 16
 
@@ -276,6 +333,7 @@ def test_lora_adapters_on_the_target(pair: tuple[Path, Path], tmp_path: Path) ->
     settings = llm(target, enable_lora=True, max_loras=2, max_lora_rank=8)
     plain, trees = both(settings, head, requests, max_num_batched_tokens=128)
     assert_same(plain, trees, range(len(requests)))
+    assert_drafted(trees, range(len(requests)), documented()["test_lora_adapters_on_the_target"])
     swapped = [{**r, "lora": str(adapters[1 - i % 2])} for i, r in enumerate(requests)]
     other = run_engine(settings, swapped)
     for one, two in zip(plain["outputs"], other["outputs"], strict=True):
@@ -298,3 +356,5 @@ def test_prompts_as_embeddings_and_logprobs_of_chosen_tokens(pair: tuple[Path, P
     settings = llm(target, enable_prompt_embeds=True)
     plain, trees = both(settings, head, requests)
     assert_same(plain, trees, range(len(requests)))
+    draft = documented()["test_prompts_as_embeddings_and_logprobs_of_chosen_tokens"]
+    assert_drafted(trees, range(len(requests)), draft)

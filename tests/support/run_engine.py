@@ -70,6 +70,7 @@ def main(spec: Json) -> Json:
     stats["lookahead"] = llm.llm_engine.engine_core.engine_core.scheduler.num_lookahead_tokens
     if hasattr(runner, "counters"):
         stats["accepted"] = float(runner.counters.accepted.sum())
+        stats["retrieves"] = runner.speculation.retrieval is not None
     stats["fallbacks"] = fallbacks(runner)
     if restless is not None:
         sizes = len(restless.sizes)
