@@ -62,6 +62,20 @@ def short_requests() -> list[Json]:
     ]
 
 
+def watched_requests() -> list[Json]:
+    """Prompts in chunks, penalties, logprobs, grammars; more than the cache holds."""
+    rng = random.Random(6)
+    features = ["none", "frequency_penalty", "logprobs", "structured regex", "bad_words", "prompt_logprobs"]
+    return [
+        {
+            "prompt": [rng.randrange(3, 256) for _ in range(rng.choice([30, 70]))],
+            "params": {"max_tokens": length(8, 24), "ignore_eos": True, **kind, **FEATURES[feature]},
+            "step": i,
+        }
+        for i, (feature, kind) in enumerate((f, kind) for f in features for kind in KINDS.values())
+    ]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
     target, head = make_tiny_pair(tmp_path_factory.mktemp("v2"), kv_heads=1)
@@ -70,6 +84,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
         "head": {"requests": short_requests(), "count_reads": True},
         "chosen": {"requests": short_requests(), "chooses": True},
         "script": {"requests": short_requests(), "count_reads": True, "scripted": 1.0},
+        "watched": {"requests": watched_requests(), "count_reads": True, "scripted": 0.7},
+        "planted": {
+            "requests": [r for r in watched_requests() if "structured_outputs" in r["params"]],
+            "count_reads": True,
+            "planted": True,
+        },
         "torture": {"requests": torture_requests(), "scripted": 0.8, "graphs": [1, 3, 8, 24, 40]},
     }
     found: Json = run_script("run_v2", specification(target, head, jobs), 3000, {"TRITON_INTERPRET": "1"})
@@ -156,7 +176,7 @@ def test_random_requests_were_served_by_graphs_of_all_parts_padded_and_not(runs:
     replays = runs["clover"]["torture"]["stats"]["replays"]
     for part, rows in (("target", "12358"), ("block", "12358"), ("growth", "2358")):
         assert sorted(replays[part]) == list(rows), part
-        assert all(sum(of_size.values()) for of_size in replays[part].values()), part
+        assert all(sum(of_size.values()) for of_size in replays[part].values()), (part, replays[part])
     assert sorted(replays["target"]["8"]) == ["1", "3", "5"]
 
 
@@ -173,3 +193,23 @@ def test_the_head_drafts_and_nothing_is_read_on_the_host(runs: Json) -> None:
     assert runs["clover"]["script"]["stats"]["reads"], (
         "the scripted trees look at the device, so reads are seen"
     )
+
+
+def test_requests_of_all_sorts_are_served_without_reading_on_the_host(runs: Json) -> None:
+    """What vLLM reads, it reads without us too, but for two tensors of the host, which are bounds of lengths."""
+    plain, trees = runs["plain"]["watched"], runs["clover"]["watched"]
+    assert_same(plain, trees, range(len(plain["outputs"])))
+    stats = trees["stats"]
+    assert stats["accepted"] > 10
+    assert stats["mixed_steps"] > 3
+    assert stats["preempted"] > 0
+    assert set(stats["reads"]) == {"scripted.py"}
+    more = set(stats["vllm reads"]) - set(plain["stats"]["vllm reads"])
+    assert {place.partition(":")[0] for place in more} == {
+        "rejection_sampler.py _verify_in_chunks",
+        "speculator.py _build_attn_metadata",
+    }
+
+
+def test_a_read_where_a_grammar_is_followed_is_seen(runs: Json) -> None:
+    assert set(runs["clover"]["planted"]["stats"]["reads"]) == {"trees.py"}

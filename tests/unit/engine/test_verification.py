@@ -29,7 +29,7 @@ def layer(shape: tuple[int, ...]) -> SimpleNamespace:
         kv_sharing_target_layer_name=None,
         attn_type=AttentionType.DECODER,
     )
-    return SimpleNamespace(impl=impl, kv_cache=torch.zeros(shape))
+    return SimpleNamespace(impl=impl, isa="vec", kv_cache=torch.zeros(shape))
 
 
 def builder() -> TreeCPUAttentionMetadataBuilder:
