@@ -30,7 +30,7 @@ class Restless:
         self._trees_of = sizer.forest
         sizer.choose, sizer.prices, sizer.forest = self._choose, self._random_prices, self._forest
         sizer.rests = lambda _: False
-        sizer.retrieving.due = lambda: self._rng.random() < 0.7
+        sizer.looks = lambda _: self._rng.random() < 0.7
 
     def _choose(self, wanted: Sequence[Any], forest: Any, prices: Any) -> list[int]:
         del forest, prices

@@ -22,11 +22,18 @@ _ROWS = GRID.tolist()
 LEARNING = 0.1
 """Share of a surprise by which a curve's nearest points move."""
 
+LONG = 128
+"""Rows from which on a step with prompts teaches the curve of rows: fewer are the business of steps that decode."""
+
 DRAFTING = 0.2
 """The same for drafting, which may be seen rarely."""
 
-DRIFT = 0.05
+DRIFT = 0.1
 """Share of a surprise that counts as the whole machine having become faster or slower."""
+
+SLOPE, FURTHEST = 0.02, 4.0
+"""Share of a surprise that counts against what distinguishes a step from those before it; and how far that may take a
+cost from what was measured at start-up."""
 
 
 class Curve:
@@ -105,20 +112,28 @@ class Costs:
     crossed: float  # per pair of a node and a cached token
     outside: float = 1.0  # between two steps: scheduling, output
     speed: float = 1.0  # of the machine now, over what the curves say
-    _usual: Floats | None = None  # what steps read, on average: cached and crossed
-    _spread: Floats = field(default_factory=lambda: np.zeros(2))
+    steepness: float = 1.0  # of what further rows cost, over what the curves say
+    _usual: Floats | None = None  # what steps do, on average: see `_doing`
+    _spread: Floats = field(default_factory=lambda: np.zeros(3))
+
+    def __post_init__(self) -> None:
+        self._measured = self.cached, self.crossed
 
     def of_step(self, size: StepSize) -> float:
         """Milliseconds of a step itself, without drafting and what passes between two steps."""
         return self.speed * self._inner(size)
 
     def _inner(self, size: StepSize) -> float:
-        return (
-            self.forward.at(size.rows)
-            + self.logits.at(size.sampled)
-            + self.cached * size.cached
-            + self.crossed * size.crossed
-        )
+        rows, cached, crossed = self._doing(size)
+        return self._least() + self.steepness * rows + self.cached * cached + self.crossed * crossed
+
+    def _least(self) -> float:
+        return self.forward.at(1) + self.logits.at(1)
+
+    def _doing(self, size: StepSize) -> tuple[float, int, float]:
+        """What a step does beyond its least: milliseconds of further rows by the curves, and what it reads."""
+        rows = self.forward.at(size.rows) + self.logits.at(size.sampled) - self._least()
+        return rows, size.cached, size.crossed
 
     def of_nodes(self, size: StepSize, most: int, context: float) -> Floats:
         """Milliseconds of a step with 0 to `most` nodes added, [most + 1].
@@ -129,9 +144,10 @@ class Costs:
             context: cached tokens that a node reads, on average.
         """
         nodes = np.arange(most + 1, dtype=np.float64)
+        least = self._least()
         inner = (
-            self.forward(size.rows + nodes)
-            + self.logits(size.sampled + nodes)
+            least
+            + self.steepness * (self.forward(size.rows + nodes) + self.logits(size.sampled + nodes) - least)
             + self.cached * size.cached
             + self.crossed * (size.crossed + nodes * context)
         )
@@ -150,26 +166,34 @@ class Costs:
         return self.speed * self.level.at(nodes)
 
     def learn_step(self, size: StepSize, milliseconds: float) -> None:
-        """A step took this long, time outside of it left out."""
+        """A step took this long, time outside of it left out.
+
+        The curves keep the form that was timed at start-up, at one moment, alone: served steps are of few sizes, and
+        between two sizes the machine's speed may have changed. They teach the speed, and by how they differ from the
+        steps just before them what rows and reading cost.
+        """
         expected = self.of_step(size)
         observed = min(milliseconds, 2.0 * expected)  # a hiccup of the machine is no cost of rows
+        if size.rows > size.sampled:
+            if size.rows >= LONG:
+                surprise = observed / self.speed - self._inner(size)
+                self.forward.learn(size.rows, surprise / self.steepness)
+            return
         self.speed *= float(np.clip(observed / expected, 0.5, 2.0)) ** DRIFT
-        surprise = observed / self.speed - self._inner(size)
-        self.forward.learn(size.rows, surprise)
-        self._learn_reading(size, surprise)
+        self._learn_slopes(size, observed / self.speed - self._inner(size))
 
-    def _learn_reading(self, size: StepSize, surprise: float) -> None:
-        """Only from how steps differ in what they read: what they have in common is a cost of rows."""
-        reads = np.array([size.cached, size.crossed], dtype=np.float64)
+    def _learn_slopes(self, size: StepSize, surprise: float) -> None:
+        doing = np.array(self._doing(size), dtype=np.float64)
         if self._usual is None:
-            self._usual, self._spread = reads, reads**2
-        moved = reads - self._usual
+            self._usual, self._spread = doing, doing**2
+        moved = doing - self._usual
         self._usual = self._usual + 0.02 * moved
         self._spread += 0.02 * (moved**2 - self._spread)
-        step = 0.01 * surprise * moved / (self._spread + 0.01 * reads**2 + 1.0)
-        bound = 0.02 * max(self.cached, 1e-6)
-        self.cached = max(0.0, self.cached + float(np.clip(step[0], -bound, bound)))
-        self.crossed = max(0.0, self.crossed + float(np.clip(step[1], -bound, bound)))
+        step = SLOPE * surprise * moved / (self._spread + 0.01 * doing**2 + 1e-3)
+        cached, crossed = self._measured
+        self.steepness = _moved(self.steepness, step[0], 1.0)
+        self.cached = _moved(self.cached, step[1], cached)
+        self.crossed = _moved(self.crossed, step[2], crossed)
 
     def learn_outside(self, milliseconds: float) -> None:
         """So long passed between two steps; a pause in which nothing was asked does not count."""
@@ -209,6 +233,12 @@ class Costs:
         if not np.isfinite(made.of_nodes(StepSize(1, 1, 1, 1.0), 4096, 1.0)).all():
             raise ValueError("a cost is not a number")
         return made
+
+
+def _moved(value: float, step: float, measured: float) -> float:
+    """A cost after one step of learning, a hundredth of it at most, and not too far from what was measured."""
+    bound = 0.01 * value
+    return min(max(value + min(max(step, -bound), bound), measured / FURTHEST), measured * FURTHEST)
 
 
 _CURVES: Sequence[str] = ("forward", "logits", "augment", "first", "level")

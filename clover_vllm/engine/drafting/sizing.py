@@ -97,7 +97,7 @@ class Sizer:
         limit: most nodes per request.
         asleep: whether the head is not asked, but now and then.
         saved: milliseconds that drafting saves per request and step, as last reckoned.
-        ledger: of what drafting has really spent and saved.
+        ledger, found: of what the head's nodes have really spent and saved, and of those that only retrieval proposed.
     """
 
     costs: Costs
@@ -109,6 +109,7 @@ class Sizer:
     saved: float = 0.0
     retrieving: Habit = field(default_factory=Habit)
     ledger: Ledger = field(default_factory=Ledger)
+    found: Ledger = field(default_factory=Ledger)
     reading: float = 2.0  # positions that the head reads per request that it is asked for, lately
     overhead: float = 0.1  # milliseconds per such request besides the head's passes
     _samples: deque[list[tuple[float, int]]] = field(
@@ -167,6 +168,10 @@ class Sizer:
 
     def _probes(self, step: int) -> bool:
         return step - self._probed >= PROBE_EVERY
+
+    def looks(self, requests: int) -> bool:
+        """Whether to look texts up in this step. Counts it."""
+        return not self.found.forbids(requests) and self.retrieving.due()
 
     def choose(self, wanted: Sequence[Wanted], forest: Forest, prices: Prices) -> list[int]:
         """Which of the wanted to ask the head for, by their place among them.
@@ -245,13 +250,16 @@ class Sizer:
         cost = self.costs.of_augmenting(wanted.pending) - self.costs.of_augmenting(1)
         return self.saved * min(LIFE, wanted.room) > READING_PAYS * cost
 
-    def settle(self, size: StepSize, emitting: int, nodes: int, accepted: int, drafting: float) -> None:
-        """What a step for which the head was asked has brought.
+    def settle(
+        self, ledger: Ledger, size: StepSize, emitting: int, nodes: int, accepted: int, drafting: float
+    ) -> None:
+        """What a step for which somebody was asked, the head or retrieval, has brought.
 
         Args:
+            ledger: of whom was asked.
             size: of the step.
             emitting: its requests that sampled.
-            nodes: of the head's, verified in it.
+            nodes: of theirs alone, verified in it.
             accepted: of those.
             drafting: milliseconds before it.
         """
@@ -263,9 +271,7 @@ class Sizer:
         )
         plain = StepSize(emitting, emitting, size.cached)
         spared = accepted / emitting * (self.costs.of_step(plain) + self.costs.outside)
-        self.ledger.record(
-            emitting, drafting + self.costs.of_step(size) - self.costs.of_step(without), spared
-        )
+        ledger.record(emitting, drafting + self.costs.of_step(size) - self.costs.of_step(without), spared)
 
     def learn_pass(self, part: str, rows: int, milliseconds: float) -> None:
         """A pass of the head, see `Costs.learn_drafting`."""

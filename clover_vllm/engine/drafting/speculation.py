@@ -100,9 +100,9 @@ class Speculation:
         self.going: list[int] = []  # requests of the last step that can use a draft
         self._kinds: dict[str, int] = {}
         self._begun = self._ended = 0.0
-        self._drafting: float | None = (
-            None  # milliseconds before the step under way; None: the head was not asked
-        )
+        # Milliseconds before the step under way, of drafting and of looking up; None: nobody was asked.
+        self._drafting: float | None = None
+        self._looking: float | None = None
         self._due: Scored | None = None
 
     def initialize(self) -> None:
@@ -243,12 +243,19 @@ class Speculation:
             1e-3 * sizer.costs.of_step(size), taken, taken if sizer.asleep else 0.0
         )
         sizer.costs.learn_step(size, 1e3 * taken)
-        if self._drafting is not None:
-            ours = [(n in own, source_of(kind) == "head") for tree, own in zip(step.trees, step.accepted, strict=True)
-                    if tree is not None for n, (kind, _) in enumerate(tree.signals)]  # fmt: skip
-            found = [is_accepted for is_accepted, is_ours in ours if is_ours]
-            sizer.settle(size, sum(map(bool, done.sampled)), len(found), sum(found), self._drafting)
-            self._drafting = None
+        asked = (("head", sizer.ledger, self._drafting), ("retrieved", sizer.found, self._looking))
+        for source, ledger, spent in asked:
+            if spent is None:
+                continue
+            came = [
+                node in nodes_in
+                for tree, nodes_in in zip(step.trees, step.accepted, strict=True)
+                if tree is not None
+                for node, (kind, _) in enumerate(tree.signals)
+                if source_of(kind) == source
+            ]
+            sizer.settle(ledger, size, sum(map(bool, done.sampled)), len(came), sum(came), spent)
+        self._drafting = self._looking = None
         if nodes.any():
             kinds = self.kinds(done.names)
             for r, own in enumerate(done.sampled):
@@ -258,7 +265,7 @@ class Speculation:
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
-        looks = self.retrieval is not None and bool(done.going) and sizer.retrieving.due()
+        looks = self.retrieval is not None and bool(done.going) and sizer.looks(len(done.going))
         if not done.going or (not looks and sizer.rests(len(done.going))):
             agree(((), ()))
             return {}
@@ -266,6 +273,7 @@ class Speculation:
         prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
         looked_up = self._retrieve(sizer, wanted, done.names, forest, prices) if looks else 0.0
+        self._looking = looked_up if looks else None
         begun = time.perf_counter()
         places = sizer.choose(wanted, forest, prices)
         asked = [wanted[i].r for i in places]

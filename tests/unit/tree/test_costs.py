@@ -57,6 +57,27 @@ def test_steps_teach_the_shape_and_a_slower_machine_its_speed() -> None:
     assert np.median(errors) < 0.1
 
 
+def test_a_machine_whose_speed_wanders_does_not_bend_the_curves() -> None:
+    """Few and many rows by turns, as where drafting comes and goes, on a machine that is now faster and now slower."""
+    found, rng = costs(), np.random.default_rng(0)
+    few, many = StepSize(8, 8, 3000), StepSize(48, 48, 3000, 1500.0)
+    ratio = found.of_step(many) / found.of_step(few)
+    true = costs()
+    for step in range(4000):
+        size = many if step // 100 % 2 else few
+        speed = 1.5 + 0.5 * math.sin(step / 130.0)
+        found.learn_step(size, speed * true.of_step(size) * float(rng.normal(1.0, 0.05)))
+    assert found.of_step(many) / found.of_step(few) == pytest.approx(ratio, rel=0.15)
+
+
+def test_short_prompts_in_a_step_say_nothing_of_decoding() -> None:
+    found, size = costs(), StepSize(40, 40, 400)
+    before = found.of_step(size)
+    for _ in range(100):
+        found.learn_step(StepSize(60, 8, 400), 3.0 * before)
+    assert found.of_step(size) == before
+
+
 def test_a_hiccup_and_a_pause_are_no_costs() -> None:
     found = costs()
     size = StepSize(4, 4, 400)
