@@ -31,6 +31,8 @@ class Restless:
         sizer.choose, sizer.prices, sizer.forest = self._choose, self._random_prices, self._forest
         sizer.rests = lambda _: False
         sizer.looks = lambda _: self._rng.random() < 0.7
+        if (retrieval := runner.speculation.retrieval) is not None:
+            retrieval.longest_rest = 0
 
     def _choose(self, wanted: Sequence[Any], forest: Any, prices: Any) -> list[int]:
         del forest, prices

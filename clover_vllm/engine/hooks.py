@@ -795,7 +795,7 @@ def install_logits_processors() -> None:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Another attribute for the length of the context."""
     original = getattr(owner, name)
     setattr(owner, name, value)
@@ -816,7 +816,7 @@ def making_runner(runner: type) -> Iterator[None]:
     if "_make_model_runner" in vars(cpu_worker.CPUWorker):
         yield
         return
-    with _replaced(cpu_worker, "CPUModelRunner", runner):
+    with replaced(cpu_worker, "CPUModelRunner", runner):
         yield
 
 
@@ -825,7 +825,7 @@ def making_speculator(speculator: type) -> Iterator[None]:
     """Let vLLM's V2 runner make this speculator in its constructor; for our runner."""
     from vllm.v1.worker.gpu import model_runner
 
-    with _replaced(model_runner, "init_speculator", lambda config, device, *_: speculator(config, device)):
+    with replaced(model_runner, "init_speculator", lambda config, device, *_: speculator(config, device)):
         yield
 
 
@@ -834,7 +834,7 @@ def making_graphs(manager: Callable[..., Any]) -> Iterator[None]:
     """Let vLLM's V2 runner make its CUDA graphs by this; for our runner."""
     from vllm.v1.worker.gpu import model_runner
 
-    with _replaced(model_runner, "ModelCudaGraphManager", manager):
+    with replaced(model_runner, "ModelCudaGraphManager", manager):
         yield
 
 
@@ -843,7 +843,7 @@ def making_v2_runner(runner: type) -> Iterator[None]:
     """Let `CPUWorker.init_device` make this class of V2 runner; for our worker."""
     from vllm.v1.worker.cpu import model_runner
 
-    with _replaced(model_runner, "CPUModelRunner", runner):
+    with replaced(model_runner, "CPUModelRunner", runner):
         yield
 
 

@@ -25,6 +25,7 @@ from clover_vllm.engine.drafting.proposer import Clover2Proposer
 from clover_vllm.engine.drafting.ranks import agree, leads
 from clover_vllm.engine.drafting.speculation import Speculation
 from clover_vllm.engine.endings import ending_of
+from clover_vllm.engine.hooks import replaced
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.scorer import TreeScorer
@@ -86,10 +87,11 @@ class CloverRunner(GPUModelRunner):
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
-        # A recurrent state is read as after drafts, whether there were any or not.
+        # A recurrent state is read as after drafts, whether there were any or not. Other steps without drafts are prepared
+        # as without speculation, so that vLLM's own sampler samples them.
         recurrent = self.model_config.is_hybrid or self.model_config.is_attention_free
         drafted = any(scheduler_output.scheduled_spec_decode_tokens.values())
-        with nullcontext() if drafted or recurrent else self._without_speculation():
+        with nullcontext() if drafted or recurrent else replaced(self, "speculative_config", None):
             prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         with self.timer.measure("python"):
             step = self._step(scheduler_output, num_scheduled_tokens)
@@ -97,15 +99,6 @@ class CloverRunner(GPUModelRunner):
             if step.has_branches:
                 self._set_positions(step)
         return prepared
-
-    @contextmanager
-    def _without_speculation(self) -> Iterator[None]:
-        """A step without drafts is prepared as without speculation, and so vLLM's own sampler samples it."""
-        config, self.speculative_config = self.speculative_config, None
-        try:
-            yield
-        finally:
-            self.speculative_config = config
 
     def _step(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
         """The trees whose nodes were scheduled, and what scoring needs to know of the batch."""

@@ -26,7 +26,7 @@ def test_text_stays_the_same_whatever_is_drafted(sampled: bool, tmp_path: Path) 
         llm(target, **settings, speculative_config=speculative(head, **OPTIONS, backlog_mib=1)),
         requests,
         restless=3,
-        scripted={"answers": tokens_of(plain), "seed": 5, "share": 0.4},
+        scripted={"answers": tokens_of(plain), "seed": 5, "share": 0.4, "rest": 0.15},
     )
     assert tokens_of(run) == tokens_of(plain)
     stats = run["stats"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 
 import numpy as np
 import torch
@@ -110,13 +110,10 @@ class _Missed:
         """By request, the first position from which on there is no gap, and the rows from there."""
         found = []
         gaps = np.flatnonzero(self._rows < 0)
-        for i, begin in enumerate(self._begins.tolist()):
-            first, last = int(self._starts[i]), int(self._starts[i + 1])
-            if len(gaps):
-                own = gaps[(gaps >= first) & (gaps < last)]
-                skip = int(own[-1]) + 1 - first if len(own) else 0
-                begin, first = begin + skip, first + skip
-            found.append((begin, self._rows[first:last]))
+        for begin, (first, last) in zip(self._begins.tolist(), pairwise(self._starts.tolist()), strict=True):
+            own = gaps[(gaps >= first) & (gaps < last)] if len(gaps) else gaps
+            skip = int(own[-1]) + 1 - first if len(own) else 0
+            found.append((begin + skip, self._rows[first + skip : last]))
         return found
 
     def hidden(self, rows: Ints) -> torch.Tensor:

@@ -82,7 +82,7 @@ class Retrieval:
             longest_rest: steps.
             tokens: of answers that are kept, and of running texts, at most.
         """
-        self._cache, self._longest_rest, self._tokens = cache, longest_rest, tokens
+        self._cache, self.longest_rest, self._tokens = cache, longest_rest, tokens
         self._texts: dict[str, _Text] = {}
         self._answers: dict[str, int] = {}  # tokens of those that are kept, the oldest first
         self._kept = self._held = 0  # tokens of answers, and of running texts
@@ -151,7 +151,7 @@ class Retrieval:
         return text.wait < 0
 
     def _was_vain(self, text: _Text) -> None:
-        text.rest = min(max(1, 2 * text.rest), self._longest_rest)
+        text.rest = min(max(1, 2 * text.rest), self.longest_rest)
         text.wait = text.rest
 
     def _tell(self, name: str, text: _Text, state: CachedRequestState) -> bool:
@@ -162,7 +162,7 @@ class Retrieval:
         told = text.told or 0
         more = max(0, len(output) - told) + (len(prompt) if text.told is None else 0)
         if self._held + more > self._tokens:
-            text.wait = self._longest_rest
+            text.wait = self.longest_rest
             return False
         self._held += more
         text.held += more
