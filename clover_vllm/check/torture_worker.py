@@ -8,26 +8,28 @@ with "noise": seed if its logits are to be moved at random by up to NOISE.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
+
+from clover_vllm.launch.in_process import runner_of
+from clover_vllm.launch.process import Parent
 
 NOISE = 5e-5
 """Plain vLLM's own float32 logits move by about as much with the rows that share a step."""
 
 
-def serve(answers: TextIO) -> None:
-    """Answer commands until stdin ends."""
+def serve(parent: Parent) -> None:
+    """Answer commands until there are no more."""
     import psutil
     from vllm import LLM
 
     from clover_vllm.check.restless import Restless
-    from clover_vllm.check.scripted import ScriptedTrees, drive, runner_of
+    from clover_vllm.check.scripted import ScriptedTrees, drive
 
-    settings = json.loads(sys.stdin.readline())
+    commands = parent.commands()
+    settings = next(commands)
     llm = LLM(**settings["llm"])
     script = None
     if settings["script"] is not None:
@@ -36,9 +38,8 @@ def serve(answers: TextIO) -> None:
         script = ScriptedTrees(runner, settings["script"], share=0.5)
         if runner.speculation.sizer is not None:  # adaptive: sizes, sleep and waking at random
             Restless(runner, settings["script"])
-    _say(answers, {"ready": True})
-    for line in sys.stdin:
-        command = json.loads(line)
+    parent.say({"ready": True})
+    for command in commands:
         if script is not None:
             script.know(command["known"])
         with noise(runner_of(llm), command.get("noise")):
@@ -48,7 +49,7 @@ def serve(answers: TextIO) -> None:
         counters = getattr(runner_of(llm), "counters", None)
         result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
         result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
-        _say(answers, result)
+        parent.say(result)
 
 
 def release_free_memory() -> None:
@@ -83,14 +84,7 @@ def noise(runner: Any, seed: int | None) -> Iterator[None]:
         del runner.model.compute_logits  # the instance's; the class's stays
 
 
-def _say(answers: TextIO, message: object) -> None:
-    answers.write(json.dumps(message) + "\n")
-    answers.flush()
-
-
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    found = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM and its libraries print to stdout
-    serve(found)
+    serve(Parent())
