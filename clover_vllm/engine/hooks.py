@@ -551,9 +551,9 @@ def install_sampling(sampling_params: type) -> None:
         if not samples_every_token(speculative_config):
             original(self, speculative_config)
         elif getattr(self, "logprob_token_ids", None) and not speculative_config.disable_padded_drafter_batch:
-            raise ValueError(
-                "logprob_token_ids does not work with Clover-2 on vLLM's V2 model runner; leave it out."
-            )
+            from clover_vllm.engine.support import refuse  # of vLLM's own classes: not for any version
+
+            raise ValueError(str(refuse("requests with logprob_token_ids on vLLM's V2 model runner")))
 
     _validate_spec_decode.clover_original = original  # type: ignore[attr-defined]
     sampling_params._validate_spec_decode = _validate_spec_decode  # type: ignore[attr-defined]
