@@ -61,7 +61,7 @@ _Rows = list[tuple[torch.Tensor, list[int]]]
 
 
 def _cut(parts: _Rows, skip: int, count: int) -> _Rows:
-    """So many of some steps' rows, behind those to skip."""
+    """Up to `count` of some steps' rows, behind those to skip."""
     found: _Rows = []
     for of, rows in parts:
         if kept := rows[skip : skip + count]:
