@@ -17,7 +17,7 @@ from clover_vllm.base.command_line import PASSES_ON, numbers, takes
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
-from clover_vllm.check.settings import TortureSettings
+from clover_vllm.check.settings import GpuCheckSettings, TortureSettings
 from clover_vllm.cluster.settings import ReplicasSettings
 from clover_vllm.eval.settings import CompareSettings, EvalSettings
 from clover_vllm.train.settings import DataSettings, TrainSettings
@@ -357,23 +357,8 @@ def kernels_compiled(settings: KernelsCompiledSettings) -> None:
 
 @app.command()
 @_one_line
-def gpu_check(
-    parts: Annotated[
-        list[str] | None, typer.Argument(help="kernels, step, exactness, speed; all of them by default.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for gpu-PART.json.")] = Path("results"),
-    seconds: Annotated[
-        float | None, typer.Option(min=1, help="Most seconds of each part, instead of its own bound.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases.")] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Speed with torch.compile, as vLLM runs by default.")
-    ] = False,
-    interpreter: Annotated[
-        bool, typer.Option("--interpreter", help="Without a GPU: tiny engines in Triton's interpreter.")
-    ] = False,
-    shape: Annotated[str, typer.Option(hidden=True, help="Of the model for step and speed.")] = "8b",
-) -> None:
+@takes(GpuCheckSettings)
+def gpu_check(settings: GpuCheckSettings) -> None:
     """Check kernels, engines and speed on this machine's GPU.
 
     Each part writes its own JSON as it goes; a case that fails is recorded and the others go on. Acceptance is forced
@@ -381,9 +366,9 @@ def gpu_check(
     """
     from clover_vllm.check.gpu import run_parts
 
-    failed = run_parts(parts or [], output, seconds, quick, compiled, interpreter, shape)
+    failed = run_parts(settings)
     if failed:
-        _errors.print(f"Failed: {', '.join(failed)}; see gpu-*.json in {output}.", markup=False)
+        _errors.print(f"Failed: {', '.join(failed)}; see gpu-*.json in {settings.output}.", markup=False)
         raise typer.Exit(1)
 
 

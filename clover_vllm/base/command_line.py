@@ -2,7 +2,8 @@
 
 A field is an option: its name, type and default are those of the field, its help is the field's text in the
 docstring's section "Args". `Annotated` says the rest: `typer.Option(min=1)` for bounds (or for a help that is
-computed), `Parsed` for a list that is written as one word, and `LEFT_OVER` for what is no option.
+computed), `typer.Argument()` for a place instead of a name, `Parsed` for a list that is written as one word, and
+`LEFT_OVER` for what is no option.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
-from typer.models import OptionInfo
+from typer.models import ParameterInfo
 
 from clover_vllm.base.docstrings import argument_texts
 from clover_vllm.base.errors import UserError
@@ -116,8 +117,8 @@ def _options(settings: type) -> Iterator[tuple[Field[Any], Any, list[Any]]]:
         yield field, kind, marks
 
 
-def _option(field: Field[Any], marks: list[Any], text: str | None) -> OptionInfo:
-    option: OptionInfo = copy(next((m for m in marks if isinstance(m, OptionInfo)), typer.Option()))
+def _option(field: Field[Any], marks: list[Any], text: str | None) -> ParameterInfo:
+    option: ParameterInfo = copy(next((m for m in marks if isinstance(m, ParameterInfo)), typer.Option()))
     option.help = escape(option.help or text or "")
     if field.default is not MISSING:
         option.default = field.default

@@ -49,7 +49,7 @@ class Work:
         self._line()
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """More are done, one by default."""
         self._done += count
         self._bar.update(self._task, completed=self._done)
         self._line(last=self._done == self._total)

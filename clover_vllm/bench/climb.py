@@ -12,7 +12,7 @@ from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import Work
 from clover_vllm.base.provenance import environment_settings, provenance
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.compare import engine_settings, prompt_file, read_prompts, split_prompts
+from clover_vllm.bench.compare import engine_settings, fitting_prompts, prompt_file, split_prompts
 from clover_vllm.bench.methods import select
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings
 from clover_vllm.bench.through_llm import BenchEngine
@@ -38,7 +38,7 @@ def climb(settings: ClimbSettings) -> None:
         concurrency=[settings.highest], dtype=settings.dtype, max_model_len=settings.max_model_len
     )
     room = settings.max_model_len - settings.max_tokens
-    prompts, _ = split_prompts(read_prompts(prompt_file(settings.prompts), 1000, room, target))
+    prompts, _ = split_prompts(fitting_prompts(prompt_file(settings.prompts), 1000, room, target))
     params: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
     requests = [
         {"prompt": prompt, "params": params | ({"seed": i} if settings.temperature else {})}

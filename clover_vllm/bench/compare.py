@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +11,7 @@ from typing import Any
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.base.progress import Work
+from clover_vllm.base.prompts import each_prompt, token_ids
 from clover_vllm.base.show import print_table
 from clover_vllm.bench import report
 from clover_vllm.bench.loop import Contender, Load, Request, count_runs, run_loads, sweep
@@ -129,7 +128,7 @@ def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompt
     count = -(-wanted * DEVELOPMENT // (DEVELOPMENT - 1))
     if settings.sweep:  # the development split keeps the concurrency too
         count = max(count, widest * DEVELOPMENT)
-    found = read_prompts(source, count, room, target)
+    found = fitting_prompts(source, count, room, target)
     figures, development = split_prompts(found)
     for prompts, use in ((figures, "to measure"), *([(development, "to sweep")] if settings.sweep else [])):
         if len(prompts) < widest:
@@ -194,45 +193,30 @@ def _requests(prompts: Prompts, settings: BenchSettings, max_tokens: int) -> lis
     ]
 
 
-def read_prompts(path: Path, count: int, longest: int, target: str) -> list[list[int]]:
+def fitting_prompts(path: Path, count: int, longest: int, target: str) -> Prompts:
     """Token ids of the first prompts that fit.
 
     Args:
-        path: JSON lines, plain or gzipped, with `prompt_ids`, or `messages` or `prompt` as text that
-            goes through the target's chat template.
+        path: as `base.prompts` reads it, with token ids too.
         count: most prompts.
         longest: prompts with more tokens are passed over.
-        target: whose tokenizer reads text.
+        target: whose tokenizer and chat template read text.
 
     Raises:
-        UserError: the file cannot be read, or holds too few.
+        UserError: the file cannot be read, or no prompt fits.
     """
     tokenizer: Any = None
-    found: list[list[int]] = []
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            for line in file:
-                if len(found) == count:
-                    break
-                row = json.loads(line)
-                if "prompt_ids" in row:
-                    ids = row["prompt_ids"]
-                else:
-                    if tokenizer is None:
-                        from transformers import AutoTokenizer
+    found: Prompts = []
+    for prompt in each_prompt([path], allow_ids=True):
+        if len(found) == count:
+            break
+        if prompt.ids is None and tokenizer is None:
+            from transformers import AutoTokenizer
 
-                        tokenizer = AutoTokenizer.from_pretrained(target)
-                    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-                    ids = tokenizer.apply_chat_template(
-                        messages, add_generation_prompt=True, return_dict=True
-                    )["input_ids"]
-                if 0 < len(ids) <= longest:
-                    found.append(list(ids))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON lines with prompt_ids, messages or prompt "
-            f"({type(error).__name__})."
-        ) from None
+            tokenizer = AutoTokenizer.from_pretrained(target)
+        ids = token_ids(prompt, tokenizer)
+        if len(ids) <= longest:
+            found.append(ids)
     if not found:
         raise UserError(f"{path} holds no prompt of at most {longest} tokens.")
     return found

@@ -8,14 +8,14 @@ The engine core lives in this process, so that its times can be read.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, TextIO
+from typing import Any
+
+from clover_vllm.launch.in_process import add_request, core_of, runner_of, until_idle
+from clover_vllm.launch.process import Parent
 
 
 @dataclass
@@ -38,21 +38,20 @@ class Run:
     outputs: list[list[int]] = field(default_factory=list)
 
 
-def serve(answers: TextIO) -> None:
-    """Answer commands until stdin ends."""
+def serve(parent: Parent) -> None:
+    """Answer commands until there are no more."""
     from vllm import LLM
 
-    settings = json.loads(sys.stdin.readline())
-    llm = LLM(**settings["llm"])
-    _say(answers, {"ready": True})
-    for line in sys.stdin:
-        command = json.loads(line)
+    commands = parent.commands()
+    llm = LLM(**next(commands)["llm"])
+    parent.say({"ready": True})
+    for command in commands:
         if "phases" in command:
             made = run_phases(llm, command["requests"], command["phases"], command["seconds"])
-            _say(answers, {"moments": [asdict(moment) for moment in made]})
+            parent.say({"moments": [asdict(moment) for moment in made]})
         else:
             run = run_requests(llm, command["requests"], command["concurrency"], command.get("known"))
-            _say(answers, asdict(run))
+            parent.say(asdict(run))
 
 
 @dataclass
@@ -89,19 +88,15 @@ def run_requests(
     name = str(time.perf_counter())
     if known is None:
         return _run_requests(llm, requests, concurrency, name)
-    with knowing(_runner(llm), {f"{name}-{i}": answer for i, answer in enumerate(known)}):
+    with knowing(runner_of(llm), {f"{name}-{i}": answer for i, answer in enumerate(known)}):
         return _run_requests(llm, requests, concurrency, name)
 
 
 def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, name_of: str) -> Run:
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
     assert len(requests) > concurrency, (len(requests), concurrency)
     _forget(llm)
     engine, run = llm.llm_engine, Run()
-    core = engine.engine_core.engine_core
+    core = core_of(llm)
     before, parts = _counters(llm), _parts(llm)
     answers: dict[str, _Answer] = {}
     queue = list(enumerate(requests))[::-1]
@@ -115,11 +110,7 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
             if i < concurrency:
                 params = {**params, "max_tokens": -(-params["max_tokens"] * (i + 1) // concurrency)}
             answers[name] = _Answer(time.perf_counter())
-            engine.add_request(
-                name,
-                TokensPrompt(prompt_token_ids=request["prompt"]),
-                SamplingParams(**params, output_kind=RequestOutputKind.DELTA),
-            )
+            add_request(llm, name, request["prompt"], params, whole=False)
             running += 1
         prefills = is_prefilling(core.scheduler)
         for output in engine.step():
@@ -177,13 +168,9 @@ def run_phases(
         phases: requests at a time.
         seconds: length of a phase.
     """
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
     _forget(llm)
     engine = llm.llm_engine
-    runner = _runner(llm)
+    runner = runner_of(llm)
     sizer = getattr(getattr(runner, "speculation", None), "sizer", None)
     nodes = [0]
     watch = _nodes_of(runner, nodes)
@@ -198,11 +185,7 @@ def run_phases(
             while len(running) < wanted:
                 request, name = requests[asked % len(requests)], f"{started}-{asked}"
                 asked += 1
-                engine.add_request(
-                    name,
-                    TokensPrompt(prompt_token_ids=request["prompt"]),
-                    SamplingParams(**request["params"], output_kind=RequestOutputKind.DELTA),
-                )
+                add_request(llm, name, request["prompt"], request["params"], whole=False)
                 running.append(name)
             nodes[0] = 0
             outputs = engine.step()
@@ -214,8 +197,8 @@ def run_phases(
             moments.append(Moment(time.perf_counter() - started, wanted, tokens, nodes[0], asleep))
         for name in running:
             engine.abort_request([name])
-        while engine.has_unfinished_requests():
-            engine.step()
+        for _ in until_idle(llm):
+            pass
     return moments
 
 
@@ -286,19 +269,14 @@ def _counters(llm: Any) -> dict[str, Any]:
 
 def _parts(llm: Any) -> dict[str, float]:
     """Seconds by part of a step from Clover's runner, nothing from others."""
-    timer = getattr(_runner(llm), "timer", None)
+    timer = getattr(runner_of(llm), "timer", None)
     return dict(timer.seconds) if timer is not None else {}
-
-
-def _runner(llm: Any) -> Any:
-    """The model runner of an engine core in this process."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def _forget(llm: Any) -> None:
     """No run gains from what earlier ones have left: prompts in the cache, answers to draft from."""
     llm.reset_prefix_cache()
-    runner = _runner(llm)
+    runner = runner_of(llm)
     cache = getattr(getattr(runner, "drafter", None), "suffix_cache", None)
     if cache is not None:
         runner.drafter.suffix_cache = type(cache)(cache.max_tree_depth, cache.max_cached_requests)
@@ -307,13 +285,5 @@ def _forget(llm: Any) -> None:
         speculation.begin_retrieval()
 
 
-def _say(answers: TextIO, answer: dict[str, Any]) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
-
-
 if __name__ == "__main__":
-    # vLLM prints to stdout; answers keep a stream of their own.
-    own = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(own)
+    serve(Parent())

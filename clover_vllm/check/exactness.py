@@ -22,6 +22,7 @@ from clover_vllm.bench.gpu.cases import Json, Machine, Report, run_case
 from clover_vllm.check.features import FEATURES, KINDS, in_both_kinds, in_one_kind
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.check.torture import difference
+from clover_vllm.launch.in_process import core_of, runner_of
 
 NEAR_TIE = 0.25
 """Logprobs: logits of about 16 are a sixteenth apart in bfloat16, and layers add up."""
@@ -37,7 +38,7 @@ NO_GRAMMAR = ("structured", "structural", "thinking")
 
 
 @dataclass(frozen=True)
-class Case:
+class EngineCase:
     """An engine with trees, compared with plain vLLM of the same attention and dtype, run eagerly."""
 
     backend: str  # of attention
@@ -49,17 +50,17 @@ class Case:
 
 
 CASES = (
-    Case("TRITON_ATTN", "float32", "eager"),
-    Case("TRITON_ATTN", "float32", "graphs"),
-    Case("TRITON_ATTN", "bfloat16", "graphs"),
-    Case("FLASH_ATTN", "bfloat16", "graphs"),
-    Case("TRITON_ATTN", "bfloat16", "eager"),
-    Case("TRITON_ATTN", "float32", "default"),
+    EngineCase("TRITON_ATTN", "float32", "eager"),
+    EngineCase("TRITON_ATTN", "float32", "graphs"),
+    EngineCase("TRITON_ATTN", "bfloat16", "graphs"),
+    EngineCase("FLASH_ATTN", "bfloat16", "graphs"),
+    EngineCase("TRITON_ATTN", "bfloat16", "eager"),
+    EngineCase("TRITON_ATTN", "float32", "default"),
 )
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EngineSizes:
     """Of engines and requests."""
 
     nodes: int
@@ -70,9 +71,9 @@ class Sizes:
     blocks: int  # few enough that requests are preempted
 
 
-ON_GPU = Sizes(nodes=16, longest=40, copies=2, requests=16, block=16, blocks=60)
-QUICK = Sizes(nodes=16, longest=24, copies=1, requests=16, block=16, blocks=52)
-INTERPRETED = Sizes(nodes=7, longest=7, copies=0, requests=6, block=32, blocks=9)
+ON_GPU = EngineSizes(nodes=16, longest=40, copies=2, requests=16, block=16, blocks=60)
+QUICK = EngineSizes(nodes=16, longest=24, copies=1, requests=16, block=16, blocks=52)
+INTERPRETED = EngineSizes(nodes=7, longest=7, copies=0, requests=6, block=32, blocks=9)
 
 
 def check_exactness(output: Path, machine: Machine) -> bool:
@@ -82,7 +83,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
         whether all is as it should be.
     """
     sizes = INTERPRETED if machine.interpret else QUICK if machine.quick else ON_GPU
-    cases: Sequence[Case] = CASES[:1] if machine.interpret else CASES[:4] if machine.quick else CASES
+    cases: Sequence[EngineCase] = CASES[:1] if machine.interpret else CASES[:4] if machine.quick else CASES
     report = Report(output / "gpu-exactness.json", {"sizes": vars(sizes), "near tie": NEAR_TIE})
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(AT_ONCE) as pool:
         folder = Path(made)
@@ -98,7 +99,7 @@ def check_exactness(output: Path, machine: Machine) -> bool:
         }
         plain = {}
         for backend, dtype in dict.fromkeys((case.backend, case.dtype) for case in cases):
-            spec = specification(Case(backend, dtype, "eager"), sizes, target, None, jobs, machine)
+            spec = specification(EngineCase(backend, dtype, "eager"), sizes, target, None, jobs, machine)
             spec["keep"] = str(folder / f"{backend}-{dtype}.json")
             plain[backend, dtype] = spec
         waiting = {
@@ -130,7 +131,7 @@ def run_reference(spec: Json, machine: Machine) -> Json:
 
 
 def specification(
-    case: Case, sizes: Sizes, target: Path, head: Path | None, jobs: Json, machine: Machine
+    case: EngineCase, sizes: EngineSizes, target: Path, head: Path | None, jobs: Json, machine: Machine
 ) -> Json:
     """What `run_engine` is to do; no head: plain vLLM."""
     rows = sizes.nodes + 1 if head else 1
@@ -168,7 +169,7 @@ def specification(
     return {"llm": llm, "jobs": jobs, "environment": environment}
 
 
-def feature_requests(sizes: Sizes) -> list[Json]:
+def feature_requests(sizes: EngineSizes) -> list[Json]:
     """Each feature, with prompts that share their beginnings; some requests are aborted."""
     rng = random.Random(2)
     shared = [rng.randrange(3, 256) for _ in range(65)]
@@ -194,7 +195,7 @@ def feature_requests(sizes: Sizes) -> list[Json]:
     return requests
 
 
-def short_requests(sizes: Sizes) -> list[Json]:
+def short_requests(sizes: EngineSizes) -> list[Json]:
     """For the untrained head."""
     return [
         {"prompt": [3 + i, 20, 44], "params": {"max_tokens": sizes.longest, "ignore_eos": True, **kind}}
@@ -218,7 +219,7 @@ def run_engine(spec: Json, say: Callable[..., None]) -> None:
     """
     from vllm import LLM
 
-    from clover_vllm.check.scripted import ScriptedSlots, drive, runner_of
+    from clover_vllm.check.scripted import ScriptedSlots, drive
 
     started = time.monotonic()
     llm = LLM(**spec["llm"])
@@ -227,7 +228,7 @@ def run_engine(spec: Json, say: Callable[..., None]) -> None:
         **{
             "start seconds": round(time.monotonic() - started, 1),
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
-            "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,
+            "scheduler": type(core_of(llm).scheduler).__name__,
             "attention": sorted({type(layer.impl).__name__ for layer in _attention_layers(runner)}),
         }
     )
@@ -271,7 +272,7 @@ def _wait_for(file: Path) -> Json:
     return found
 
 
-def judge(case: Case, found: Json, known: Path, answers: Path, jobs: Json) -> Json:
+def judge(case: EngineCase, found: Json, known: Path, answers: Path, jobs: Json) -> Json:
     """Add to an engine's statistics how its answers differ from plain vLLM's, and whether that is as it should be."""
     if not (known.exists() and answers.exists()):
         return {"error": "there are no answers to compare", **found}

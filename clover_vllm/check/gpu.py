@@ -12,6 +12,7 @@ from pathlib import Path
 from clover_vllm.base.errors import UserError
 from clover_vllm.bench.gpu.cases import Json, Machine, Report, run_case
 from clover_vllm.bench.gpu.shapes import MODELS, Models
+from clover_vllm.check.settings import GpuCheckSettings
 
 SECONDS = {"kernels": 150.0, "step": 200.0, "exactness": 400.0, "speed": 900.0}
 """Parts in order, and the most that each takes by default: an engine needs 45 seconds to start, with a head longer."""
@@ -20,25 +21,8 @@ ENDING = 15.0
 """Seconds that the last case of the kernels may take."""
 
 
-def run_parts(
-    parts: list[str],
-    output: Path,
-    seconds: float | None,
-    quick: bool,
-    compiled: bool,
-    interpreter: bool,
-    shape: str,
-) -> list[str]:
+def run_parts(settings: GpuCheckSettings) -> list[str]:
     """Run parts, one after the other.
-
-    Args:
-        parts: their names; none: all.
-        output: folder for gpu-PART.json.
-        seconds: most of each part; None: its own.
-        quick: fewer cases.
-        compiled: speed with vLLM's own compilation.
-        interpreter: on a CPU, with tiny engines.
-        shape: of the model for step and speed, of `MODELS`.
 
     Returns:
         the parts that failed.
@@ -46,11 +30,12 @@ def run_parts(
     Raises:
         UserError: an unknown part or shape, or no GPU.
     """
+    parts, interpreter = settings.parts or [], settings.interpreter
     known = [part for part in SECONDS if part != "kernels" or not interpreter]
     if unknown := [part for part in parts if part not in known]:
         raise UserError(f"There is no part {unknown[0]!r}; choose from {', '.join(known)}.")
-    if shape not in MODELS:
-        raise UserError(f"--shape is {shape!r}; choose from {', '.join(MODELS)}.")
+    if settings.shape not in MODELS:
+        raise UserError(f"--shape is {settings.shape!r}; choose from {', '.join(MODELS)}.")
     if not interpreter:
         _check_gpu()
     failed = []
@@ -60,25 +45,26 @@ def run_parts(
         def models() -> Models:
             from clover_vllm.check.gpu_models import make_models
 
-            return make_models("tiny" if interpreter else shape, Path(made))
+            return make_models("tiny" if interpreter else settings.shape, Path(made))
 
         for part in [part for part in known if part in parts or not parts]:
-            most = seconds or (600.0 if interpreter else SECONDS[part])
-            machine = Machine(time.monotonic() + most, interpreter, quick)
+            most = settings.seconds or (600.0 if interpreter else SECONDS[part])
+            machine = Machine(time.monotonic() + most, interpreter, settings.quick)
             try:
-                ok = _run_part(part, output, machine, compiled, models)
+                ok = _run_part(part, settings, machine, models)
             except Exception:  # the next part may tell something
                 traceback.print_exc()
-                Report(output / f"gpu-{part}-failed.json", {}).add(part, {"error": traceback.format_exc()})
+                Report(settings.output / f"gpu-{part}-failed.json", {}).add(
+                    part, {"error": traceback.format_exc()}
+                )
                 ok = False
             if not ok:
                 failed.append(part)
     return failed
 
 
-def _run_part(
-    part: str, output: Path, machine: Machine, compiled: bool, models: Callable[[], Models]
-) -> bool:
+def _run_part(part: str, settings: GpuCheckSettings, machine: Machine, models: Callable[[], Models]) -> bool:
+    output = settings.output
     if part == "kernels":
         spec = {"output": str(output.absolute()), "quick": machine.quick}
         found = run_case(run_kernels, spec, machine, machine.left)
@@ -95,7 +81,7 @@ def _run_part(
         return check_exactness(output, machine)
     from clover_vllm.bench.gpu.speed import check_speed
 
-    return check_speed(output, machine, models(), compiled)
+    return check_speed(output, machine, models(), settings.compiled)
 
 
 def run_kernels(spec: Json, say: Callable[..., None]) -> None:

@@ -6,6 +6,8 @@ import random
 import re
 from typing import Any
 
+from clover_vllm.launch.in_process import add_request, core_of
+
 Json = dict[str, Any]
 
 
@@ -21,12 +23,9 @@ def drive(llm: Any, requests: list[Json]) -> Json:
         {"outputs": [[{"tokens", "text", "finish", "stop", "logprobs", "prompt_logprobs"} per sequence] per
         request], "stats": {"steps", "preempted", "cached_tokens", "leaked_blocks"}}.
     """
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-    engine = llm.llm_engine
-    core = engine.engine_core.engine_core
+    engine, core = llm.llm_engine, core_of(llm)
     waiting, step = set(range(len(requests))), 0
     aborts = {str(i): r["abort"] for i, r in enumerate(requests) if r.get("abort") is not None}
     outputs: list[list[Json]] = [[] for _ in requests]
@@ -44,12 +43,7 @@ def drive(llm: Any, requests: list[Json]) -> Json:
                 params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
             if "repetition_detection" in params:
                 params["repetition_detection"] = RepetitionDetectionParams(**params["repetition_detection"])
-            engine.add_request(
-                str(i),
-                TokensPrompt(prompt_token_ids=request["prompt"]),
-                SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY),
-                priority=request.get("priority", 0),
-            )
+            add_request(llm, str(i), request["prompt"], params, priority=request.get("priority", 0))
         for name in [name for name, at in aborts.items() if at <= step]:
             del aborts[name]
             engine.abort_request([name])
@@ -76,11 +70,6 @@ def drive(llm: Any, requests: list[Json]) -> Json:
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
     }
     return {"outputs": outputs, "stats": stats}
-
-
-def runner_of(llm: Any) -> Any:
-    """The model runner of an engine core in this process."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def _logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:

@@ -1,4 +1,4 @@
-"""What `clover-vllm torture` is asked for. Light: the command line reads it first."""
+"""What `clover-vllm torture` and `gpu-check` are asked for. Light: the command line reads it first."""
 
 from __future__ import annotations
 
@@ -30,3 +30,25 @@ class TortureSettings:
     wave: Annotated[int, typer.Option(min=1)] = 60
     interpreter: bool = False
     output: Path | None = None
+
+
+@dataclass(frozen=True)
+class GpuCheckSettings:
+    """What `clover-vllm gpu-check` was asked for. `shape` is of the model for step and speed.
+
+    Args:
+        parts: kernels, step, exactness, speed; all of them by default.
+        output: Folder for gpu-PART.json.
+        seconds: Most seconds of each part, instead of its own bound.
+        quick: Fewer cases.
+        compiled: Speed with torch.compile, as vLLM runs by default.
+        interpreter: Without a GPU: tiny engines in Triton's interpreter.
+    """
+
+    parts: Annotated[list[str] | None, typer.Argument()] = None
+    output: Path = Path("results")
+    seconds: Annotated[float | None, typer.Option(min=1)] = None
+    quick: bool = False
+    compiled: bool = False
+    interpreter: bool = False
+    shape: Annotated[str, typer.Option(hidden=True)] = "8b"

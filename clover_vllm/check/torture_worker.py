@@ -8,35 +8,35 @@ with "noise": seed if its logits are to be moved at random by up to NOISE.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
+from clover_vllm.launch.in_process import runner_of
 from clover_vllm.launch.interpreter import interpret
+from clover_vllm.launch.process import Parent
 
 NOISE = 5e-5
 """Plain vLLM's own float32 logits move by about as much with the rows that share a step."""
 
 
-def serve(answers: TextIO) -> None:
-    """Answer commands until stdin ends."""
-    settings = json.loads(sys.stdin.readline())
+def serve(parent: Parent) -> None:
+    """Answer commands until there are no more."""
+    commands = parent.commands()
+    settings = next(commands)
     if settings["interpret"]:
         interpret()  # before vLLM is imported
     import psutil
     from vllm import LLM
 
-    from clover_vllm.check.scripted import drive, runner_of
+    from clover_vllm.check.scripted import drive
 
     llm = LLM(**settings["llm"])
     script = None if settings["script"] is None else scripted(llm, settings["script"])
-    _say(answers, {"ready": True})
-    for line in sys.stdin:
-        command = json.loads(line)
+    parent.say({"ready": True})
+    for command in commands:
         if script is not None:
             script.know(command["known"])
         with noise(runner_of(llm), command.get("noise")):
@@ -46,7 +46,7 @@ def serve(answers: TextIO) -> None:
         counters = getattr(runner_of(llm), "counters", None)
         result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
         result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
-        _say(answers, result)
+        parent.say(result)
 
 
 def scripted(llm: Any, seed: int) -> Any:
@@ -55,7 +55,7 @@ def scripted(llm: Any, seed: int) -> Any:
     Adaptive ones change their sizes at random, and on the V1 runner sleep and wake.
     """
     from clover_vllm.check.restless import Restless
-    from clover_vllm.check.scripted import ScriptedSlots, ScriptedTrees, runner_of
+    from clover_vllm.check.scripted import ScriptedSlots, ScriptedTrees
 
     runner = runner_of(llm)
     if hasattr(runner, "speculator"):  # V2
@@ -101,14 +101,7 @@ def noise(runner: Any, seed: int | None) -> Iterator[None]:
         del runner.model.compute_logits  # the instance's; the class's stays
 
 
-def _say(answers: TextIO, message: object) -> None:
-    answers.write(json.dumps(message) + "\n")
-    answers.flush()
-
-
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    found = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM and its libraries print to stdout
-    serve(found)
+    serve(Parent())

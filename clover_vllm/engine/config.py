@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import METHOD, CloverOptions, split_options
 from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
-from clover_vllm.heads.registry import TREE_HEADS, check_head
+from clover_vllm.heads.registry import check_head
 from clover_vllm.heads.weights import check_target_folder
 from clover_vllm.tree import MAX_NODES
 
@@ -140,21 +141,14 @@ def clover_config(
         UserError: an unknown option, a bad value, or something that Clover-2 does not support.
     """
     shared, options = _read_options(given)
-    check_supported(Setup(target, parallel, device, engine_args), trees=options.tree != "chain")
+    setup, trees = Setup(target, parallel, device, engine_args), options.tree != "chain"
+    check_supported(setup, trees)
     folder = Path(shared["model"])
     if folder.is_dir() and shared.get("quantization") is None:
         check_head(folder, target.dtype)  # first, because it explains a bad config.json better
     made = _make_config(shared, options, target, parallel)
     head = made.draft_model_config.hf_config
-    check_fits(head, target)
-    if parallel.tensor_parallel_size > 1 and head.model_type != METHOD:
-        title = TREE_HEADS[head.model_type].title
-        raise UserError(f"{title} heads draft on one rank only so far; set --tensor-parallel-size to 1.")
-    if parallel.tensor_parallel_size > 1 and getattr(head, "target_layers", ()):
-        raise UserError(
-            "Heads that read earlier layers of the target (target_layers) draft on one rank only so far; "
-            "set --tensor-parallel-size to 1."
-        )
+    check_supported(replace(setup, head=head), trees)
     _check_ranks(options, made.num_speculative_tokens, head)
     _check_target(head, target)
     if not folder.is_dir() and shared.get("quantization") is None:
@@ -270,35 +264,4 @@ def _check_ranks(options: CloverOptions, num_nodes: int, head: PretrainedConfig)
         raise UserError(
             f"Clover's option tree asks for child rank {shape.max_rank}, but the head scores only {scored} "
             "tokens, ranks from 0."
-        )
-
-
-def check_fits(head: PretrainedConfig, target: ModelConfig) -> None:
-    """Refuse a head of another target before anything is loaded.
-
-    Raises:
-        UserError: no head that drafts trees, one that the runner cannot draft with, other sizes than the
-            target's, or one that reads layers that the target does not have.
-    """
-    if head.model_type not in TREE_HEADS:
-        raise UserError(
-            f"The head's config.json says model_type {head.model_type!r}, none of {', '.join(TREE_HEADS)}; "
-            "`clover-vllm convert` turns a published checkpoint into a head."
-        )
-    title = TREE_HEADS[head.model_type].title
-    if prefers_v2() and head.model_type != METHOD:
-        raise UserError(
-            f"{title} heads draft with vLLM's V1 model runner only; set VLLM_USE_V2_MODEL_RUNNER=0 to use it."
-        )
-    for name, value in (("hidden_size", target.get_hidden_size()), ("vocab_size", target.get_vocab_size())):
-        if getattr(head, name) != value:
-            raise UserError(
-                f"The {title} head was trained for a target with {name} {getattr(head, name)}, but this "
-                f"target has {value}; it belongs to {head.target or 'another target'}."
-            )
-    layers = target.get_total_num_hidden_layers()
-    if any(i >= layers for i in getattr(head, "target_layers", ())):
-        raise UserError(
-            f"The {title} head reads layers {head.target_layers} of its target, but this target has {layers}; "
-            f"it belongs to {head.target or 'another target'}."
         )

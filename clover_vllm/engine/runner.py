@@ -18,7 +18,6 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from clover_vllm.base.errors import UserError
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.drafting.pending import PendingDrafts
 from clover_vllm.engine.drafting.proposer import Clover2Proposer
@@ -29,6 +28,7 @@ from clover_vllm.engine.hooks import replaced
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.scorer import TreeScorer
+from clover_vllm.engine.support import check_step
 from clover_vllm.engine.verification import TargetLayers
 from clover_vllm.tree import Tree
 from clover_vllm.tree.step import CurrentStep, Step
@@ -49,13 +49,7 @@ class CloverRunner(GPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        budget = self.scheduler_config.max_num_batched_tokens
-        if self.speculative_config.disable_eagle_block_drop and budget <= self.num_spec_tokens:
-            # vLLM's scheduler would wait for ever to admit a request with one token left to compute.
-            raise UserError(
-                f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_spec_tokens + 1} or more "
-                f"with {self.num_spec_tokens} speculative tokens; it is {budget}."
-            )
+        check_step(vllm_config)
         self.current = CurrentStep()
         self.timer = StepTimer()
         self.drafter = Clover2Proposer(vllm_config, device, self)

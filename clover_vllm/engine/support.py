@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 from vllm import envs
-from vllm.config import ModelConfig, ParallelConfig
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.triton_utils import HAS_TRITON
 
 from clover_vllm.base.errors import UserError
+from clover_vllm.heads.registry import TREE_HEADS, HeadKind
 
 WORKERS = {
     "cpu": "clover_vllm.engine.worker.CloverCPUWorker",
@@ -37,12 +39,14 @@ class Setup:
     Attributes:
         device: `vllm.platforms.current_platform.device_type`.
         engine_args: that all of it comes from.
+        head: its config.json, once that has been read.
     """
 
     target: ModelConfig
     parallel: ParallelConfig
     device: str
     engine_args: EngineArgs
+    head: PretrainedConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Refusal:
         detect: finds it before the engine starts; a string is a detail for the sentence. None: only the
             worker can tell.
         trees_only: chains work with it.
-        in_worker: the worker checks too, on the layers that it has loaded.
+        in_worker: the worker checks too, on what it has loaded.
+        of_head: `detect` looks at the head.
     """
 
     what: str
@@ -65,6 +70,13 @@ class Refusal:
     detect: Callable[[Setup], bool | str] | None
     trees_only: bool = False
     in_worker: bool = False
+    of_head: bool = False
+
+    @property
+    def found(self) -> str:
+        """When, for the docs."""
+        times = {"at start": self.detect, "by the worker": self.in_worker}
+        return ", ".join(name for name, applies in times.items() if applies)
 
     def error(self, detail: str = "") -> UserError:
         """The sentence for users."""
@@ -105,6 +117,41 @@ def _sliding_window(setup: Setup) -> bool:
         return False
     used = getattr(setup.target.hf_text_config, "use_sliding_window", True)
     return setup.target.get_sliding_window() is not None and bool(used)
+
+
+def _without(able: Callable[[HeadKind], bool]) -> str:
+    """Heads of methods that are not able to do something."""
+    return f"{' and '.join(kind.title for kind in TREE_HEADS.values() if not able(kind))} heads"
+
+
+def _kind(setup: Setup) -> HeadKind:
+    """The head's method; those that have none are refused first."""
+    assert setup.head is not None
+    return TREE_HEADS[setup.head.model_type]
+
+
+def _no_head(setup: Setup) -> str:
+    model_type = getattr(setup.head, "model_type", None)
+    known = ", ".join(TREE_HEADS)
+    return "" if model_type in TREE_HEADS else f"of model_type {model_type!r} (known are {known})"
+
+
+def _misfit(setup: Setup) -> str:
+    """Which sizes of the head are not the target's."""
+    head, target = setup.head, setup.target
+    assert head is not None
+    layers = target.get_total_num_hidden_layers()
+    wrong = [
+        f"{name} {getattr(head, name)}, where this one has {value}"
+        for name, value in (
+            ("hidden_size", target.get_hidden_size()),
+            ("vocab_size", target.get_vocab_size()),
+        )
+        if getattr(head, name) != value
+    ]
+    if any(layer >= layers for layer in getattr(head, "target_layers", ())):
+        wrong.append(f"layers {head.target_layers}, where this one has {layers}")
+    return f"with {wrong[0]} (made for {head.target or 'a model that it does not name'})" if wrong else ""
 
 
 def _trees(
@@ -218,6 +265,50 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
     ),
     _trees("attention that is not a decoder's", "tree masks are causal", None, True),
     Refusal(
+        "disable_eagle_block_drop in steps that hold no more rows than a request drafts",
+        "vLLM's scheduler would wait for ever to admit a request with one token left to compute",
+        "raise --max-num-batched-tokens above num_speculative_tokens",
+        None,
+        in_worker=True,
+    ),
+    Refusal(
+        "a draft model",
+        "it drafts no trees",
+        "`clover-vllm convert` turns a published checkpoint into a head",
+        _no_head,
+        of_head=True,
+    ),
+    Refusal(
+        f"vLLM's V2 model runner and {_without(lambda kind: kind.on_v2)}",
+        "they draft on V1 only so far",
+        "set VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 model runner",
+        lambda setup: prefers_v2() and not _kind(setup).on_v2,
+        of_head=True,
+    ),
+    Refusal(
+        "a head of another target",
+        "it reads this target's hidden states and lm_head",
+        "give a head that was trained for this target",
+        _misfit,
+        of_head=True,
+    ),
+    Refusal(
+        f"tensor parallelism and {_without(lambda kind: kind.on_ranks)}",
+        "they draft on one rank only so far",
+        "set --tensor-parallel-size to 1",
+        lambda setup: setup.parallel.tensor_parallel_size > 1 and not _kind(setup).on_ranks,
+        of_head=True,
+    ),
+    Refusal(
+        "tensor parallelism and heads that read earlier layers of the target (target_layers)",
+        "they draft on one rank only so far",
+        "set --tensor-parallel-size to 1",
+        lambda setup: (
+            setup.parallel.tensor_parallel_size > 1 and bool(getattr(setup.head, "target_layers", ()))
+        ),
+        of_head=True,
+    ),
+    Refusal(
         "a target that does not return its hidden states",
         "the head reads the target's last hidden state",
         "serve this target without Clover-2",
@@ -229,7 +320,7 @@ _BY_NAME = {refusal.what: refusal for refusal in REFUSALS}
 
 
 def check_supported(setup: Setup, trees: bool) -> None:
-    """Refuse what can be seen before anything is loaded.
+    """Refuse what can be seen before anything is loaded: with the head's configuration what depends on it, without it the rest.
 
     Args:
         setup: the engine's.
@@ -241,13 +332,27 @@ def check_supported(setup: Setup, trees: bool) -> None:
     for refusal in REFUSALS:
         if refusal.detect is None or (refusal.trees_only and not trees):
             continue
+        if refusal.of_head != (setup.head is not None):
+            continue
         found = refusal.detect(setup)
         if found:
             raise refusal.error(found if isinstance(found, str) else "")
 
 
-def refuse_trees(what: str, detail: str = "") -> UserError:
-    """The sentence of a refusal in the table that is of trees only, for checks outside this module.
+def check_step(config: VllmConfig) -> None:
+    """Refuse steps that are too small for vLLM's scheduler; for runners, which know their size.
+
+    Raises:
+        UserError: they are.
+    """
+    spec, rows = config.speculative_config, config.scheduler_config.max_num_batched_tokens
+    if spec.disable_eagle_block_drop and rows <= spec.num_speculative_tokens:
+        what = "disable_eagle_block_drop in steps that hold no more rows than a request drafts"
+        raise refuse(what, f"({rows} and {spec.num_speculative_tokens})")
+
+
+def refuse(what: str, detail: str = "") -> UserError:
+    """The sentence of a refusal in the table, for checks outside this module.
 
     Args:
         what: `Refusal.what`.
@@ -256,23 +361,25 @@ def refuse_trees(what: str, detail: str = "") -> UserError:
     Raises:
         KeyError: the table has no such entry.
     """
-    refusal = _BY_NAME[what]
-    assert refusal.trees_only, f"{what} is refused with chains too"
-    return refusal.error(detail)
+    return _BY_NAME[what].error(detail)
+
+
+def refuse_trees(what: str, detail: str = "") -> UserError:
+    """As `refuse`, for what only trees do not work with."""
+    assert _BY_NAME[what].trees_only, f"{what} is refused with chains too"
+    return refuse(what, detail)
 
 
 def refusal_table() -> str:
     """All refusals as a Markdown table."""
-    lines = ["| refused | with | why | what to do | found at start | checked by the worker |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| refused | with | why | what to do | found |", "|---|---|---|---|---|"]
     for refusal in REFUSALS:
         cells = (
             refusal.what,
             "trees" if refusal.trees_only else "trees and chains",
             refusal.why,
             refusal.instead,
-            "yes" if refusal.detect else "no",
-            "yes" if refusal.in_worker else "no",
+            refusal.found,
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

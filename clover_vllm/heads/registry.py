@@ -34,6 +34,8 @@ class HeadKind:
     of_tokens: bool = False  # whether that entropy is of the text's tokens, not of the target's distribution
     config: str | None = None  # its configuration, as module:class; None: vLLM knows it and drafts with it
     shaped_by: tuple[str, ...] = ()  # fields of the configuration of a new head that `train` has options for
+    on_ranks: bool = False  # whether our engine drafts with it on several ranks
+    on_v2: bool = False  # whether it does on vLLM's V2 model runner
     records_acceptance: bool = True  # whether servers compare themselves with config.json's first_acceptance
 
     @property
@@ -66,6 +68,8 @@ _KINDS = (
         model_type="clover2",
         config="clover_vllm.heads.clover2.config:Clover2Config",
         shaped_by=("num_hidden_layers", "norm_state", "target_layers"),
+        on_ranks=True,
+        on_v2=True,
         regression=10.0,
         vocabulary=1.0,
     ),

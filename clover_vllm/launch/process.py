@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from clover_vllm.base.errors import UserError
@@ -94,3 +94,21 @@ class JsonProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Parent:
+    """Who asks, as a module sees it that a `JsonProcess` runs. What the module prints from now on goes to the log."""
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # vLLM and its libraries print to stdout
+
+    def commands(self) -> Iterator[dict[str, Any]]:
+        """What is asked, until nothing more will be."""
+        for line in sys.stdin:
+            yield json.loads(line)
+
+    def say(self, answer: Mapping[str, Any]) -> None:
+        """Answer a command."""
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()

@@ -35,6 +35,7 @@ from clover_vllm.base.files import (
 )
 from clover_vllm.base.progress import Work
 from clover_vllm.base.prompts import Prompt, read_prompts, token_ids
+from clover_vllm.launch.in_process import add_request, until_idle
 from clover_vllm.target.frozen import check_loadable
 from clover_vllm.train.settings import DataSettings
 from clover_vllm.train.tasks import Exchange, make_tasks
@@ -265,25 +266,18 @@ def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request
 
 def _complete(llm: Any, requests: list[_Request], max_tokens: int) -> Iterator[tuple[int, Any]]:
     """Run requests together; yields (index, completion) as they finish."""
-    from vllm import SamplingParams
-    from vllm.inputs import tokens_input
-    from vllm.sampling_params import RequestOutputKind
-
     llm.reset_prefix_cache()
-    engine = llm.llm_engine
     for index, request in enumerate(requests):
-        params = SamplingParams(
-            temperature=request.temperature,
-            seed=request.seed,
-            max_tokens=max_tokens,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine.add_request(str(index), tokens_input(request.prompt_ids), params)
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.finished:
-                yield int(output.request_id), output.outputs[0]
+        params = {
+            "temperature": request.temperature,
+            "seed": request.seed,
+            "max_tokens": max_tokens,
+            "detokenize": False,
+        }
+        add_request(llm, str(index), request.prompt_ids, params)
+    for output in until_idle(llm):
+        if output.finished:
+            yield int(output.request_id), output.outputs[0]
 
 
 def _line(request: _Request, completion: Any) -> dict[str, Any]:

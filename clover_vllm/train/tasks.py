@@ -97,7 +97,7 @@ def make_tasks(
 
     Args:
         prompts: to take passages, questions and sentences from; held-out ones give nothing.
-        exchanges: to take second turns and code from, likewise.
+        exchanges: to take second turns and code from; held-out ones give nothing either.
         count: of prompts to make; fewer where the material gives no more.
         seed: of what is drawn.
     """

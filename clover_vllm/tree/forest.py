@@ -96,7 +96,7 @@ class Prices:
     of_nodes: Callable[
         [int], Sequence[float]
     ]  # milliseconds of a step with 0, 1, ... nodes, to this number or more
-    of_level: Callable[[int], float]  # milliseconds of a level that expands so many nodes
+    of_level: Callable[[int], float]  # milliseconds of a level that expands this number of nodes
     spent: float = 0.0  # milliseconds of drafting so far
 
 

@@ -16,11 +16,11 @@ LADDER = (0, 1, 2, 4, 8, 16, 32)
 
 PROBE_STEPS = 2
 PROBED_DRAFTS = 16
-"""A neighbour is tried for so many steps, or until so many requests were drafted for."""
+"""Steps for which a neighbour is tried, and drafted requests after which the trial ends earlier."""
 
 PROBE_EVERY = 128
 PROBE_SHARE = 0.005
-"""It is tried after so many steps at the earliest, and so rarely that it takes no more than this share of the time."""
+"""Steps after which it is tried at the earliest, and the largest share of the time that trials take."""
 
 FLAT = 256.0
 """Rows that double what a step costs, until it was measured."""

@@ -10,10 +10,11 @@ import torch
 from engines import Json, differing, run_engine, tokens_of
 from pairs import VOCAB, llm, make_pair, random_requests
 from small import one_sentence
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.config import check_fits
+from clover_vllm.engine.support import Setup, check_supported
 from clover_vllm.heads.base import NewHead
 from clover_vllm.heads.medusa.config import MedusaTreesConfig
 from clover_vllm.heads.medusa.model import MedusaTreesDraftModel
@@ -113,7 +114,9 @@ def test_adaptive_trees_change_nothing(target: Path, folder: Path, plain: Json) 
 def test_the_v2_runner_is_refused(target: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded: its drafting knows Clover-2 heads alone."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    head = kind_of(folder).head_class().load(folder)
+    head = kind_of(folder).head_class().load(folder).config
+    model = ModelConfig(str(target), skip_tokenizer_init=True)
+    setup = Setup(model, ParallelConfig(), "cpu", EngineArgs(str(target)), head)
     with pytest.raises(UserError, match="VLLM_USE_V2_MODEL_RUNNER=0") as caught:
-        check_fits(head.config, ModelConfig(str(target), skip_tokenizer_init=True))
+        check_supported(setup, trees=True)
     one_sentence(caught.value)

@@ -24,33 +24,33 @@ from clover_vllm.attention.triton.reference import (
 )
 from clover_vllm.attention.triton.tree_attention import Partials, SplitContexts, Tiling, tree_attention
 from clover_vllm.attention.triton.walk import walk_trees
-from clover_vllm.bench.gpu.paged import LAYOUTS, Case, Request, make_case, random_tree
+from clover_vllm.bench.gpu.paged import LAYOUTS, PagedCase, PagedRequest, make_case, random_tree
 from clover_vllm.tree import Tree, walk
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 
-def random_requests(rng: random.Random, count: int, longest: int) -> list[Request]:
+def random_requests(rng: random.Random, count: int, longest: int) -> list[PagedRequest]:
     """Trees, decodes, prompt chunks and padding, at least one tree among them."""
 
-    def tree() -> Request:
+    def tree() -> PagedRequest:
         nodes = 63 if rng.random() < 0.1 else rng.randrange(20)
-        return Request(rng.randrange(longest), nodes + 1, random_tree(rng, nodes))
+        return PagedRequest(rng.randrange(longest), nodes + 1, random_tree(rng, nodes))
 
     kinds = [
         tree,
         tree,
-        lambda: Request(rng.randrange(1, longest + 1), 1),
-        lambda: Request(rng.randrange(longest), rng.randrange(2, 80)),
-        lambda: Request(0, 0),
+        lambda: PagedRequest(rng.randrange(1, longest + 1), 1),
+        lambda: PagedRequest(rng.randrange(longest), rng.randrange(2, 80)),
+        lambda: PagedRequest(0, 0),
     ]
     found = [tree(), *(rng.choice(kinds)() for _ in range(count - 1))]
     rng.shuffle(found)
     return found
 
 
-def attend(case: Case, splits: int = 1, **more: object) -> torch.Tensor:
+def attend(case: PagedCase, splits: int = 1, **more: object) -> torch.Tensor:
     """What the kernel leaves in a copy of the case's output."""
     output = case.output.clone()
     _, heads, dim = output.shape
@@ -64,7 +64,7 @@ def attend(case: Case, splits: int = 1, **more: object) -> torch.Tensor:
     return output
 
 
-def expect(case: Case, **more: object) -> torch.Tensor:
+def expect(case: PagedCase, **more: object) -> torch.Tensor:
     return tree_attention_reference(
         case.query, case.cache, case.output, case.trees, case.scale, **more  # type: ignore[arg-type]
     )  # fmt: skip
@@ -75,7 +75,7 @@ def assert_near(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) ->
     assert (found.double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()
 
 
-def rows_without_tree(case: Case) -> torch.Tensor:
+def rows_without_tree(case: PagedCase) -> torch.Tensor:
     """bool [T]"""
     return torch.tensor([request.tree is None for request in case.requests for _ in range(request.rows)])
 
@@ -109,11 +109,11 @@ def test_all_rows_are_attended_where_that_is_asked_for(dtype: torch.dtype, windo
     """A decode, a prompt chunk longer than any tree, a prompt's first chunk, beside a tree and padding."""
     rng = random.Random(0)
     requests = [
-        Request(70, 1),
-        Request(40, 90),
-        Request(50, 12, random_tree(rng, 11)),
-        Request(0, 0),
-        Request(0, 17),
+        PagedRequest(70, 1),
+        PagedRequest(40, 90),
+        PagedRequest(50, 12, random_tree(rng, 11)),
+        PagedRequest(0, 0),
+        PagedRequest(0, 17),
     ]
     case = make_case(requests, dtype=dtype, group=1, kv_heads=1)
     case = replace(case, trees=replace(case.trees, max_rows=90))
@@ -127,7 +127,7 @@ def test_all_rows_are_attended_where_that_is_asked_for(dtype: torch.dtype, windo
 @pytest.mark.parametrize("splits", [1, 2])
 def test_steps_without_trees_are_left_alone(splits: int) -> None:
     """Padding, a decode, padding again."""
-    case = make_case([Request(0, 0), Request(9, 1), Request(0, 0)], group=1)
+    case = make_case([PagedRequest(0, 0), PagedRequest(9, 1), PagedRequest(0, 0)], group=1)
     assert torch.equal(attend(case, splits), case.output)
 
 
@@ -138,7 +138,7 @@ def test_tree_attention_equals_the_kernel_of_the_cpu(dim: int, dtype: torch.dtyp
     assert native_kernel() is not None
     rng = random.Random(dim)
     requests = [
-        Request(context, nodes + 1, random_tree(rng, nodes))
+        PagedRequest(context, nodes + 1, random_tree(rng, nodes))
         for context, nodes in [(77, 25), (0, 8), (130, 63)]
     ]
     case = make_case(requests, dtype=dtype, dim=dim, page=32, kv_heads=1)
@@ -169,7 +169,7 @@ def test_tree_attention_equals_the_kernel_of_the_cpu(dim: int, dtype: torch.dtyp
 def test_quantized_keys_and_values_are_scaled() -> None:
     """fp8 in the cache, and fp8 queries as vLLM's attention layer gives them."""
     rng = random.Random(0)
-    requests = [Request(60, 9, random_tree(rng, 8)), Request(0, 3, random_tree(rng, 2))]
+    requests = [PagedRequest(60, 9, random_tree(rng, 8)), PagedRequest(0, 3, random_tree(rng, 2))]
     case = make_case(requests, dtype=torch.float16, cache_dtype=torch.float8_e4m3fn)
     scales = {
         "query_scale": torch.tensor([0.7]),
@@ -190,7 +190,7 @@ def test_numbers_that_overflow_stay_with_the_rows_that_see_them(
 ) -> None:
     """A draft must not change its siblings, above all not the root."""
     tree = Tree(range(8), [-1, 0, -1, 2, 2, 0, 4, 1])
-    case = make_case([Request(context, 9, tree), Request(30, 1)], dtype=torch.float16)
+    case = make_case([PagedRequest(context, 9, tree), PagedRequest(30, 1)], dtype=torch.float16)
     before = attend(case, splits)
     slot = int(case.slots()[3])
     sees = torch.tensor([bool(mask >> 3 & 1) for mask in tree.masks] + [False])
@@ -204,7 +204,7 @@ def test_numbers_that_overflow_stay_with_the_rows_that_see_them(
 def test_nodes_do_not_see_their_siblings() -> None:
     """Changing a row's value changes only the rows that descend from it."""
     tree = random_tree(random.Random(3), 20)
-    case = make_case([Request(33, 21, tree)], group=1)
+    case = make_case([PagedRequest(33, 21, tree)], group=1)
     before = attend(case)
     slot = int(case.slots()[2])
     case.cache[slot // 16, :, slot % 16, 64:] += 1.0
@@ -214,7 +214,7 @@ def test_nodes_do_not_see_their_siblings() -> None:
 
 def test_a_chain_of_bits_is_plain_causal_attention() -> None:
     """So a request may come as a tree or without bits: the numbers are the same."""
-    chain = make_case([Request(45, 6, Tree.chain(range(5)))], dtype=torch.float16)
+    chain = make_case([PagedRequest(45, 6, Tree.chain(range(5)))], dtype=torch.float16)
     plain = replace(chain, trees=replace(chain.trees, bits=torch.full_like(chain.trees.bits, -1)))
     for window in (0, 4):
         assert torch.equal(
@@ -258,7 +258,11 @@ def test_layers_of_the_engine_split_contexts(alone: bool) -> None:
         pass
 
     rng = random.Random(1)
-    requests = [Request(150, 13, random_tree(rng, 12)), Request(3, 13, random_tree(rng, 12)), Request(90, 1)]
+    requests = [
+        PagedRequest(150, 13, random_tree(rng, 12)),
+        PagedRequest(3, 13, random_tree(rng, 12)),
+        PagedRequest(90, 1),
+    ]
     case = make_case(requests)
     if not alone:
         case.output[:] = 7.0  # what vLLM's own attention leaves
@@ -339,8 +343,12 @@ def test_the_walk_on_the_device_is_the_walk(seed: int) -> None:
 def test_accepted_rows_move_behind_their_roots(dtype: torch.dtype, layout: str) -> None:
     """In all layers, across blocks, and nothing else changes."""
     rng = random.Random(0)
-    requests = [Request(13, 20, random_tree(rng, 19)), Request(30, 8, random_tree(rng, 7)), Request(3, 1)]
-    requests += [Request(50, 33, random_tree(rng, 32)), Request(0, 0)]
+    requests = [
+        PagedRequest(13, 20, random_tree(rng, 19)),
+        PagedRequest(30, 8, random_tree(rng, 7)),
+        PagedRequest(3, 1),
+    ]
+    requests += [PagedRequest(50, 33, random_tree(rng, 32)), PagedRequest(0, 0)]
     case = make_case(requests, layout=layout, dim=80)
     layers = [case.cache.nan_to_num().mul(factor).to(dtype) for factor in (1, 2, 3)]
     expected = [layer.clone() for layer in layers]
@@ -360,7 +368,7 @@ def test_accepted_rows_move_behind_their_roots(dtype: torch.dtype, layout: str) 
 def test_walked_paths_move_what_plain_decoding_would_have_written() -> None:
     """After walk and move, the accepted rows lie behind the root in the order of the path."""
     tree = Tree([4, 7, 8, 9, 5], [-1, -1, 1, 2, 0])
-    case = make_case([Request(30, 6, tree)], page=16)
+    case = make_case([PagedRequest(30, 6, tree)], page=16)
     slots = case.slots()
     before = case.cache.clone()
     emitted = torch.tensor([7, 0, 8, 9, 6, 0])

@@ -39,7 +39,8 @@ def main(spec: Json) -> Json:
     from vllm import LLM
 
     from clover_vllm.check.exactness import Seen  # imported before reads are counted: see `note`
-    from clover_vllm.check.scripted import ScriptedSlots, drive, runner_of
+    from clover_vllm.check.scripted import ScriptedSlots, drive
+    from clover_vllm.launch.in_process import runner_of
 
     given = {"disable_log_stats": True, "kv_cache_memory_bytes": 1 << 24, **spec["llm"]}
     plain = LLM(**given)

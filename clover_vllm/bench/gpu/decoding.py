@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 from clover_vllm.bench.gpu.forced import Forced
-from clover_vllm.bench.gpu.shapes import METHODS, Method
+from clover_vllm.bench.gpu.shapes import METHODS, ForcedMethod
+from clover_vllm.launch.in_process import add_request, core_of, runner_of, until_idle
 
 Json = dict[str, Any]
 
@@ -16,7 +17,7 @@ MOST_TOKENS = 8192
 """Rows of a step, at most."""
 
 
-def method_of(name: str) -> Method:
+def method_of(name: str) -> ForcedMethod:
     """The method of this name."""
     return next(method for method in METHODS if str(method) == name)
 
@@ -74,9 +75,8 @@ class Decoding:
         from vllm import LLM
 
         self._llm = LLM(**engine_arguments(spec))
-        core = self._llm.llm_engine.engine_core.engine_core
-        self._scheduler = core.scheduler
-        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self._scheduler = core_of(self._llm).scheduler
+        self.runner = runner_of(self._llm)
         self.on_gpu = torch.cuda.is_available()
         method = method_of(spec["method"])
         if method.nodes:
@@ -106,21 +106,11 @@ class Decoding:
         Returns:
             their names.
         """
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
         names = [str(next(self._names)) for _ in range(count)]
         for name in names:
             prompt = [self._rng.randrange(self._vocab - 1) for _ in range(context)]
-            self.engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
+            add_request(self._llm, name, prompt, params)
         return names
 
     def until_all_decode(self) -> None:
@@ -156,8 +146,8 @@ class Decoding:
             tokens per second, of `tokens` in all.
         """
         started = time.perf_counter()
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
+        for _ in until_idle(self._llm):
+            pass
         return tokens / (time.perf_counter() - started)
 
     def keep(self, names: list[str], count: int) -> list[str]:
@@ -165,8 +155,8 @@ class Decoding:
         if names[count:]:
             self.engine.abort_request(names[count:])
         if not count:
-            while self.engine.has_unfinished_requests():
-                self.engine.step()
+            for _ in until_idle(self._llm):
+                pass
         else:
             self.steps(3)
         return names[:count]

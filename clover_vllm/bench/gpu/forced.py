@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clover_vllm.bench.gpu.shapes import Method
+from clover_vllm.bench.gpu.shapes import ForcedMethod
 from clover_vllm.tree import TreeBatch
 
 FIRST = 3
@@ -19,7 +19,7 @@ FIRST = 3
 class Forced:
     """Forces what an engine with trees accepts."""
 
-    def __init__(self, runner: Any, method: Method) -> None:
+    def __init__(self, runner: Any, method: ForcedMethod) -> None:
         """
         Args:
             runner: a `CloverV2Runner`.

@@ -22,8 +22,8 @@ from clover_vllm.attention.triton.tree_attention import Partials, tree_attention
 from clover_vllm.attention.triton.walk import walk_trees
 from clover_vllm.bench.gpu.clock import DEVICE, captured
 from clover_vllm.bench.gpu.paged import (
-    Case,
-    Request,
+    PagedCase,
+    PagedRequest,
     layer_view,
     make_case,
     memory_of,
@@ -104,12 +104,12 @@ KINDS = (
 GRAPHS = (Kind(splits=8, all_rows=True), Kind(dim=64, group=3), Kind("float16", splits=2, layout="LBHNC"))
 
 
-def draw(kind: Kind, seed: int) -> Case:
+def draw(kind: Kind, seed: int) -> PagedCase:
     """A random step: trees of all sizes, one without context, a decode, a prompt chunk, padding."""
     rng = random.Random(seed)
 
-    def tree(context: int, nodes: int) -> Request:
-        return Request(context, nodes + 1, random_tree(rng, nodes))
+    def tree(context: int, nodes: int) -> PagedRequest:
+        return PagedRequest(context, nodes + 1, random_tree(rng, nodes))
 
     chunk = kind.rows if kind.all_rows else 3 * kind.rows
     requests = [
@@ -117,9 +117,9 @@ def draw(kind: Kind, seed: int) -> Case:
         tree(rng.randrange(kind.longest), rng.randrange(kind.rows)),
         tree(rng.randrange(40), rng.randrange(kind.rows)),
         tree(0, kind.rows - 1),
-        Request(rng.randrange(1, kind.longest), 1),
-        Request(rng.randrange(max(1, kind.longest - chunk)), rng.randrange(1, chunk + 1)),
-        Request(0, 0),
+        PagedRequest(rng.randrange(1, kind.longest), 1),
+        PagedRequest(rng.randrange(max(1, kind.longest - chunk)), rng.randrange(1, chunk + 1)),
+        PagedRequest(0, 0),
     ]
     rng.shuffle(requests)
     case = make_case(
@@ -150,7 +150,7 @@ def options(kind: Kind, device: torch.device) -> Json:
     }
 
 
-def poisoned(kind: Kind, case: Case) -> Partials | None:
+def poisoned(kind: Kind, case: PagedCase) -> Partials | None:
     """Memory for parts, full of NaN."""
     if kind.splits == 1:
         return None
@@ -161,7 +161,7 @@ def poisoned(kind: Kind, case: Case) -> Partials | None:
     return parts
 
 
-def compare(kind: Kind, case: Case, found: torch.Tensor) -> Json:
+def compare(kind: Kind, case: PagedCase, found: torch.Tensor) -> Json:
     """With float64.
 
     Args:
@@ -222,7 +222,7 @@ def check_graph(kind: Kind, seeds: Sequence[int]) -> Json:
     trees = first.on(DEVICE).trees
     trees = replace(trees, bits=torch.full((rows + 8,), -1, device=DEVICE))
 
-    def load(case: Case) -> None:
+    def load(case: PagedCase) -> None:
         query[: len(case.query)] = case.query.to(DEVICE)
         cache[: len(case.cache)] = case.cache.to(DEVICE)
         output.fill_(torch.nan)

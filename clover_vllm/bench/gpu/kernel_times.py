@@ -111,7 +111,7 @@ POINTS = (
 """Those first that say most."""
 
 
-class Step:
+class TimedStep:
     """Random numbers for a point."""
 
     def __init__(self, point: Point, limits: Limits, seed: int) -> None:
@@ -244,7 +244,7 @@ def time_point(point: Point, limits: Limits, per_second: float, seed: int) -> Js
         microseconds: `floor`, the keys and values read once; `splits`, ours by parts of the context; `tilings`;
         `flash`; `vllm`; `rule`, ours as the engine would launch it. What failed is a sentence instead.
     """
-    step = Step(point, limits, seed)
+    step = TimedStep(point, limits, seed)
     group = point.heads // point.kv_heads
     tiling = Tiling.of(point.rows, group, point.dim, 2)
     chosen = tiling.splits(
@@ -271,7 +271,7 @@ def time_point(point: Point, limits: Limits, per_second: float, seed: int) -> Js
     return found
 
 
-def _tune(step: Step, splits: int, limits: Limits) -> list[Json]:
+def _tune(step: TimedStep, splits: int, limits: Limits) -> list[Json]:
     """Other tilings, with the number of parts that is best for the usual one and with twice that."""
     variants = [
         (parts, tiling, step.ours(parts, tiling))
@@ -298,7 +298,7 @@ def _attempt(measure: Callable[[], float]) -> float | str:
         return f"{type(error).__name__}: {error}"[:500]
 
 
-def _difference(step: Step) -> float:
+def _difference(step: TimedStep) -> float:
     """Between ours and vLLM's for plain rows, relative."""
     step.vllm()[0]()
     theirs = step.output.float()

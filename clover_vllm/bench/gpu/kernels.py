@@ -70,7 +70,7 @@ class Plan:
 
 
 @dataclass
-class Report:
+class KernelReport:
     """What comes out, written again after each case that takes time."""
 
     file: Path
@@ -111,7 +111,7 @@ def run(plan: Plan, output: Path, seconds: float) -> bool:
     make_folder(output)
     seed = random.SystemRandom().randrange(1 << 30)
     about = {"provenance": provenance(), "device": _device(), "seed": seed, "seconds": seconds}
-    report = Report(output / "gpu-kernels.json", time.monotonic() + seconds, about)
+    report = KernelReport(output / "gpu-kernels.json", time.monotonic() + seconds, about)
     _check_right(plan, report, seed)
     report.save()
     _print_right(report)
@@ -122,7 +122,7 @@ def run(plan: Plan, output: Path, seconds: float) -> bool:
     return report.ok()
 
 
-def _check_right(plan: Plan, report: Report, seed: int) -> None:
+def _check_right(plan: Plan, report: KernelReport, seed: int) -> None:
     """At most half of the time."""
 
     def attend(kind: Kind) -> None:
@@ -148,7 +148,7 @@ def _check_right(plan: Plan, report: Report, seed: int) -> None:
         report.attempt("move", asdict(kind), partial(check_move, kind, seed), share=0.4)
 
 
-def _time(plan: Plan, report: Report, seed: int) -> None:
+def _time(plan: Plan, report: KernelReport, seed: int) -> None:
     """All that time is left for."""
     per_second: list[float] = []
 
@@ -198,7 +198,7 @@ def _device() -> Json:
     }
 
 
-def _print_right(report: Report) -> None:
+def _print_right(report: KernelReport) -> None:
     table = Table(title=f"Triton kernels on {report.about['device']['name']}")
     for name in ("checked", "right", "wrong", "not done", "largest error", "of its bound"):
         table.add_column(name, justify="left" if name == "checked" else "right")
@@ -222,7 +222,7 @@ def _print_right(report: Report) -> None:
                 )
 
 
-def _print_times(report: Report) -> None:
+def _print_times(report: KernelReport) -> None:
     table = Table(title="Microseconds per layer")
     for name in (
         "requests",

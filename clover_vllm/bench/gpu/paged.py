@@ -16,7 +16,7 @@ LAYOUTS = {"LBHNC": (0, 1, 2, 3), "LBNHC": (0, 2, 1, 3), "BLNHC": None}
 
 
 @dataclass(frozen=True)
-class Request:
+class PagedRequest:
     """What a request has in the step."""
 
     context: int  # tokens in the cache before the step
@@ -29,10 +29,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Case:
+class PagedCase:
     """A step, and the cache it attends over. Slots without a token hold NaN."""
 
-    requests: Sequence[Request]
+    requests: Sequence[PagedRequest]
     query: torch.Tensor  # [T, heads, D], a view into a wider projection
     cache: torch.Tensor  # [blocks, kv heads, block size, 2 D], strided as the layout says
     output: torch.Tensor  # [T, heads, D], random
@@ -49,7 +49,7 @@ class Case:
         ]
         return torch.tensor(found, dtype=torch.int64)
 
-    def on(self, device: torch.device) -> Case:
+    def on(self, device: torch.device) -> PagedCase:
         """A copy on a device, with the same strides and the same gaps in memory."""
         trees = self.trees
         there = PagedTrees(
@@ -74,7 +74,7 @@ def random_tree(rng: random.Random, nodes: int) -> Tree:
 
 
 def make_case(
-    requests: Sequence[Request],
+    requests: Sequence[PagedRequest],
     *,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
@@ -84,7 +84,7 @@ def make_case(
     page: int = 16,
     layout: str = "LBNHC",
     seed: int = 0,
-) -> Case:
+) -> PagedCase:
     """Random numbers for `requests`, whose blocks are scattered over the cache."""
     generator = torch.Generator().manual_seed(seed)
     heads, rows = kv_heads * group, sum(request.rows for request in requests)
@@ -114,7 +114,7 @@ def make_case(
         max_rows=max((request.rows for request in requests if request.tree is not None), default=1),
     )
     query = noise(rows, heads + 2 * kv_heads, dim)[:, :heads]
-    return Case(requests, query, cache, noise(rows, heads, dim), trees, dim**-0.5)
+    return PagedCase(requests, query, cache, noise(rows, heads, dim), trees, dim**-0.5)
 
 
 def memory_shape(layout: str, blocks: int, kv_heads: int, page: int, content: int) -> tuple[int, ...]:

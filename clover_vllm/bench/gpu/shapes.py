@@ -48,7 +48,7 @@ def tree_shape(nodes: int, deepest: int) -> Shape:
 
 
 @dataclass(frozen=True)
-class Method:
+class ForcedMethod:
     """How an engine decodes.
 
     Args:
@@ -92,10 +92,10 @@ class Models:
 
 
 METHODS = (
-    Method(0),
-    Method(16, (3, 2, 4, 1)),
-    Method(8, (2, 3, 1, 2)),
-    Method(4, (2, 1, 3, 1, 2), is_chain=True),
-    Method(26, (3, 2, 4, 2)),
-    Method(63, (4, 3, 2, 3)),
+    ForcedMethod(0),
+    ForcedMethod(16, (3, 2, 4, 1)),
+    ForcedMethod(8, (2, 3, 1, 2)),
+    ForcedMethod(4, (2, 1, 3, 1, 2), is_chain=True),
+    ForcedMethod(26, (3, 2, 4, 2)),
+    ForcedMethod(63, (4, 3, 2, 3)),
 )

@@ -1,7 +1,7 @@
 """Time of a step with trees of several sizes beside plain decoding, and tokens per second, with forced acceptance.
 
 An untrained target and head of a real model's sizes take the time of trained ones. What is accepted is forced, so the
-tokens per second say what a head would bring that has so many nodes accepted, and nothing of any head.
+tokens per second say what a head would bring that has as many nodes accepted, and nothing of any head.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ PROMPT_SETS = ("families", "text-heavy", "prompt-heavy")
 
 
 def prompt_set(name: str) -> Path:
-    """The file of a prompt set, for `read_prompts` and `clover-vllm bench --prompts`.
+    """The file of a prompt set, for `fitting_prompts` and `clover-vllm bench --prompts`.
 
     Raises:
         UserError: no set has this name.

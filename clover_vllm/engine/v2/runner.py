@@ -23,12 +23,11 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from clover_vllm.attention.triton.cache_rows import CacheRows
 from clover_vllm.attention.triton.counts import count_trees
 from clover_vllm.attention.triton.tree_attention import SplitContexts, processors_of
-from clover_vllm.base.errors import UserError
 from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMetadataBuilder
 from clover_vllm.engine.drafting.ranks import leads
 from clover_vllm.engine.hooks import making_graphs, making_speculator
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
-from clover_vllm.engine.support import refuse_trees
+from clover_vllm.engine.support import check_step, refuse_trees
 from clover_vllm.engine.v2.graphs import TargetGraphs
 from clover_vllm.engine.v2.layout import Scored
 from clover_vllm.engine.v2.scorer import DeviceScorer
@@ -55,15 +54,7 @@ class CloverV2Runner(GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         with making_speculator(Clover2Speculator):
             super().__init__(vllm_config, device)
-        if (
-            self.speculative_config.disable_eagle_block_drop
-            and self.max_num_tokens <= self.num_speculative_steps
-        ):
-            # vLLM's scheduler would wait for ever to admit a request with one token left to compute.
-            raise UserError(
-                f"disable_eagle_block_drop needs --max-num-batched-tokens of {self.num_speculative_steps + 1} or more "
-                f"with {self.num_speculative_steps} speculative tokens; it is {self.max_num_tokens}."
-            )
+        check_step(vllm_config)
         if self.speculator.options.tree == "adaptive":
             sizes = ", ".join(map(str, self.speculator.ladder))
             logger.info("Clover-2 drafts trees of one size per step, of these numbers of nodes: %s.", sizes)

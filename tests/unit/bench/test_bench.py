@@ -18,7 +18,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import Work
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import _prompts as prompts_for
-from clover_vllm.bench.compare import read_prompts, share_out, split_prompts
+from clover_vllm.bench.compare import fitting_prompts, share_out, split_prompts
 from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
 from clover_vllm.bench.plots import digest as digest_of
@@ -251,11 +251,11 @@ def test_a_sweep_has_prompts_for_its_concurrency(tmp_path: Path) -> None:
 def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt_ids": [5] * n}) + "\n" for n in (3, 9, 4)))
-    assert read_prompts(file, 5, 6, "none") == [[5] * 3, [5] * 4]
+    assert fitting_prompts(file, 5, 6, "none") == [[5] * 3, [5] * 4]
     for bad in ("nonsense\n", '{"x": 1}\n', ""):
         file.write_text(bad)
         with pytest.raises(UserError) as caught:
-            read_prompts(file, 5, 6, "none")
+            fitting_prompts(file, 5, 6, "none")
         one_sentence(caught.value)
 
 

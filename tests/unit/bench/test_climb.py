@@ -12,7 +12,7 @@ from clover_vllm.bench.worker import Moment
 
 
 def moments(seconds: float, tokens: int, nodes: int = 0, asleep: bool = False) -> list[Moment]:
-    """Four steps a second that give so many tokens each."""
+    """Four steps a second that give `tokens` each."""
     return [Moment(i / 4 + 0.1, 1, tokens, nodes, asleep) for i in range(int(4 * seconds))]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
-from clover_vllm.bench.compare import DEVELOPMENT, Prompts, read_prompts, split_prompts
+from clover_vllm.bench.compare import DEVELOPMENT, Prompts, fitting_prompts, split_prompts
 from clover_vllm.bench.prompts import PROMPT_SETS, prompt_set
 
 COUNTS = {
@@ -48,7 +48,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def prompts(name: str, smollm2: Path) -> Prompts:
-    return read_prompts(prompt_set(name), 10_000, LONGEST, str(smollm2))
+    return fitting_prompts(prompt_set(name), 10_000, LONGEST, str(smollm2))
 
 
 def test_tasks_are_as_many_as_the_readme_says(name: str, rows: list[dict[str, Any]]) -> None:
@@ -92,7 +92,7 @@ def test_files_do_not_depend_on_when_they_were_written(name: str) -> None:
 
 
 def test_prompt_heavy_prompts_have_about_a_thousand_tokens(smollm2: Path) -> None:
-    lengths = [len(ids) for ids in read_prompts(prompt_set("prompt-heavy"), 10_000, LONGEST, str(smollm2))]
+    lengths = [len(ids) for ids in fitting_prompts(prompt_set("prompt-heavy"), 10_000, LONGEST, str(smollm2))]
     assert min(lengths) > 900
     assert max(lengths) < 1200
 
@@ -101,7 +101,7 @@ def test_retrieval_contexts_are_long(smollm2: Path, tmp_path: Path) -> None:
     path = tmp_path / "retrieval.jsonl"
     rows = [row for row in rows_of(prompt_set("families")) if row["task"] == "retrieval"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for ids in read_prompts(path, len(rows), LONGEST, str(smollm2)):
+    for ids in fitting_prompts(path, len(rows), LONGEST, str(smollm2)):
         assert 600 < len(ids) < 1500
 
 

@@ -37,7 +37,7 @@ class Played:
     def get_metrics(self) -> list[Any]:
         return []
 
-    def add_request(self, name: str, prompt: Any, params: Any) -> None:
+    def add_request(self, name: str, prompt: Any, params: Any, **_: Any) -> None:
         self.requests[name] = SimpleNamespace(
             num_computed_tokens=0, num_prompt_tokens=len(prompt["prompt_token_ids"]), left=params.max_tokens
         )

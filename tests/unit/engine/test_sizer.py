@@ -25,7 +25,7 @@ class _Head:
 
 
 def _sizer(per_row: float, reading: float = 0.01) -> Sizer:
-    """Where a step costs 10 ms and so many more per row, and the head half a millisecond."""
+    """Where a step costs 10 ms and `per_row` for each row, and the head half a millisecond."""
     rows = {float(r): 10.0 + per_row * r for r in (1, 64, 512)}
     augment = {float(r): 0.2 + reading * r for r in (1, 512)}
     flat = {1.0: 0.15, 64.0: 0.3}
