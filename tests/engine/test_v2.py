@@ -90,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Json:
             "count_reads": True,
             "planted": True,
         },
-        "torture": {"requests": torture_requests(), "scripted": 0.8, "graphs": [1, 3, 8, 24, 40]},
+        "torture": {"requests": torture_requests(), "scripted": 1.0, "graphs": [1, 3, 8, 24, 40]},
     }
     found: Json = run_script("run_v2", specification(target, head, jobs), 3000, {"TRITON_INTERPRET": "1"})
     return {**found, "jobs": jobs}

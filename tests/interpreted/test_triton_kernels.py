@@ -267,7 +267,7 @@ def test_layers_of_the_engine_split_contexts(alone: bool) -> None:
     if not alone:
         case.output[:] = 7.0  # what vLLM's own attention leaves
     layer: Any = Impl()
-    layer.scale, layer.contexts = case.scale, split_contexts(8, 13)
+    layer.scale, layer.sliding_window, layer.contexts = case.scale, (-1, -1), split_contexts(8, 13)
     parts = layer.contexts.of(3, 13)
     assert parts.splits == 4
     for tensor in (parts.values, parts.maxima, parts.sums):
