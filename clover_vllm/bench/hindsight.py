@@ -30,7 +30,7 @@ def knowing(runner: Any, answers: Mapping[str, Sequence[int]]) -> Iterator[None]
         def right_ones(count: int) -> Any:
             del count
             _tell(made, rest)
-            return trees(sum(c.gain > 0.5 for c in made.best()))
+            return trees(int((made.nodes["gain"][made.best()] > 0.5).sum()))
 
         made.trees = right_ones
         return made
@@ -50,7 +50,10 @@ def _rest(runner: Any, name: str, answers: Mapping[str, Sequence[int]]) -> Seque
 
 def _tell(forest: Any, rest: Sequence[Sequence[int]]) -> None:
     """Gains become 1 for nodes that will be accepted and 0 for others."""
-    for c in forest.candidates:
-        above = 1.0 if c.parent is None else c.parent.gain
-        known = rest[c.request]
-        c.gain = above * float(c.depth <= len(known) and known[c.depth - 1] == c.token)
+    nodes = forest.nodes
+    gains: list[float] = []
+    for request, parent, token, depth in nodes[["request", "parent", "token", "depth"]].tolist():
+        known = rest[request]
+        right = depth <= len(known) and known[depth - 1] == token
+        gains.append(float(right) * (gains[parent] if parent >= 0 else 1.0))
+    forest.regain(gains)

@@ -6,7 +6,6 @@ laid out, scored, noted, counted and drafted for as in an engine, and only what 
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
 import time
@@ -34,6 +33,7 @@ from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.options import ADAPTIVE_WIDTH, CloverOptions
 from clover_vllm.engine.runner import CloverCPUModelRunner
 from clover_vllm.engine.scorer import TreeScorer
+from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.costs import Costs, Curve
 from clover_vllm.tree.step import CurrentStep
 
@@ -46,7 +46,7 @@ WIDTH = 576
 """Of hidden states, as SmolLM2-135M's."""
 
 BLOCK = 128
-PROMPT = 300
+PROMPT = 2 * BLOCK
 NODES = 16
 CHANCES = (0.5, 0.2, 0.1, 0.06, 0.04, 0.03, 0.02, 0.01)
 """Of the head's candidates; and how often each is what the target says."""
@@ -92,7 +92,7 @@ class _Head:
     def __init__(self, rng: random.Random, roots: Sequence[tuple[int, int]]) -> None:
         """roots: request and position of each."""
         self._rng, self._states = rng, list(roots)
-        self._log_chances = [math.log(chance) for chance in CHANCES]
+        self._log_chances = np.log(CHANCES)
 
     def _candidates(self, r: int, position: int) -> list[int]:
         tokens = [VOCAB + i for i in range(len(CHANCES))]
@@ -101,18 +101,18 @@ class _Head:
             tokens[right] = said(r, position + 1)
         return tokens
 
-    def first(self) -> tuple[list[list[float]], list[list[int]]]:
-        found = [self._candidates(*state) for state in self._states]
-        return [self._log_chances] * len(found), found
+    def _behind(self, states: Sequence[tuple[int, int]]) -> tuple[Floats, Ints]:
+        found = np.array([self._candidates(*state) for state in states])
+        return np.tile(self._log_chances, (len(found), 1)), found
 
-    def expand(
-        self, parents: Sequence[int], tokens: Sequence[int]
-    ) -> tuple[list[list[float]], list[list[int]]]:
+    def first(self) -> tuple[Floats, Ints]:
+        return self._behind(self._states)
+
+    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
         del tokens
-        above = [self._states[parent] for parent in parents]
-        self._states += [(r, position + 1) for r, position in above]
-        found = [self._candidates(r, position + 1) for r, position in above]
-        return [self._log_chances] * len(found), found
+        level = [(r, position + 1) for r, position in (self._states[parent] for parent in parents.tolist())]
+        self._states += level
+        return self._behind(level)
 
 
 class _Drafter:
@@ -158,7 +158,9 @@ def _timed(timer: StepTimer, owner: Any, name: str, part: str) -> None:
 def _costs(drafts: bool) -> Costs:
     """With which drafting some nodes for everybody pays, or none."""
     step, draft = Curve({1: 10.0, 64: 12.0, 4096: 30.0}), Curve({1: 0.05 if drafts else 100.0})
-    return Costs(step, Curve({1: 0.1}), draft, draft, draft, cached=1e-5, crossed=1e-6)
+    return Costs(
+        step, Curve({1: 0.1}), draft, draft, draft, cached=1e-5, crossed=1e-6, asking=Curve({1: 0.1})
+    )
 
 
 class Stand:
@@ -227,7 +229,7 @@ class Stand:
         runner.speculation = speculation = Speculation(runner)
         speculation.initialize()
         costs = _costs(drafts)
-        for name in ("learn_step", "learn_outside"):  # steps take no time here
+        for name in ("learn_step", "learn_outside", "learn_drafting"):  # steps take no time here
             setattr(costs, name, lambda *_: None)
         speculation.sizer = runner.drafter.sizer = sizer = Sizer(costs, NODES)
         setattr(sizer.ledger, "forbids", lambda _: False)  # noqa: B010

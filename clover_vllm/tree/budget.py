@@ -9,7 +9,6 @@ every node, and trees are chosen before it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +31,7 @@ class Budget:
     price: float  # probability that a further node needs to pay for its row
 
 
-def choose_budget(
-    gains: Iterable[float], sampling: float, milliseconds: Sequence[float], spent: float = 0.0
-) -> Budget:
+def choose_budget(gains: Floats, sampling: float, milliseconds: Floats, spent: float = 0.0) -> Budget:
     """The number of nodes with the most expected tokens per millisecond.
 
     Args:
@@ -43,11 +40,9 @@ def choose_budget(
         milliseconds: [N + 1] or more, of a step that verifies 0, 1, 2, ... nodes, never falling.
         spent: milliseconds of drafting, which are added to all.
     """
-    tokens, best, rate = sampling, 0, sampling / (milliseconds[0] + spent)
-    for count, gain in enumerate(gains, start=1):
-        tokens += gain
-        if tokens > rate * (milliseconds[count] + spent):
-            best, rate = count, tokens / (milliseconds[count] + spent)
+    tokens = sampling + np.concatenate(([0.0], np.cumsum(gains)))
+    rates = tokens / (milliseconds[: len(tokens)] + spent)
+    best = int(np.argmax(rates))
     after = min(best + PRICED_ROWS, len(milliseconds) - 1)
-    slope = (milliseconds[after] - milliseconds[best]) / max(1, after - best)
-    return Budget(best, rate, rate * slope)
+    slope = float(milliseconds[after] - milliseconds[best]) / max(1, after - best)
+    return Budget(best, float(rates[best]), float(rates[best]) * slope)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+import numpy.typing as npt
 
 from clover_vllm.tree.budget import Floats, Ints
 
@@ -21,12 +20,16 @@ _RIDGE = 4.0  # pulls towards the values at the start, as this many outcomes of 
 _DAMPING = 50.0  # outcomes at which a Newton step is half as long
 
 
-def log_odds(log_prob: float) -> float:
-    """Of a log-probability, clamped; of a NaN the lowest."""
-    if not log_prob < -1e-12:
-        return CLAMP if log_prob >= -1e-12 else -CLAMP
-    odds = log_prob - math.log(-math.expm1(log_prob))
-    return min(max(odds, -CLAMP), CLAMP)
+def log_odds(log_probs: Floats) -> Floats:
+    """Of log-probabilities, clamped; of a NaN the lowest."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds = log_probs - np.log(-np.expm1(np.minimum(log_probs, 0.0)))
+    return np.clip(np.where(np.isnan(log_probs), -CLAMP, odds), -CLAMP, CLAMP)
+
+
+def chances(slopes: Floats | float, odds: Floats, intercepts: Floats) -> Floats:
+    """Of acceptance, by log-odds and what calibration has learnt."""
+    return 1.0 / (1.0 + np.exp(-slopes * odds - intercepts))
 
 
 class Calibration:
@@ -46,34 +49,33 @@ class Calibration:
         self.slope = 1.0
         self.intercepts = np.zeros(kinds) if intercepts is None else intercepts.astype(np.float64)
         self._start = self.intercepts.copy()
-        self._quick: list[float] = self.intercepts.tolist()
         self._odds = np.zeros(WINDOW)
         self._kinds = np.zeros(WINDOW, dtype=np.int64)
         self._accepted = np.zeros(WINDOW)
         self._seen = self._fitted = 0
 
-    def __call__(self, odds: float, kind: int) -> float:
-        """Chance of acceptance of a node with these log-odds."""
-        return 1.0 / (1.0 + math.exp(-self.slope * odds - self._quick[kind]))
+    def __call__(self, odds: Floats, kinds: Ints) -> Floats:
+        """Chances of acceptance of nodes with these log-odds."""
+        return chances(self.slope, odds, self.intercepts[kinds])
 
-    def learn(self, odds: float, kind: int, accepted: bool) -> None:
-        """The outcome of a node whose parent was accepted."""
-        place = self._seen % WINDOW
-        self._odds[place], self._kinds[place], self._accepted[place] = odds, kind, accepted
-        self._seen += 1
+    def learn(self, odds: npt.ArrayLike, kinds: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
+        """The outcomes of nodes whose parents were accepted, each [N]."""
+        count = np.size(odds)
+        if not count:
+            return
+        places = (self._seen + np.arange(count)) % WINDOW
+        self._odds[places], self._kinds[places], self._accepted[places] = odds, kinds, accepted
+        self._seen += count
         if self._seen - self._fitted >= EVERY:
             self._fitted = self._seen
             self._fit()
-
-    def _chances(self, odds: Floats, kinds: Ints) -> Floats:
-        return 1.0 / (1.0 + np.exp(-self.slope * odds - self.intercepts[kinds]))
 
     def _fit(self) -> None:
         """One Newton step on all that is remembered. The Hessian is an arrowhead: solved by its Schur complement."""
         count = min(self._seen, WINDOW)
         x, kinds = self._odds[:count], self._kinds[:count]
-        chances = self._chances(x, kinds)
-        weights, errors = chances * (1.0 - chances), self._accepted[:count] - chances
+        expected = self(x, kinds)
+        weights, errors = expected * (1.0 - expected), self._accepted[:count] - expected
         number = len(self.intercepts)
         ridge = _RIDGE / 4.0
         down = np.bincount(kinds, errors, number) - ridge * (self.intercepts - self._start)
@@ -85,4 +87,3 @@ class Calibration:
         damping = count / (count + _DAMPING)
         self.slope = float(np.clip(self.slope + damping * slope_step, 0.05, 3.0))
         self.intercepts += damping * np.clip((down - cross * slope_step) / diagonal, -2.0, 2.0)
-        self._quick = self.intercepts.tolist()

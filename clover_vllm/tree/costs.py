@@ -110,6 +110,8 @@ class Costs:
     level: Curve  # of a further level, by nodes
     cached: float  # per cached token that is read
     crossed: float  # per pair of a node and a cached token
+    # What asking the head takes besides its passes, by requests. Not timed at start-up, but learnt.
+    asking: Curve = field(default_factory=lambda: Curve({1.0: 0.5, 64.0: 3.0}))
     outside: float = 1.0  # between two steps: scheduling, output
     speed: float = 1.0  # of the machine now, over what the curves say
     steepness: float = 1.0  # of what further rows cost, over what the curves say
@@ -157,6 +159,10 @@ class Costs:
         """Milliseconds of the augmenting block."""
         return self.speed * self.augment.at(rows)
 
+    def of_asking(self, requests: float) -> float:
+        """Milliseconds of drafting for some requests besides the head's passes."""
+        return self.speed * self.asking.at(requests)
+
     def of_first(self, requests: float) -> float:
         """Milliseconds of the first level."""
         return self.speed * self.first.at(requests)
@@ -201,7 +207,7 @@ class Costs:
             self.outside += 0.05 * (milliseconds - self.outside)
 
     def learn_drafting(self, part: str, rows: float, milliseconds: float) -> None:
-        """`augment`, `first` or `level` took this long."""
+        """`augment`, `first`, `level` or `asking` took this long."""
         curve: Curve = getattr(self, part)
         expected = curve.at(rows)
         curve.learn(rows, min(milliseconds / self.speed, 2.0 * expected) - expected, DRAFTING)

@@ -1,21 +1,21 @@
 """Growing the trees of a whole batch together, as far as nodes and levels pay.
 
 Candidates of all requests lie in one `Forest`. The head is asked level by level for the continuations of those that
-may pay, and `choose_budget` says in the end which nodes are verified. Legend: R requests, K candidates per node, M
-nodes expanded in a level.
+may pay, and `choose_budget` says in the end which nodes are verified. Nothing loops over requests or nodes in Python
+but what makes the trees. Legend: R requests, K candidates per node, M nodes expanded in a level.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 
-from clover_vllm.tree.budget import Budget, Floats, choose_budget
-from clover_vllm.tree.calibration import Calibration, log_odds
+from clover_vllm.tree.budget import Budget, Floats, Ints, choose_budget
+from clover_vllm.tree.calibration import Calibration, chances, log_odds
 from clover_vllm.tree.draft import ROOT, Tree
 
 DEPTHS = 8
@@ -34,19 +34,35 @@ KINDS = _BOTH + len(MATCHES)
 FLOOR = 0.01
 """Candidates below this chance are not looked at: no step is so cheap that they would pay."""
 
+NODE = np.dtype(
+    [
+        ("request", np.int64),
+        ("parent", np.int64),  # place among the candidates, or ROOT
+        ("token", np.int64),
+        ("depth", np.int64),
+        ("kind", np.int64),
+        ("odds", np.float64),
+        ("chance", np.float64),  # of acceptance if its parent is accepted
+        ("gain", np.float64),  # of its whole path
+        ("state", np.int64),  # of the head, once it is expanded; before that -1
+        ("best_child", np.float64),  # chance of the likeliest child that the head gave
+    ]
+)
+"""A node that may be verified."""
 
-def head_kind(depth: int) -> int:
-    """Of a node that the head proposes."""
-    return min(depth, DEPTHS) - 1
+
+def head_kind(depth: Ints) -> Ints:
+    """Of nodes that the head proposes."""
+    return np.minimum(depth, DEPTHS) - 1
 
 
 def _match(length: int) -> int:
     return sum(length >= bound for bound in MATCHES[1:])
 
 
-def retrieved_kind(length: int, depth: int) -> int:
-    """Of a node that follows in an earlier text, where the last `length` tokens were the same."""
-    return _RETRIEVED + _match(length) * MATCH_DEPTHS + min(depth, MATCH_DEPTHS) - 1
+def retrieved_kind(match: Ints, depth: Ints) -> Ints:
+    """Of nodes that follow in an earlier text, by place of the match's length in `MATCHES`."""
+    return _RETRIEVED + match * MATCH_DEPTHS + np.minimum(depth, MATCH_DEPTHS) - 1
 
 
 def source_of(kind: int) -> str:
@@ -54,26 +70,30 @@ def source_of(kind: int) -> str:
     return "head" if kind < _RETRIEVED else "retrieved" if kind < _BOTH else "both"
 
 
+_OF_SOURCE = {
+    source: np.array([source_of(kind) == source for kind in range(KINDS)])
+    for source in ("head", "retrieved", "both")
+}
+
+
 def first_intercepts() -> Floats:
     """Where calibration starts: a retrieved node is no certainty, one on which both agree is likelier."""
     start = np.zeros(KINDS)
-    for m in range(len(MATCHES)):
-        for depth in range(1, MATCH_DEPTHS + 1):
-            start[retrieved_kind(MATCHES[m], depth)] = -3.0 + 0.5 * m
-        start[_BOTH + m] = 0.5
+    for match in range(len(MATCHES)):
+        own = retrieved_kind(np.full(MATCH_DEPTHS, match), np.arange(1, MATCH_DEPTHS + 1))
+        start[own] = -3.0 + 0.5 * match
+        start[_BOTH + match] = 0.5
     return start
 
 
 class LevelDrafter(Protocol):
     """The head, level by level. States are numbered: 0 to R - 1 the roots', then those of `expand`, in order."""
 
-    def first(self) -> tuple[list[list[float]], list[list[int]]]:
+    def first(self) -> tuple[Floats, Ints]:
         """Log-probabilities, falling, and tokens behind the roots, each [R, K]."""
         ...
 
-    def expand(
-        self, parents: Sequence[int], tokens: Sequence[int]
-    ) -> tuple[list[list[float]], list[list[int]]]:
+    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
         """The same, [M, K], behind nodes given by their parents' states and their tokens, each [M]."""
         ...
 
@@ -93,31 +113,17 @@ class Prices:
     """What decides whether a level is drafted and a node verified."""
 
     sampling: int  # requests of the next step that sample a token
-    of_nodes: Callable[
-        [int], Sequence[float]
-    ]  # milliseconds of a step with 0, 1, ... nodes, to this number or more
+    of_nodes: Callable[[int], Floats]  # milliseconds of a step with 0, 1, ... nodes, to this number or more
     of_level: Callable[[int], float]  # milliseconds of a level that expands this number of nodes
     spent: float = 0.0  # milliseconds of drafting so far
 
 
-@dataclass(slots=True)
-class Candidate:
-    """A node that may be verified."""
-
-    request: int
-    parent: Candidate | None  # None: the root
-    token: int
-    depth: int
-    kind: int
-    odds: float
-    chance: float  # of acceptance if its parent is accepted
-    gain: float  # of its whole path
-    state: int = -1  # of the head, once it is expanded
-    best_child: float = 0.0  # chance of the likeliest child that the head gave
-
-
 class Forest:
-    """Candidates of all requests, parents first."""
+    """Candidates of all requests, parents first.
+
+    Attributes:
+        nodes: [N], of dtype `NODE`. Those that were retrieved come before the head's.
+    """
 
     def __init__(
         self, limits: Sequence[int], room: Sequence[int], calibrations: Sequence[Calibration]
@@ -128,37 +134,67 @@ class Forest:
             room: [R], greatest depth of use per request.
             calibrations: [R], which of them speaks for a request.
         """
-        self._limits, self._room, self._calibrations = limits, room, calibrations
-        self.candidates: list[Candidate] = []
-        self._retrieved: dict[tuple[int, int, int], Candidate] = {}  # request, parent's id, token
-        self._children: dict[int, list[Candidate]] = {}  # retrieved ones by their parent's id
-        self._matches: dict[int, int] = {}  # by request
+        self.nodes = np.empty(0, NODE)
+        self._limits, self._room = np.array(limits, np.int64), np.array(room, np.int64)
+        known = {id(c): c for c in calibrations}
+        order = {key: i for i, key in enumerate(known)}
+        self._speaks = np.array([order[id(c)] for c in calibrations], np.int64)
+        self._slopes = np.array([c.slope for c in known.values()])
+        self._intercepts = np.array([c.intercepts for c in known.values()])
+        self._matches = np.zeros(len(limits), np.int64)
+        self._best: Ints | None = None  # until nodes change
+        self._found = 0  # retrieved nodes
+        self._keys: Ints = np.empty(0, np.int64)  # of retrieved nodes, ascending
+        self._places: Ints = np.empty(0, np.int64)  # theirs
 
     def retrieve(self, found: Mapping[int, Retrieved]) -> None:
         """Add retrieved continuations, by request, before anything of the head."""
-        for request, own in found.items():
-            made: list[Candidate] = []
-            calibration = self._calibrations[request]
-            for token, parent, joint in zip(own.tokens, own.parents, own.probabilities, strict=True):
-                above = None if parent == ROOT else made[parent]
-                depth, whole, gain = 1, 1.0, 1.0
-                if above is not None:
-                    depth, whole, gain = above.depth + 1, own.probabilities[parent], above.gain
-                share = min(max(joint / max(whole, 1e-6), 0.02), 0.98)
-                odds, kind = log_odds(math.log(share)), retrieved_kind(own.match, depth)
-                chance = calibration(odds, kind)
-                made.append(Candidate(request, above, token, depth, kind, odds, chance, gain * chance))
-                self._retrieved[request, id(above), token] = made[-1]
-                self._children.setdefault(id(above), []).append(made[-1])
-            self._matches[request] = own.match
-            self.candidates += made
+        if not found:
+            return
+        sizes = np.array([len(own.tokens) for own in found.values()])
+        requests = np.array([*found])
+        self._matches[requests] = [_match(own.match) for own in found.values()]
+        made = _nodes(np.repeat(requests, sizes))
+        made["token"] = [*chain.from_iterable(own.tokens for own in found.values())]
+        parents = np.array([*chain.from_iterable(own.parents for own in found.values())])
+        roots = parents == ROOT
+        parents += np.repeat(np.cumsum(sizes) - sizes, sizes)
+        made["parent"] = parents = np.where(roots, ROOT, parents)
+        joint = np.array([*chain.from_iterable(own.probabilities for own in found.values())])
+        whole = np.where(roots, 1.0, joint[parents])
+        made["odds"] = log_odds(np.log(np.clip(joint / np.maximum(whole, 1e-6), 0.02, 0.98)))
+        made["depth"] = 1
+        for deeper, _ in _upwards(parents):
+            made["depth"] += deeper
+        made["kind"] = retrieved_kind(self._matches[made["request"]], made["depth"])
+        made["chance"] = self._chances(made["request"], made["odds"], made["kind"])
+        self.nodes, self._found, self._best = made, len(made), None
+        self._multiply()
+        keys = self._keys_of(made["request"], parents, made["token"])
+        self._places = np.argsort(keys, kind="stable")
+        self._keys = keys[self._places]
+
+    def _chances(self, requests: Ints, odds: Floats, kinds: Ints) -> Floats:
+        who = self._speaks[requests]
+        return chances(self._slopes[who], odds, self._intercepts[who, kinds])
+
+    def _multiply(self) -> None:
+        """Gains of retrieved nodes."""
+        nodes = self.nodes[: self._found]
+        gains = nodes["chance"].copy()
+        for deeper, above in _upwards(nodes["parent"]):
+            gains *= np.where(deeper, nodes["chance"][above], 1.0)
+        nodes["gain"] = gains
+
+    def _keys_of(self, requests: Ints, parents: Ints, tokens: Ints) -> Ints:
+        return (np.where(parents == ROOT, requests, len(self._limits) + parents) << 32) + tokens
 
     def grow_head(
         self,
         drafter: LevelDrafter,
         requests: Sequence[int],
         prices: Prices,
-        following: Sequence[float],
+        following: Floats,
         levels: int,
         width: int = 4,
     ) -> None:
@@ -172,112 +208,181 @@ class Forest:
             levels: most levels.
             width: most nodes that a level expands, per request on average.
         """
-        log_probs, tokens = drafter.first()
-        for request, own, ids in zip(requests, log_probs, tokens, strict=True):
-            self._extend(request, None, own, ids)
-        states, roots = len(requests), {request: i for i, request in enumerate(requests)}
-        last = len(following) - 1
+        asked = np.array(requests)
+        roots = np.full(len(self._limits), -1)
+        roots[asked] = np.arange(len(asked))
+        self._extend(asked, np.full(len(asked), ROOT), *drafter.first())
+        states = len(asked)
         for _ in range(levels - 1):
-            budget = self.budget(prices)
-            chosen: list[tuple[float, Candidate]] = []
-            for c in self.candidates:
-                if c.state >= 0 or c.depth >= self._room[c.request]:
-                    continue
-                surplus = c.gain * following[min(c.depth, last)] - budget.price
-                known = c.request in roots if c.parent is None else c.parent.state >= 0
-                if surplus > 0.0 and known:
-                    chosen.append((surplus, c))
-            if len(chosen) > width * len(requests):
-                chosen = sorted(chosen, key=lambda pair: -pair[0])[: width * len(requests)]
+            budget, nodes = self.budget(prices), self.nodes
+            if not len(nodes):
+                return
+            above = np.where(
+                nodes["parent"] == ROOT, roots[nodes["request"]], nodes["state"][nodes["parent"]]
+            )
+            able = (nodes["state"] < 0) & (above >= 0) & (nodes["depth"] < self._room[nodes["request"]])
+            hopes = nodes["gain"] * following[np.minimum(nodes["depth"], len(following) - 1)] - budget.price
+            chosen = np.flatnonzero(able & (hopes > 0.0))
+            if len(chosen) > width * len(asked):
+                chosen = chosen[np.argsort(-hopes[chosen], kind="stable")[: width * len(asked)]]
             cost = prices.of_level(len(chosen))
-            if not chosen or sum(surplus for surplus, _ in chosen) <= budget.rate * cost:
+            if not len(chosen) or hopes[chosen].sum() <= budget.rate * cost:
                 return
             prices.spent += cost
-            level = [c for _, c in chosen]
-            parents = [roots[c.request] if c.parent is None else c.parent.state for c in level]
-            log_probs, tokens = drafter.expand(parents, [c.token for c in level])
-            for state, (c, own, ids) in enumerate(zip(level, log_probs, tokens, strict=True), start=states):
-                c.state = state
-                self._extend(c.request, c, own, ids)
-            states += len(level)
+            nodes["state"][chosen] = states + np.arange(len(chosen))
+            states += len(chosen)
+            found = drafter.expand(above[chosen], nodes["token"][chosen])
+            self._extend(nodes["request"][chosen], chosen, *found)
 
-    def _extend(
-        self, request: int, parent: Candidate | None, log_probs: Sequence[float], tokens: Sequence[int]
-    ) -> None:
-        """Add the head's children, [K], likeliest first. A NaN adds none."""
-        depth, whole = (1, 1.0) if parent is None else (parent.depth + 1, parent.gain)
-        if depth > self._room[request] or not math.isfinite(sum(log_probs)):
-            return
-        calibration, kind = self._calibrations[request], head_kind(depth)
-        for log_prob, token in zip(log_probs, tokens, strict=True):
-            odds = log_odds(log_prob)
-            agreed = self._retrieved.get((request, id(parent), token)) if self._retrieved else None
-            if agreed is not None:
-                self._agree(agreed, odds)
-                chance = agreed.chance
-            else:
-                chance = calibration(odds, kind)
-                gain = whole * chance
-                if gain < FLOOR:
-                    continue
-                self.candidates.append(Candidate(request, parent, token, depth, kind, odds, chance, gain))
-            if parent is not None and chance > parent.best_child:
-                parent.best_child = chance
+    def _extend(self, requests: Ints, parents: Ints, log_probs: Floats, tokens: Ints) -> None:
+        """Add the head's children of nodes or roots, [M, K], likeliest first. A NaN adds none of its row."""
+        deeper = parents[0] != ROOT
+        depths = self.nodes["depth"][parents] + 1 if deeper else np.ones_like(parents)
+        usable = (depths <= self._room[requests]) & np.isfinite(log_probs).all(axis=1)
+        if not usable.all():
+            requests, parents, depths = requests[usable], parents[usable], depths[usable]
+            log_probs, tokens = log_probs[usable], tokens[usable]
+        whole = self.nodes["gain"][parents] if deeper else np.ones(len(parents))
+        width = log_probs.shape[1]
+        made = _nodes(np.repeat(requests, width))
+        made["parent"], made["depth"] = np.repeat(parents, width), np.repeat(depths, width)
+        made["token"], made["odds"] = tokens.ravel(), log_odds(log_probs).ravel()
+        made["kind"] = head_kind(made["depth"])
+        made["chance"] = self._chances(made["request"], made["odds"], made["kind"])
+        made["gain"] = np.repeat(whole, width) * made["chance"]
+        added = made["gain"] >= FLOOR
+        if self._found:
+            added &= ~self._agree(made)
+        if deeper:
+            self.nodes["best_child"][parents] = made["chance"].reshape(-1, width).max(axis=1)
+        self.nodes, self._best = np.concatenate((self.nodes, made[added])), None
 
-    def _agree(self, candidate: Candidate, odds: float) -> None:
-        """The head proposes a retrieved node too."""
-        candidate.kind = _BOTH + _match(self._matches[candidate.request])
-        candidate.odds = odds
-        chance = self._calibrations[candidate.request](odds, candidate.kind)
-        if chance > candidate.chance:
-            candidate.chance = chance
-            self._multiply(candidate)
+    def _agree(self, made: Any) -> Any:
+        """Where the head proposes a retrieved node too: that node is then both's, with the higher chance."""
+        keys = self._keys_of(made["request"], made["parent"], made["token"])
+        spots = np.minimum(np.searchsorted(self._keys, keys), self._found - 1)
+        agreed = self._keys[spots] == keys
+        if agreed.any():
+            places, own = self._places[spots[agreed]], made[agreed]
+            kinds = _BOTH + self._matches[own["request"]]
+            nodes = self.nodes
+            nodes["kind"][places], nodes["odds"][places] = kinds, own["odds"]
+            likelier = np.maximum(nodes["chance"][places], self._chances(own["request"], own["odds"], kinds))
+            nodes["chance"][places] = made["chance"][agreed] = likelier
+            self._multiply()
+        return agreed
 
-    def _multiply(self, candidate: Candidate) -> None:
-        """Gains anew from a node downwards, where so far there are retrieved nodes only."""
-        candidate.gain = candidate.chance * (1.0 if candidate.parent is None else candidate.parent.gain)
-        for child in self._children.get(id(candidate), ()):
-            self._multiply(child)
+    def regain(self, gains: Sequence[float]) -> None:
+        """Other gains than were reckoned, [N]."""
+        self.nodes["gain"], self._best = gains, None
 
-    def best(self) -> list[Candidate]:
-        """Candidates by falling gain, parents first, no more of a request than its limit."""
-        usable = [c for c in self.candidates if c.gain >= FLOOR and c.depth <= self._room[c.request]]
-        usable.sort(key=_falling)  # stable
-        counts = [0] * len(self._limits)
-        found = []
-        for c in usable:
-            if counts[c.request] < self._limits[c.request]:
-                counts[c.request] += 1
-                found.append(c)
-        return found
+    def best(self) -> Ints:
+        """Places of candidates by falling gain, parents first, no more of a request than its limit."""
+        if self._best is None:
+            self._best = self._sort()
+        return self._best
+
+    def _sort(self) -> Ints:
+        nodes = self.nodes
+        usable = np.flatnonzero((nodes["gain"] >= FLOOR) & (nodes["depth"] <= self._room[nodes["request"]]))
+        falling = usable[np.argsort(-nodes["gain"][usable], kind="stable")]
+        requests = nodes["request"][falling]
+        if not len(falling) or np.bincount(requests).max() <= self._limits.min():
+            return falling
+        return falling[_rank(requests) < self._limits[requests]]
 
     def budget(self, prices: Prices) -> Budget:
         """The best number of nodes, given what has been spent."""
-        gains = [c.gain for c in self.best()]
+        gains = self.nodes["gain"][self.best()]
         return choose_budget(gains, prices.sampling, prices.of_nodes(len(gains)), prices.spent)
+
+    def of_head(self) -> Any:
+        """Candidates that the head alone proposes."""
+        return self.nodes[self.nodes["kind"] < _RETRIEVED]
 
     def saved_by_retrieval(self, budget: Budget) -> float:
         """Milliseconds that the chosen nodes save which only retrieval proposes."""
-        own = (c.gain - budget.price for c in self.best()[: budget.nodes] if _RETRIEVED <= c.kind < _BOTH)
-        return sum(max(0.0, surplus) for surplus in own) / budget.rate
+        chosen = self.nodes[self.best()[: budget.nodes]]
+        own = (chosen["kind"] >= _RETRIEVED) & (chosen["kind"] < _BOTH)
+        return float(np.maximum(chosen["gain"][own] - budget.price, 0.0).sum()) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:
         """The best `count` nodes as one tree per request."""
-        by_request: list[list[Candidate]] = [[] for _ in self._limits]
-        position = {id(None): ROOT}
-        for c in self.best()[:count]:
-            position[id(c)] = len(by_request[c.request])
-            by_request[c.request].append(c)
+        best = self.best()[:count]
+        requests = self.nodes["request"][best]
+        best = best[np.argsort(requests, kind="stable")]  # by request, and there as before
+        chosen = self.nodes[best]
+        ends = np.cumsum(np.bincount(requests, minlength=len(self._limits)))
+        position = np.full(len(self.nodes) + 1, ROOT)  # within its tree; the last is the root's
+        position[best] = _rank(chosen["request"])
+        tokens, parents = chosen["token"].tolist(), position[chosen["parent"]].tolist()
+        gains = chosen["gain"].tolist()
+        signals = [*zip(chosen["kind"].tolist(), chosen["odds"].tolist(), strict=True)]
         return [
-            Tree(
-                [c.token for c in own],
-                [position[id(c.parent)] for c in own],
-                [c.gain for c in own],
-                [(c.kind, c.odds) for c in own],
-            )
-            for own in by_request
+            Tree(tokens[a:b], parents[a:b], gains[a:b], signals[a:b]) if a < b else _EMPTY
+            for a, b in pairwise([0, *ends.tolist()])
         ]
 
 
-def _falling(candidate: Candidate) -> float:
-    return -candidate.gain
+_EMPTY = Tree([], [])
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What came of the nodes that a forest's trees verified, each [N]."""
+
+    requests: Ints
+    kinds: Ints
+    odds: Floats
+    accepted: Any  # bool
+    tested: Any  # bool: whether their parents were accepted
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree | None], accepted: Sequence[Sequence[int]]) -> Outcomes:
+        """
+        Args:
+            trees: by request.
+            accepted: nodes, by request.
+        """
+        sizes = np.array([len(tree.tokens) if tree is not None else 0 for tree in trees])
+        starts = np.cumsum(sizes) - sizes
+        own = [tree for tree in trees if tree is not None]
+        parents = np.array([*chain.from_iterable(tree.parents for tree in own)], np.int64)
+        signals = np.array([*chain.from_iterable(tree.signals for tree in own)], np.float64).reshape(-1, 2)
+        came = np.zeros(len(parents), bool)
+        came[
+            [first + node for first, nodes in zip(starts.tolist(), accepted, strict=True) for node in nodes]
+        ] = True
+        tested = (parents == ROOT) | came[parents + np.repeat(starts, sizes)]
+        requests = np.repeat(np.arange(len(trees)), sizes)
+        return cls(requests, signals[:, 0].astype(np.int64), signals[:, 1], came, tested)
+
+    def count(self, source: str) -> tuple[int, int]:
+        """Nodes of a source, and how many of them were accepted."""
+        own = _OF_SOURCE[source][self.kinds]
+        return int(own.sum()), int(self.accepted[own].sum())
+
+
+def _nodes(requests: Ints) -> Any:
+    """Candidates of these requests, all else to be filled in."""
+    made = np.zeros(len(requests), NODE)
+    made["request"], made["state"] = requests, -1
+    return made
+
+
+def _upwards(parents: Ints) -> Iterator[tuple[Any, Ints]]:
+    """For every node its ancestors, nearest first: whether it has one that far up, and its place."""
+    above = parents
+    while (deeper := above != ROOT).any():
+        yield deeper, above
+        above = np.where(deeper, parents[above], ROOT)
+
+
+def _rank(groups: Ints) -> Ints:
+    """How many before each have the same group, [N]."""
+    order = np.argsort(groups, kind="stable")
+    ranked = groups[order]
+    starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))) if len(groups) else groups
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
+    return ranks

@@ -23,6 +23,7 @@ from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
 from clover_vllm.engine.models.head import TreeHead
 from clover_vllm.engine.options import ADAPTIVE_WIDTH, CloverOptions
 from clover_vllm.tree import Tree, grow_best_first, grow_fixed
+from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.forest import Forest, Prices
 
 
@@ -69,25 +70,26 @@ class HeadLevels:
         """
         self._head, self._states, self._learn = head, g, learn
 
-    def first(self) -> tuple[list[list[float]], list[list[int]]]:
+    def first(self) -> tuple[Floats, Ints]:
         begun = time.perf_counter()
         self._states = self._head.root_states(self._states)
-        log_probs, tokens = self._head.first(self._states)
-        found = log_probs.tolist(), tokens.tolist()
-        self._learn("first", len(tokens), 1e3 * (time.perf_counter() - begun))
+        found = _on_host(*self._head.first(self._states))
+        self._learn("first", len(found[0]), 1e3 * (time.perf_counter() - begun))
         return found
 
-    def expand(
-        self, parents: Sequence[int], tokens: Sequence[int]
-    ) -> tuple[list[list[float]], list[list[int]]]:
+    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
         begun = time.perf_counter()
         device = self._states.device
-        above = self._states[torch.tensor(parents, device=device)]
-        states, log_probs, children = self._head.expand(above, torch.tensor(tokens, device=device))
+        above = self._states[torch.from_numpy(parents).to(device)]
+        states, *children = self._head.expand(above, torch.from_numpy(tokens).to(device))
         self._states = torch.cat((self._states, states))
-        found = log_probs.tolist(), children.tolist()
+        found = _on_host(*children)
         self._learn("level", len(tokens), 1e3 * (time.perf_counter() - begun))
         return found
+
+
+def _on_host(log_probs: torch.Tensor, tokens: torch.Tensor) -> tuple[Floats, Ints]:
+    return log_probs.to("cpu", torch.float64).numpy(), tokens.to("cpu", torch.int64).numpy()
 
 
 class Clover2Proposer(EagleProposer):

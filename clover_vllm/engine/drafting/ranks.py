@@ -6,11 +6,11 @@ ask the head for different levels and wait for each other for ever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 from vllm.distributed import get_tp_group
 
+from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.forest import LevelDrafter
 
 T = TypeVar("T")
@@ -33,12 +33,10 @@ class LeadingLevels:
     def __init__(self, levels: LevelDrafter) -> None:
         self._levels = levels
 
-    def first(self) -> tuple[list[list[float]], list[list[int]]]:
+    def first(self) -> tuple[Floats, Ints]:
         return self._levels.first()
 
-    def expand(
-        self, parents: Sequence[int], tokens: Sequence[int]
-    ) -> tuple[list[list[float]], list[list[int]]]:
+    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
         agree((parents, tokens))
         return self._levels.expand(parents, tokens)
 

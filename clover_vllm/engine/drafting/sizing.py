@@ -7,7 +7,6 @@ a request now and then. See `tree.budget`, `tree.calibration` and `tree.costs` f
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clover_vllm.engine.drafting.ledger import Ledger
-from clover_vllm.tree import ROOT, Tree
+from clover_vllm.tree.budget import Floats
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
-from clover_vllm.tree.forest import KINDS, Forest, Prices, first_intercepts, source_of
+from clover_vllm.tree.forest import KINDS, Forest, Outcomes, Prices, first_intercepts
 
 SAMPLES = 48
 """Latest drafts that stand for what drafting finds."""
@@ -104,17 +103,15 @@ class Sizer:
     limit: int
     greedy: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
     sampling: Calibration = field(default_factory=lambda: Calibration(KINDS, first_intercepts()))
-    following: list[float] = field(default_factory=lambda: [0.6] * (MOST_LEVELS + 2))
+    following: Floats = field(default_factory=lambda: np.full(MOST_LEVELS + 2, 0.6))
     asleep: bool = False
     saved: float = 0.0
     retrieving: Habit = field(default_factory=Habit)
     ledger: Ledger = field(default_factory=Ledger)
     found: Ledger = field(default_factory=Ledger)
     reading: float = 2.0  # positions that the head reads per request that it is asked for, lately
-    overhead: float = 0.1  # milliseconds per such request besides the head's passes
-    _samples: deque[list[tuple[float, int]]] = field(
-        default_factory=lambda: deque(maxlen=SAMPLES)
-    )  # gain, depth
+    # Gains and depths of the head's likeliest nodes, [nodes, 2], of the latest drafts.
+    _samples: deque[Floats] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     _steps: int = 0
     _thought: tuple[int, int] = (0, -(10**9))  # requests and step of the last decision
     _probed: int = 0
@@ -145,11 +142,12 @@ class Sizer:
         size = StepSize(sampling + prompt_rows, sampling, cached)
         prompts = self.costs.of_step(size) - self.costs.of_step(StepSize(sampling, sampling, cached))
         context = sum(w.cached for w in wanted) / max(1, len(wanted))
-        known: list[float] = []
+        known: Floats = np.empty(0)
 
-        def of_nodes(count: int) -> list[float]:
+        def of_nodes(count: int) -> Floats:
+            nonlocal known
             if len(known) < count + 1:
-                known[:] = (self.costs.of_nodes(size, max(64, 2 * count), context) - prompts).tolist()
+                known = self.costs.of_nodes(size, max(64, 2 * count), context) - prompts
             return known
 
         return Prices(sampling, of_nodes, self.costs.of_level)
@@ -201,28 +199,32 @@ class Sizer:
 
     def _sure(self, forest: Forest) -> set[int]:
         """Requests of which so much was retrieved that the head would add little."""
-        promised: dict[int, float] = {}
-        for c in forest.candidates:
-            promised[c.request] = promised.get(c.request, 0.0) + c.gain
-        if not promised:
+        if not len(forest.nodes):
             return set()
-        usual = sum(sum(gain for gain, _ in own) for own in self._samples) / len(self._samples)
-        return {request for request, sum_ in promised.items() if sum_ > max(1.0, SURE * usual)}
+        promised = np.bincount(forest.nodes["request"], forest.nodes["gain"])
+        usual = sum(float(own[:, 0].sum()) for own in self._samples) / len(self._samples)
+        return set(np.flatnonzero(promised > max(1.0, SURE * usual)).tolist())
 
     def _think(self, requests: int, forest: Forest, prices: Prices) -> None:
         """Compare the best that drafting would give with what there is without."""
         without = forest.budget(prices)
         share = requests / len(self._samples)
-        nodes = [(c.gain, 0, 1.0) for c in forest.best()]  # what was retrieved is there in any case
-        nodes += [(gain, depth, share) for own in self._samples for gain, depth in own]
-        found = np.array(sorted(nodes, key=lambda node: -node[0]) or [(0.0, 1, 0.0)])
-        base = prices.spent + self.overhead * requests
+        retrieved = forest.nodes["gain"][forest.best()]  # there in any case: of depth 0
+        drafted = np.concatenate(self._samples)
+        found = np.concatenate(
+            (
+                np.column_stack((retrieved, np.zeros_like(retrieved), np.ones_like(retrieved))),
+                np.column_stack((drafted, np.full(len(drafted), share))),
+            )
+        )
+        found = found[np.argsort(-found[:, 0], kind="stable")]
+        base = prices.spent + self.costs.of_asking(requests)
         base += self.costs.of_augmenting(self.reading * requests) + self.costs.of_first(requests)
         best = (0.0, 0.0, 0.0)
         depths = found[:, 1]
         deepest = int(depths.max(initial=1))
         levels_ms = 0.0
-        costs = np.array(prices.of_nodes(int(found[:, 2].sum()) + 1))
+        costs = prices.of_nodes(int(found[:, 2].sum()) + 1)
         places = np.arange(len(costs))
         for levels in range(1, deepest + 1):
             if levels > 1:
@@ -287,33 +289,29 @@ class Sizer:
             read: positions.
             milliseconds: all in all, look-ups left out.
         """
-        self.overhead += 0.05 * (max(0.0, milliseconds - self._passes) / len(asked) - self.overhead)
+        self.costs.learn_drafting("asking", len(asked), max(0.0, milliseconds - self._passes))
         self.reading += 0.05 * (min(4.0, read / len(asked)) - self.reading)
         self._passes = 0.0
-        own: dict[int, list[tuple[float, int]]] = {r: [] for r in asked[:8]}
-        for c in forest.candidates:
-            if c.request in own and source_of(c.kind) == "head":
-                own[c.request].append((c.gain, c.depth))
-            if c.state >= 0:
-                for depth in range(c.depth, len(self.following)):
-                    self.following[depth] += 0.02 * (c.best_child - self.following[depth])
-        for nodes in own.values():
-            self._samples.append(heapq.nlargest(12, nodes))
+        nodes = forest.nodes
+        expanded = nodes[nodes["state"] >= 0]
+        for depth in np.unique(expanded["depth"]).tolist():
+            of_depth = expanded["best_child"][expanded["depth"] == depth]
+            kept = 0.98 ** len(of_depth)
+            self.following[depth:] = kept * self.following[depth:] + (1.0 - kept) * of_depth.mean()
+        own = forest.of_head()
+        for r in asked[:8]:
+            mine = own[own["request"] == r]
+            best = np.argsort(-mine["gain"], kind="stable")[:12]
+            self._samples.append(np.column_stack((mine["gain"][best], mine["depth"][best])))
 
-    def learn_outcomes(
-        self, trees: Sequence[Tree | None], accepted: Sequence[Sequence[int]], kinds: Sequence[int]
-    ) -> None:
+    def learn_outcomes(self, seen: Outcomes, kinds: Sequence[int]) -> None:
         """What came of the trees of a step.
 
         Args:
-            trees: by request.
-            accepted: nodes, by request.
+            seen: of all nodes.
             kinds: by request: 0 took the most likely tokens, 1 sampled, -1 says nothing.
         """
-        for tree, nodes, own in zip(trees, accepted, kinds, strict=True):
-            if tree is None or own < 0 or not tree.signals:
-                continue
-            calibration = self.sampling if own else self.greedy
-            for node, (parent, (kind, odds)) in enumerate(zip(tree.parents, tree.signals, strict=True)):
-                if parent == ROOT or parent in nodes:
-                    calibration.learn(odds, kind, node in nodes)
+        kind_of = np.array(kinds)[seen.requests]
+        for kind, calibration in enumerate((self.greedy, self.sampling)):
+            own = seen.tested & (kind_of == kind)
+            calibration.learn(seen.odds[own], seen.kinds[own], seen.accepted[own])

@@ -21,7 +21,7 @@ from clover_vllm.engine.drafting.sizing import Sizer, Wanted
 from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
-from clover_vllm.tree.forest import Forest, Prices, source_of
+from clover_vllm.tree.forest import Forest, Outcomes, Prices
 from clover_vllm.tree.step import NEVER, Step
 
 if TYPE_CHECKING:
@@ -243,25 +243,20 @@ class Speculation:
             1e-3 * sizer.costs.of_step(size), taken, taken if sizer.asleep else 0.0
         )
         sizer.costs.learn_step(size, 1e3 * taken)
+        seen = Outcomes.of(step.trees, step.accepted) if nodes.any() else None
         asked = (("head", sizer.ledger, self._drafting), ("retrieved", sizer.found, self._looking))
         for source, ledger, spent in asked:
             if spent is None:
                 continue
-            came = [
-                node in nodes_in
-                for tree, nodes_in in zip(step.trees, step.accepted, strict=True)
-                if tree is not None
-                for node, (kind, _) in enumerate(tree.signals)
-                if source_of(kind) == source
-            ]
-            sizer.settle(ledger, size, sum(map(bool, done.sampled)), len(came), sum(came), spent)
+            count, came = seen.count(source) if seen is not None else (0, 0)
+            sizer.settle(ledger, size, sum(map(bool, done.sampled)), count, came, spent)
         self._drafting = self._looking = None
-        if nodes.any():
+        if seen is not None:
             kinds = self.kinds(done.names)
             for r, own in enumerate(done.sampled):
                 if not own or done.has_ended(r):
                     kinds[r] = SPECIAL  # where it ends says nothing of the nodes behind
-            sizer.learn_outcomes(step.trees, step.accepted, kinds)
+            sizer.learn_outcomes(seen, kinds)
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
@@ -289,7 +284,7 @@ class Speculation:
                 if places:
                     taken = 1e3 * (time.perf_counter() - begun)
                     sizer.learn_draft(forest, places, len(accepted.positions), taken)
-        if not forest.candidates and not looked_up:
+        if not len(forest.nodes) and not looked_up:
             return {}
         budget = forest.budget(prices)
         if looked_up:

@@ -51,7 +51,10 @@ def test_a_step_is_counted() -> None:
 
 
 def test_nodes_are_counted_by_source_and_trees_by_how_far_they_reach() -> None:
-    kinds = [head_kind(1), retrieved_kind(4, 1), head_kind(2), KINDS - 1]
+    one, two = np.array([1]), np.array([2])
+    kinds = [int(kind[0]) for kind in (head_kind(one), retrieved_kind(two, one), head_kind(two))] + [
+        KINDS - 1
+    ]
     tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.6, 0.3, 0.5, 0.25], [(kind, 0.0) for kind in kinds])
     made = Step([tree, None, tree, tree.prefix(2)], [5, 1, 5, 3])
     made.accepted = [[0, 2, 3], [], [1], []]

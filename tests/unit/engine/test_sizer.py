@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from clover_vllm.engine.drafting.sizing import LIFE, LOOK, PROBE_EVERY, Sizer, Wanted
+from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.costs import Costs, Curve
 from clover_vllm.tree.forest import Prices, Retrieved
 
@@ -13,15 +16,13 @@ class _Head:
     """Two candidates behind every node, of which the first is likely or not."""
 
     def __init__(self, likely: float) -> None:
-        self._row = ([likely, likely - 3.0], [7, 8])
+        self._row = np.array([likely, likely - 3.0]), np.array([7, 8])
 
-    def first(self) -> tuple[list[list[float]], list[list[int]]]:
-        return [self._row[0]], [self._row[1]]
+    def first(self) -> tuple[Floats, Ints]:
+        return self._row[0][None], self._row[1][None]
 
-    def expand(
-        self, parents: Sequence[int], tokens: Sequence[int]
-    ) -> tuple[list[list[float]], list[list[int]]]:
-        return [self._row[0] for _ in tokens], [self._row[1] for _ in tokens]
+    def expand(self, parents: Ints, tokens: Ints) -> tuple[Floats, Ints]:
+        return np.tile(self._row[0], (len(tokens), 1)), np.tile(self._row[1], (len(tokens), 1))
 
 
 def _sizer(per_row: float, reading: float = 0.01) -> Sizer:

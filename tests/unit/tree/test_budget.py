@@ -39,7 +39,7 @@ def test_no_set_of_trees_gives_more_tokens_per_millisecond(
             continue
         tokens = sampling + sum(g for g, c in zip(gains, chosen, strict=True) if c)
         best = max(best, float(tokens / milliseconds[sum(chosen)]))
-    found = choose_budget(sorted(gains, reverse=True), sampling, milliseconds.tolist())
+    found = choose_budget(np.array(sorted(gains, reverse=True)), sampling, milliseconds)
     assert found.rate == pytest.approx(best)
     order = sorted(range(len(gains)), key=lambda i: (-gains[i], i))[: found.nodes]
     assert all(parents[i] < 0 or parents[i] in order for i in order), (
@@ -48,19 +48,20 @@ def test_no_set_of_trees_gives_more_tokens_per_millisecond(
 
 
 def test_nothing_is_verified_where_a_row_costs_more_than_it_earns() -> None:
-    steep = [float(i) for i in range(1, 20)]
-    assert choose_budget([0.9, 0.5], 1, steep).nodes == 0
-    flat = [10.0] * 20
-    assert choose_budget([0.9, 0.5], 1, flat).nodes == 2
+    gains = np.array([0.9, 0.5])
+    steep = np.arange(1.0, 20.0)
+    assert choose_budget(gains, 1, steep).nodes == 0
+    flat = np.full(20, 10.0)
+    assert choose_budget(gains, 1, flat).nodes == 2
 
 
 def test_what_was_spent_on_drafting_makes_further_nodes_cheaper() -> None:
-    milliseconds = [10.0 + 3.0 * i for i in range(20)]
-    gains = [0.9, 0.25, 0.2]
+    milliseconds = 10.0 + 3.0 * np.arange(20)
+    gains = np.array([0.9, 0.25, 0.2])
     assert choose_budget(gains, 1, milliseconds).nodes == 1
     assert choose_budget(gains, 1, milliseconds, spent=30.0).nodes == 3
 
 
 def test_a_cheaper_stair_behind_an_expensive_one_is_seen() -> None:
-    milliseconds = [10.0, 13.0, 13.0, 13.0, 13.0]
-    assert choose_budget([0.6] * 4, 2, milliseconds).nodes == 4
+    milliseconds = np.array([10.0, 13.0, 13.0, 13.0, 13.0])
+    assert choose_budget(np.full(4, 0.6), 2, milliseconds).nodes == 4

@@ -14,7 +14,7 @@ from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.forest import KINDS, Forest, Prices, Retrieved, source_of
 
 K = 4
-Level = tuple[list[list[float]], list[list[int]]]
+Level = tuple[Floats, Ints]
 
 
 class RandomHead:
@@ -35,13 +35,13 @@ class RandomHead:
     def _all(self, paths: list[tuple[int, ...]]) -> Level:
         self.levels.append(len(paths))
         found = [self._after(path) for path in paths]
-        return [f[0].tolist() for f in found], [f[1].tolist() for f in found]
+        return np.array([f[0] for f in found]), np.array([f[1] for f in found])
 
     def first(self) -> Level:
         return self._all(self._paths)
 
-    def expand(self, parents: Sequence[int], tokens: Sequence[int]) -> Level:
-        new = [(*self._paths[p], t) for p, t in zip(parents, tokens, strict=True)]
+    def expand(self, parents: Ints, tokens: Ints) -> Level:
+        new = [(*self._paths[p], t) for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
         self._paths += new
         return self._all(new)
 
@@ -61,14 +61,14 @@ def forest(requests: int, limit: int = 16, room: int = 99) -> Forest:
 
 
 def prices(row: float, level: float = 0.0, base: float = 10.0, sampling: int = 1) -> Prices:
-    def of_nodes(count: int) -> list[float]:
-        return [base + row * i for i in range(count + 1)]
+    def of_nodes(count: int) -> Floats:
+        return base + row * np.arange(count + 1.0)
 
     return Prices(sampling, of_nodes, lambda _: level)
 
 
 def grow(found: Forest, head: RandomHead, asked: list[int], at: Prices, levels: int = 8) -> None:
-    found.grow_head(head, asked, at, [0.8] * 14, levels)
+    found.grow_head(head, asked, at, np.full(14, 0.8), levels)
 
 
 def paths(tokens: list[int], parents: list[int]) -> list[list[int]]:
@@ -123,7 +123,7 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     found = forest(1)
     chain = [int(order[0]), int(below[1]), 99]
     found.retrieve({0: Retrieved(chain, [-1, 0, 1], [0.9, 0.8, 0.7], match=4)})
-    before = [c.gain for c in found.candidates]
+    before = found.nodes["gain"].copy()
     grow(found, head, [0], prices(0.01))
     tree = found.trees(40)[0]
     routes = paths(list(tree.tokens), list(tree.parents))
@@ -132,7 +132,7 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     assert sources[chain[0],] == "both"
     assert sources[tuple(chain[:2])] == "both"
     assert sources[tuple(chain)] == "retrieved"
-    after = [c.gain for c in found.candidates[:3]]
+    after = found.nodes["gain"][:3]
     assert all(new >= old - 1e-12 for new, old in zip(after, before, strict=True))
     parent_gains = {tuple(route): gain for route, gain in zip(routes, tree.probabilities, strict=True)}
     assert all(
@@ -154,7 +154,7 @@ def test_a_head_that_gives_nans_drafts_nothing(spoiled: Sequence[int]) -> None:
         def first(self) -> Level:
             log_probs, tokens = super().first()
             for i in spoiled:
-                log_probs[1][i] = math.nan
+                log_probs[1, i] = math.nan
             return log_probs, tokens
 
     found = forest(2)
