@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,13 +86,37 @@ def run_requests(
     from clover_vllm.bench.hindsight import knowing
 
     name = str(time.perf_counter())
-    if known is None:
-        return _run_requests(llm, requests, concurrency, name)
-    with knowing(runner_of(llm), {f"{name}-{i}": answer for i, answer in enumerate(known)}):
-        return _run_requests(llm, requests, concurrency, name)
+    answers = {f"{name}-{i}": answer for i, answer in enumerate(known or ())}
+    with (
+        nullcontext() if known is None else knowing(runner_of(llm), answers),
+        _leaving(core_of(llm)) as left,
+    ):
+        return _run_timed(llm, requests, concurrency, name, left)
 
 
-def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, name_of: str) -> Run:
+@contextmanager
+def _leaving(core: Any) -> Iterator[list[float]]:
+    """When the outputs of the latest step were there, in a list of one.
+
+    The engine of a server sends them off and then drafts (`EngineCoreProc._process_engine_step`); in this process
+    `LLM` gets them after drafting, though nobody could see that in a server.
+    """
+    left, original = [0.0], core.post_step
+
+    def post_step(*args: Any, **kwargs: Any) -> Any:
+        left[0] = time.perf_counter()
+        return original(*args, **kwargs)
+
+    core.post_step = post_step
+    try:
+        yield left
+    finally:
+        del core.post_step
+
+
+def _run_timed(
+    llm: Any, requests: list[dict[str, Any]], concurrency: int, name_of: str, left: list[float]
+) -> Run:
     assert len(requests) > concurrency, (len(requests), concurrency)
     _forget(llm)
     engine, run = llm.llm_engine, Run()
@@ -115,7 +139,7 @@ def _run_requests(llm: Any, requests: list[dict[str, Any]], concurrency: int, na
         prefills = is_prefilling(core.scheduler)
         for output in engine.step():
             answer = answers[output.request_id]
-            _take(answer, output.outputs[0].token_ids, time.perf_counter(), run if timing else None)
+            _take(answer, output.outputs[0].token_ids, left[0], run if timing else None)
             running -= output.finished
             ended += output.finished
         if not timing:
