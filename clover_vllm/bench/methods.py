@@ -41,6 +41,14 @@ def known_grids(head: str, eagle_head: str) -> dict[str, list[Method]]:
         [_method("eagle", k, {"method": "eagle", "model": eagle_head}, "chain of {}") for k in EAGLE_CHAINS],
         [_method("clover-chain", k, _clover(head) | {"tree": "chain"}, "chain of {}") for k in CLOVER_CHAINS],
         [_method("clover", 16, _clover(head), "adaptive, at most {} nodes")],
+        [
+            _method(
+                "clover-head",
+                16,
+                _clover(head) | {"retrieval": "off"},
+                "adaptive, at most {} nodes, head alone",
+            )
+        ],
         [Method(HINDSIGHT, {**_clover(head), "num_speculative_tokens": 16}, "adaptive, answers known")],
     ]
     return {grid[0].name: grid for grid in grids}

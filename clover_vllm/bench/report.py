@@ -73,6 +73,7 @@ class Comparison:
             "itl_ms": _median_ms([x for r in result.runs for x in r.itl]),
             "equal_to_baseline": self.equal_share(result),
             "ms_by_part": split(result.runs),
+            "foretold": foretold(result.runs),
         }
 
 
@@ -104,6 +105,14 @@ def split(runs: Sequence[Run]) -> dict[str, float]:
     parts = {name: 1e3 * _ratio(sum(r.parts.get(name, 0.0) for r in runs), steps) for name in PARTS}
     parts["vllm"] = decode_step(runs) - sum(parts.values())
     return parts
+
+
+def foretold(runs: Sequence[Run]) -> dict[str, float] | None:
+    """How far predicted milliseconds of a step were from the observed ones: the median of their ratio, and of its error."""
+    ratios = np.array([ratio for r in runs for ratio in r.foretold])
+    if not len(ratios):
+        return None
+    return {"ratio": float(np.median(ratios)), "error": float(np.median(np.abs(ratios - 1.0)))}
 
 
 def table(comparison: Comparison) -> Table:

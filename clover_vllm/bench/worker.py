@@ -35,6 +35,9 @@ class Run:
     tpot: list[float] = field(default_factory=list)  # seconds per output token after the first
     itl: list[float] = field(default_factory=list)  # seconds between outputs, any request
     parts: dict[str, float] = field(default_factory=dict)  # seconds by part of decode steps, Clover only
+    foretold: list[float] = field(
+        default_factory=list
+    )  # predicted over observed seconds of steps, Clover only
     outputs: list[list[int]] = field(default_factory=list)
 
 
@@ -90,8 +93,9 @@ def run_requests(
     with (
         nullcontext() if known is None else knowing(runner_of(llm), answers),
         _leaving(core_of(llm)) as left,
+        _foretelling(runner_of(llm)) as foretold,
     ):
-        return _run_timed(llm, requests, concurrency, name, left)
+        return _run_timed(llm, requests, concurrency, name, left, foretold)
 
 
 @contextmanager
@@ -114,8 +118,34 @@ def _leaving(core: Any) -> Iterator[list[float]]:
         del core.post_step
 
 
+@contextmanager
+def _foretelling(runner: Any) -> Iterator[list[float]]:
+    """Predicted over observed seconds of the steps from now on; nothing where nobody predicts."""
+    found: list[float] = []
+    counters: Any = getattr(runner, "counters", None)
+    if not hasattr(counters, "count_reckoning"):
+        yield found
+        return
+    original = counters.count_reckoning
+
+    def count_reckoning(expected: float, observed: float, asleep: float) -> None:
+        found.append(expected / observed)
+        original(expected, observed, asleep)
+
+    counters.count_reckoning = count_reckoning
+    try:
+        yield found
+    finally:
+        del counters.count_reckoning
+
+
 def _run_timed(
-    llm: Any, requests: list[dict[str, Any]], concurrency: int, name_of: str, left: list[float]
+    llm: Any,
+    requests: list[dict[str, Any]],
+    concurrency: int,
+    name_of: str,
+    left: list[float],
+    foretold: list[float],
 ) -> Run:
     assert len(requests) > concurrency, (len(requests), concurrency)
     _forget(llm)
@@ -147,6 +177,7 @@ def _run_timed(
             if ended >= concurrency and queue and not started:
                 timing, started = True, time.perf_counter()
                 before, parts = _counters(llm), _parts(llm)
+                foretold.clear()
             continue
         run.steps += 1
         # Under async scheduling a step waits for the forward of the one before.
@@ -157,6 +188,7 @@ def _run_timed(
         if not queue and running < concurrency:
             timing = False
             run.seconds = time.perf_counter() - started
+            run.foretold = foretold[:]
             _count(run, before, _counters(llm))
             run.parts = {name: value - parts.get(name, 0.0) for name, value in _parts(llm).items()}
     if not started:

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 class Restless:
     """Replaces an adaptive runner's choices by random ones.
@@ -51,7 +53,7 @@ class Restless:
         made = self._prices(*args)
         row, base = self._rng.choice([0.0, 0.01, 0.1, 1.0]), self._rng.uniform(1.0, 20.0)
         level = self._rng.choice([0.0, 0.1, 100.0])
-        made.of_nodes = lambda count: [base + row * i for i in range(count + 8)]
+        made.of_nodes = lambda count: base + row * np.arange(count + 8.0)
         made.of_level = lambda _: level
         return made
 

@@ -28,7 +28,7 @@ from vllm.logger import init_logger
 
 from clover_vllm.engine.ray_metrics import push_to_ray
 from clover_vllm.tree.budget import Ints
-from clover_vllm.tree.forest import KINDS, source_of
+from clover_vllm.tree.kinds import SOURCE_OF, SOURCES
 from clover_vllm.tree.step import Step
 
 logger = init_logger("vllm.clover")
@@ -38,9 +38,6 @@ PARTS = ("verify", "sample", "move", "draft", "python")
 
 REASONS = ("structured_output", "unknown_draft", "placeholder_draft", "non_finite_draft")
 """Why a request got a chain, a shorter tree or no draft in a step."""
-
-SOURCES = ("head", "retrieved", "both")
-"""Where nodes of adaptive trees come from."""
 
 RECKONING = ("expected_seconds", "observed_seconds", "asleep_seconds")
 """Seconds that steps were expected to take and took, and seconds in which drafting slept, of adaptive trees."""
@@ -55,8 +52,6 @@ stay at half; the head of another target is far below."""
 FOLDER_PREFIX = "clover-metrics-"
 
 _TOTALS = ("nodes", "drafts", "promised", "first", "greedy_drafts", "greedy_first")
-
-_SOURCE_OF = np.array([SOURCES.index(source_of(kind)) for kind in range(KINDS)])
 
 
 class Counters:
@@ -195,7 +190,7 @@ def _reaching(depths: Sequence[int], size: int) -> Ints:
 
 def _by_source(kinds: Sequence[int]) -> Ints:
     """Nodes by source, [len(SOURCES)], of nodes by kind."""
-    return np.bincount(_SOURCE_OF[np.array(kinds, dtype=np.int64)], minlength=len(SOURCES))
+    return np.bincount(SOURCE_OF[np.array(kinds, dtype=np.int64)], minlength=len(SOURCES))
 
 
 class AcceptanceWatch:

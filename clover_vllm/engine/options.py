@@ -39,8 +39,8 @@ class CloverOptions:
     Args:
         tree: `adaptive` sizes the trees of all requests together, step by step, by what nodes cost and earn;
             `best_first` grows every tree to the same size by joint probability; `chain` drafts one path, as vLLM's
-            own methods do; `published` is the fixed tree of the Clover-2 paper's implementation;
-            a list of paths of child ranks, such as `[[0], [1], [0, 0]]`, is a custom fixed tree.
+            own methods do; `published` is the fixed tree of the Clover-2 paper's implementation, whole with
+            25 `num_speculative_tokens`; a list of paths of child ranks, such as `[[0], [1], [0, 0]]`, is a custom fixed tree.
             A fixed tree is cut to its first `num_speculative_tokens` nodes.
         draft_rounds: maximum number of drafting levels, and so maximum depth, of what the head drafts; by default
             12 for `adaptive`, and for `best_first` 4 for up to 8 nodes, 5 up to 12, 6 above.

@@ -13,7 +13,7 @@ from typing import Any
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
-from clover_vllm.bench.plots import digest, plot_speedups, source_of
+from clover_vllm.bench.plots import digest, plot_climb, plot_speedups, source_of
 from clover_vllm.bench.report import clovers_method, with_interval
 from clover_vllm.cluster.settings import ReplicasSettings
 from clover_vllm.cluster.sizing import plan
@@ -95,7 +95,8 @@ def _text(name: str, results: Path) -> str:
     if not file.exists() and name in OTHERWISE:
         file = OTHERWISE[name]
     if not file.exists():
-        return f"Not measured: `{command}`, told to write its output to `results`, makes `results/{command}.json`."
+        writer = "bench" if name in VARIANTS else command
+        return f"Not measured: `clover-vllm {writer} --output results/{command}.json` writes it."
     try:
         return TABLES[name](json.loads(file.read_text())).strip()
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -118,7 +119,65 @@ def bench_table(found: Json) -> str:
             markdown(["", *heads], lines),
             "",
             f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets 95% bootstrap "
-            f"intervals over {_repetitions(rows)} in alternating order. Settings {split}. {_decoding(found)}.",
+            f"intervals over {_repetitions(rows)} in alternating order. Settings {split}. {_decoding(found)}, prompts of "
+            f"`{found['prompts']['file'].split('.')[0]}`. {_besides_speed(found)}",
+            "",
+            _origin(found["provenance"]),
+        ]
+    )
+
+
+def _besides_speed(found: Json) -> str:
+    """Times to the first token, and how well Clover's steps were foretold."""
+    rows: list[Json] = found["results"]
+    first = {row["concurrency"]: row["ttft_ms"] for row in rows if row["method"] == found["baseline"]}
+    said = []
+    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != found["baseline"]):
+        own = [row for row in rows if row["method"] == name]
+        ratios = [
+            f"{row['ttft_ms'] / first[row['concurrency']]:.2f} with {row['concurrency']}"
+            for row in own
+            if first[row["concurrency"]]
+        ]
+        said.append(f"`{name}` {_listed(ratios)}")
+    text = f"Median time to the first token over {found['baseline']}'s: {'; '.join(said)}." if said else ""
+    name = clovers_method(found)
+    known = [row for row in rows if row["method"] == name and row.get("foretold")]
+    errors = [f"{row['foretold']['error']:.0%} with {row['concurrency']}" for row in known]
+    if errors:
+        text += f" Median error of the milliseconds that `{name}` foretold for a step: {_listed(errors)}."
+    return text
+
+
+def climb_table(found: Json) -> str:
+    """Speed by phase of a load that climbs and falls again."""
+    lines = [
+        [
+            str(row["running"]),
+            f"{row['plain']:.0f}",
+            f"{row['clover']:.0f}",
+            f"**{row['ratio']:.2f}**",
+            f"{row['nodes_per_step']:.1f}",
+            f"{row['asleep']:.0%}",
+        ]
+        for row in found["phases"]
+    ]
+    heads = [
+        "requests at once",
+        "plain, tokens/s",
+        "clover, tokens/s",
+        "ratio",
+        "nodes per step",
+        "steps asleep",
+    ]
+    count, windows = found["repetitions"], sorted(found["windows"])
+    return "\n".join(
+        [
+            markdown(heads, lines),
+            "",
+            f"One phase of {found['seconds_per_phase']:g} s after the other, means over {count} repetition{'s' * (count > 1)}. In "
+            f"windows of at most 5 s Clover-2 had {windows[0]:.2f} to {windows[-1]:.2f} of plain's speed, {windows[len(windows) // 2]:.2f} "
+            f"in the median. Prompts of `{found['prompts'].split('.')[0]}`.",
             "",
             _origin(found["provenance"]),
         ]
@@ -400,11 +459,16 @@ def _refused() -> str:
     return refusal_table()
 
 
+VARIANTS = ("bench-sampled", "bench-prompt-heavy", "bench-text-heavy", "bench-hindsight", "bench-large")
+"""Further runs of `bench`, each in a file of its name."""
+
 OF_CODE: dict[str, Callable[[], str]] = {"refused": _refused, "options": options_table}
 """Blocks that the engine itself writes."""
 
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
+    **dict.fromkeys(VARIANTS, bench_table),
+    "climb": climb_table,
     "speedups": speedups_sentences,
     "replicas": replicas_example,
     "torture": torture_table,
@@ -418,6 +482,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
 
 PICTURES: dict[tuple[str, str], Callable[[Path, Path], None]] = {
     ("bench.json", "speedup.png"): plot_speedups,
+    ("climb.json", "climb.png"): plot_climb,
     ("compare.json", "compare.png"): plot_compare,
 }
 """By file of results and picture, how it is drawn."""

@@ -28,6 +28,27 @@ def check_folders(source: Path, output: Path) -> None:
         raise UserError(f"{output} is not empty and holds no head; name another output folder.")
 
 
+def check_llama(source: Path, fields: dict[str, Any]) -> None:
+    """Refuse what published layers were computed with and ours would silently leave out.
+
+    Args:
+        source: folder of the checkpoint.
+        fields: of its config.json.
+
+    Raises:
+        UserError: another activation than SiLU, or scaled rotary positions.
+    """
+    act, scaling = fields.get("hidden_act", "silu"), fields.get("rope_scaling")
+    if act != "silu":
+        raise UserError(
+            f"{source / 'config.json'}: hidden_act is {act!r}; converted heads compute SiLU, so this one would draft badly."
+        )
+    if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
+        raise UserError(
+            f"{source / 'config.json'}: rope_scaling is {scaling!r}; a converted head rotates without, so it would draft badly."
+        )
+
+
 def method_of(names: Iterable[str]) -> HeadKind:
     """The method whose published checkpoints hold tensors of these names; Clover-2 where no other does."""
     known = list(names)

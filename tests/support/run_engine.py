@@ -38,8 +38,8 @@ def main(spec: Json) -> Json:
 
     from clover_vllm.check.restless import Restless
     from clover_vllm.check.scripted import ScriptedTrees, drive
-    from clover_vllm.engine.metrics import SOURCES
     from clover_vllm.launch.in_process import runner_of
+    from clover_vllm.tree.kinds import SOURCES
 
     if "threads" in spec:
         torch.set_num_threads(spec["threads"])

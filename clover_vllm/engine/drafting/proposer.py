@@ -89,7 +89,7 @@ class HeadLevels:
 
 
 def _on_host(log_probs: torch.Tensor, tokens: torch.Tensor) -> tuple[Floats, Ints]:
-    return log_probs.to("cpu", torch.float64).numpy(), tokens.to("cpu", torch.int64).numpy()
+    return log_probs.detach().to("cpu", torch.float64).numpy(), tokens.to("cpu", torch.int64).numpy()
 
 
 class Clover2Proposer(EagleProposer):

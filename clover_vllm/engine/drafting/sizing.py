@@ -17,7 +17,9 @@ from clover_vllm.engine.drafting.ledger import Ledger
 from clover_vllm.tree.budget import Floats
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
-from clover_vllm.tree.forest import KINDS, Forest, Outcomes, Prices, first_intercepts
+from clover_vllm.tree.forest import Forest, Prices
+from clover_vllm.tree.kinds import KINDS, first_intercepts
+from clover_vllm.tree.outcomes import Outcomes
 
 SAMPLES = 48
 """Latest drafts that stand for what drafting finds."""
@@ -115,7 +117,9 @@ class Sizer:
     _steps: int = 0
     _thought: tuple[int, int] = (0, -(10**9))  # requests and step of the last decision
     _probed: int = 0
-    _passes: float = 0.0  # milliseconds of the head's passes since the last draft was learnt from
+    _passes: float = (
+        0.0  # milliseconds of the head's passes of the latest draft; the augmenting block begins it
+    )
 
     def calibration(self, wanted: Wanted) -> Calibration:
         """That of requests of this one's kind."""
@@ -278,7 +282,7 @@ class Sizer:
     def learn_pass(self, part: str, rows: int, milliseconds: float) -> None:
         """A pass of the head, see `Costs.learn_drafting`."""
         self.costs.learn_drafting(part, rows, milliseconds)
-        self._passes += milliseconds
+        self._passes = milliseconds + (self._passes if part != "augment" else 0.0)
 
     def learn_draft(self, forest: Forest, asked: Sequence[int], read: int, milliseconds: float) -> None:
         """Keep what drafting has found as a sample of what it finds, and what it took.
@@ -291,7 +295,6 @@ class Sizer:
         """
         self.costs.learn_drafting("asking", len(asked), max(0.0, milliseconds - self._passes))
         self.reading += 0.05 * (min(4.0, read / len(asked)) - self.reading)
-        self._passes = 0.0
         nodes = forest.nodes
         expanded = nodes[nodes["state"] >= 0]
         for depth in np.unique(expanded["depth"]).tolist():

@@ -21,7 +21,8 @@ from clover_vllm.engine.drafting.sizing import Sizer, Wanted
 from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
-from clover_vllm.tree.forest import Forest, Outcomes, Prices
+from clover_vllm.tree.forest import Forest, Prices
+from clover_vllm.tree.outcomes import Outcomes
 from clover_vllm.tree.step import NEVER, Step
 
 if TYPE_CHECKING:
@@ -281,6 +282,8 @@ class Speculation:
                 places = [i for i in places if wanted[i].r in accepted.complete]
                 asked = [wanted[i].r for i in places]
                 runner.drafter.grow_forest(accepted, asked, places, done.common, forest, prices)
+                for _ in forest.spoiled:
+                    runner.counters.count_fallback("non_finite_draft")
                 if places:
                     taken = 1e3 * (time.perf_counter() - begun)
                     sizer.learn_draft(forest, places, len(accepted.positions), taken)

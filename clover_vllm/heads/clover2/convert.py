@@ -11,7 +11,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.heads.clover2.config import Clover2Config
 from clover_vllm.heads.clover2.model import Clover2DraftModel
-from clover_vllm.heads.convert import check_folders
+from clover_vllm.heads.convert import check_folders, check_llama
 from clover_vllm.heads.weights import (
     check_target,
     check_tensors,
@@ -22,6 +22,9 @@ from clover_vllm.heads.weights import (
 
 PUBLISHED_ROPE_THETA = 10000.0
 """The published code ignores the config's rope_theta and always rotates with this base."""
+
+_PUBLISHED_DEFAULTS = {"num_attention_heads": 32, "num_heads": 5, "rms_norm_eps": 1e-6}
+"""Of the published configuration class, for what config.json leaves out and no tensor shows."""
 
 _COPIES = ("lm_head.weight", "clover_embed_tokens.weight", "embed_tokens.weight")
 _DERIVED = ("rotary_emb.inv_freq",)
@@ -84,11 +87,11 @@ def _config(
     tensors: dict[str, torch.Tensor],
     copies: dict[str, torch.Tensor],
 ) -> Clover2Config:
-    missing = [name for name in ("num_attention_heads", "rms_norm_eps") if name not in fields]
-    if missing:
-        raise UserError(f"{source / 'config.json'} lacks {' and '.join(missing)}, which no tensor shows.")
-    if not isinstance(fields["num_attention_heads"], int) or fields["num_attention_heads"] < 1:
-        raise UserError(f"{source / 'config.json'}: num_attention_heads must be a whole number of 1 or more.")
+    fields = _PUBLISHED_DEFAULTS | fields
+    check_llama(source, fields)
+    for name in ("num_attention_heads", "num_heads"):
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            raise UserError(f"{source / 'config.json'}: {name} must be a whole number of 1 or more.")
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
 
     def rows(name: str) -> int | None:
@@ -107,6 +110,7 @@ def _config(
         num_key_value_heads=kv // head_dim if kv and head_dim else fields.get("num_key_value_heads"),
         head_dim=head_dim,
         num_hidden_layers=len(layers) or 2,
+        num_heads=fields["num_heads"],
         vocab_size=vocab,  # type: ignore[arg-type]
         rms_norm_eps=fields["rms_norm_eps"],
         rope_theta=PUBLISHED_ROPE_THETA,

@@ -19,7 +19,7 @@ from clover_vllm.engine import metrics
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.runner import CloverRunner
 from clover_vllm.tree import Tree
-from clover_vllm.tree.forest import KINDS, head_kind, retrieved_kind
+from clover_vllm.tree.kinds import KINDS, of_head, of_retrieved
 from clover_vllm.tree.step import Step
 
 
@@ -52,9 +52,7 @@ def test_a_step_is_counted() -> None:
 
 def test_nodes_are_counted_by_source_and_trees_by_how_far_they_reach() -> None:
     one, two = np.array([1]), np.array([2])
-    kinds = [int(kind[0]) for kind in (head_kind(one), retrieved_kind(two, one), head_kind(two))] + [
-        KINDS - 1
-    ]
+    kinds = [int(kind[0]) for kind in (of_head(one), of_retrieved(two, one), of_head(two))] + [KINDS - 1]
     tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.6, 0.3, 0.5, 0.25], [(kind, 0.0) for kind in kinds])
     made = Step([tree, None, tree, tree.prefix(2)], [5, 1, 5, 3])
     made.accepted = [[0, 2, 3], [], [1], []]

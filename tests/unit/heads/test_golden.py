@@ -9,7 +9,9 @@ import pytest
 import torch
 from published import golden, published_folder
 from safetensors.torch import load_file
+from small import one_sentence
 
+from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.clover2.convert import convert
 from clover_vllm.heads.clover2.model import Clover2DraftModel
@@ -63,3 +65,20 @@ def test_converted_checkpoint_rotates_with_base_10000_and_carries_no_lm_head(tmp
     assert head.config.rope_parameters["rope_theta"] == 10000.0
     names = load_file(tmp_path / "head" / "model.safetensors").keys()
     assert not [n for n in names if "lm_head" in n or "embed" in n]
+
+
+def test_what_a_published_config_says_is_read_or_refused(tmp_path: Path) -> None:
+    source = published_folder(tmp_path / "published", "single")
+    place = source / "config.json"
+    fields = json.loads(place.read_text())
+    linear = {"type": "linear", "factor": 4.0}
+    for name, value in (("hidden_act", "gelu"), ("rope_scaling", linear), ("num_heads", 0)):
+        place.write_text(json.dumps(fields | {name: value}))
+        with pytest.raises(UserError, match=name) as caught:
+            convert(source, tmp_path / "head")
+        one_sentence(caught.value)
+    assert not (tmp_path / "head").exists()
+    fields.pop("rms_norm_eps")
+    place.write_text(json.dumps(fields | {"num_heads": 3, "hidden_act": "silu", "rope_scaling": None}))
+    config = convert(source, tmp_path / "head")
+    assert (config.num_heads, config.rms_norm_eps) == (3, 1e-6)

@@ -11,7 +11,8 @@ import pytest
 from clover_vllm.tree import ROOT
 from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.calibration import Calibration
-from clover_vllm.tree.forest import KINDS, Forest, Prices, Retrieved, source_of
+from clover_vllm.tree.forest import Forest, Prices, Retrieved
+from clover_vllm.tree.kinds import KINDS, SOURCE_OF, SOURCES
 
 K = 4
 Level = tuple[Floats, Ints]
@@ -128,7 +129,9 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     tree = found.trees(40)[0]
     routes = paths(list(tree.tokens), list(tree.parents))
     assert len(set(map(tuple, routes))) == len(routes)
-    sources = {tuple(route): source_of(kind) for route, (kind, _) in zip(routes, tree.signals, strict=True)}
+    sources = {
+        tuple(route): SOURCES[SOURCE_OF[kind]] for route, (kind, _) in zip(routes, tree.signals, strict=True)
+    }
     assert sources[chain[0],] == "both"
     assert sources[tuple(chain[:2])] == "both"
     assert sources[tuple(chain)] == "retrieved"
@@ -162,3 +165,4 @@ def test_a_head_that_gives_nans_drafts_nothing(spoiled: Sequence[int]) -> None:
     good, bad = found.trees(50)
     assert len(good) > 0
     assert len(bad) == 0
+    assert found.spoiled == {1}
