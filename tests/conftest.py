@@ -43,7 +43,6 @@ LONGEST = [
     "test_starts.py",
     "test_sessions.py",
     "test_target.py",
-    "test_shipped_path.py",
     "test_features.py",
     "test_torture.py",
     "test_ranks.py",

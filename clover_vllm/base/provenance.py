@@ -25,8 +25,9 @@ PACKAGES = (
 
 def provenance() -> dict[str, str]:
     """Of this process; versions by package name."""
+    command = Path(sys.argv[0]).name  # `cli.py` where Python was told to run the module
     found = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([command.replace("cli.py", "clover-vllm"), *sys.argv[1:]]),
         "commit": _commit(),
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),

@@ -84,11 +84,11 @@ class CloverSpeculativeConfig(SpeculativeConfig):
         return True
 
     def samples_every_token(self) -> bool:
-        """Whether each token is an ordinary sampling step, with all of its parameters (see `engine.hooks`)."""
+        """Whether each token is an ordinary sampling step, with all of its parameters (see `engine.seams`)."""
         return True
 
     def writes_accepted_rows_only(self) -> bool:
-        """Whether drafting needs no cache slots beyond the step's own (see `engine.hooks`)."""
+        """Whether drafting needs no cache slots beyond the step's own (see `engine.seams`)."""
         return True
 
     def compute_hash(self) -> str:

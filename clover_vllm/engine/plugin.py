@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from clover_vllm.engine import hooks
+from clover_vllm.engine import hooks, seams
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def register() -> None:
 def _register() -> None:
     import vllm
 
-    problems = hooks.complaints(vllm.__version__)
+    problems = seams.complaints(vllm.__version__)
     try:
         from vllm.engine.arg_utils import EngineArgs
     except ImportError:

@@ -459,7 +459,9 @@ def _refused() -> str:
     return refusal_table()
 
 
-VARIANTS = ("bench-sampled", "bench-prompt-heavy", "bench-text-heavy", "bench-hindsight", "bench-large")
+VARIANTS = tuple(
+    f"bench-{name}" for name in ("sampled", "prompt-heavy", "text-heavy", "hindsight", "large", "epyc")
+)
 """Further runs of `bench`, each in a file of its name."""
 
 OF_CODE: dict[str, Callable[[], str]] = {"refused": _refused, "options": options_table}

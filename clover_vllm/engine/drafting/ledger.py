@@ -1,4 +1,4 @@
-"""Whether asking the head has paid, from what steps really took and what was accepted in them.
+"""Whether asking the head, and looking texts up, has paid, from what steps really took and what was accepted in them.
 
 `Sizer` forecasts what drafting gains. A forecast leaves things out: that the head has to read the prompts of requests
 that come, say, or that it finds less in this text than in the last. The ledger keeps accounts of what drafting has
@@ -21,6 +21,10 @@ MEMORY = 128
 
 FIRST_REST, LONGEST_REST = 256, 8192
 """Steps without drafting after a loss: at first, and at most after doubling each time."""
+
+
+RETRIEVE_EVERY = 16
+"""Steps between two tries to look texts up while that does not pay."""
 
 
 @dataclass
@@ -75,3 +79,26 @@ class Ledger:
         account = self._of(requests)
         account.resting = max(0, account.resting - 1)
         return account.resting > 0
+
+
+@dataclass
+class Habit:
+    """Whether looking texts up saves more than it takes; while it does not, a try now and then."""
+
+    saved: float = 1.0  # milliseconds per look-up, lately
+    taken: float = 0.05
+    resting: bool = False
+    _waited: int = 0
+
+    def due(self) -> bool:
+        """Whether to look up in this step."""
+        if not self.resting:
+            return True
+        self._waited = (self._waited + 1) % RETRIEVE_EVERY
+        return self._waited == 0
+
+    def learn(self, saved: float, taken: float) -> None:
+        """What a look-up saved and took, on average over a step's."""
+        self.saved += 0.05 * (saved - self.saved)
+        self.taken += 0.05 * (min(taken, 4.0 * self.taken) - self.taken)
+        self.resting = self.saved < self.taken * (1.5 if self.resting else 1.0)

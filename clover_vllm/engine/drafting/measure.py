@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.clover")
 
-FORMAT = 2
+FORMAT = 3
 """Of what is kept; costs that were measured in another way are measured anew."""
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
@@ -34,7 +34,13 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 LOGIT_ROWS, HEAD_ROWS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64)
 
 SECONDS = 8.0
-"""Most that start-up spends on it, but for the last run to be begun."""
+"""Most that start-up spends on it, but for the last runs to be begun."""
+
+SHARES = {"forward": 0.5, "logits": 0.05, "augment": 0.125, "first": 0.125, "level": 0.125, "reading": 0.075}
+"""Of that time."""
+
+ROUNDS = 12
+"""Times that all sizes of a part are timed, one after the other; the fastest counts."""
 
 CONTEXTS, CONTEXT = 8, 1024
 """Requests of the step by which reading is timed, and cached tokens of each."""
@@ -94,7 +100,6 @@ def _processor() -> str:
 
 @torch.inference_mode()
 def _measure(runner: CloverRunner) -> Costs:
-    end = time.perf_counter() + SECONDS
     most = runner.max_num_tokens
     with set_current_vllm_config(runner.vllm_config):
         hidden = torch.zeros(
@@ -104,19 +109,13 @@ def _measure(runner: CloverRunner) -> Costs:
         def sample(rows: int) -> Callable[[], object]:
             return lambda: runner.sampler.greedy_sample(runner.model.compute_logits(hidden[:rows]).float())
 
-        logits = _curve(LOGIT_ROWS, len(hidden), end, sample)
+        logits = Curve(_times("logits", LOGIT_ROWS, len(hidden), sample))
         augment, first, level = (
-            _curve(
-                HEAD_ROWS if part != "augment" else (*HEAD_ROWS, 256),
-                most,
-                end,
-                runner.drafter.timed(part),
-                before=lambda: _target(runner, 1),
-            )
-            for part in ("augment", "first", "level")
+            Curve(_times(part, rows, most, runner.drafter.timed(part), before=lambda: _target(runner, 1)))
+            for part, rows in (("augment", (*HEAD_ROWS, 256)), ("first", HEAD_ROWS), ("level", HEAD_ROWS))
         )
         cached = _reading(runner)
-        forward = _curve(ROWS, most, end, lambda rows: lambda: _target(runner, rows))
+        forward = Curve(_times("forward", ROWS, most, lambda rows: lambda: _target(runner, rows)))
     return Costs(forward, logits, augment, first, level, cached=cached, crossed=CROSSING * cached)
 
 
@@ -127,43 +126,49 @@ def _target(runner: CloverRunner, rows: int, **how: Any) -> None:
     runner.drafter.idle = False
 
 
-def _curve(
-    rows: tuple[int, ...],
+def _times(
+    part: str,
+    sizes: tuple[int, ...],
     most: int,
-    end: float,
     prepare: Callable[[int], Callable[[], object]],
     before: Callable[[], object] | None = None,
-) -> Curve:
-    """Time a part at some numbers of rows. All ranks run it as often as the first finds right.
+) -> dict[float, float]:
+    """Milliseconds of a part by its size. All ranks run it as often as the first finds right.
+
+    Round by round over all sizes: where a machine is slow for a second, as rented ones are, all sizes are, and the
+    fastest of some rounds has the form of none of these seconds.
 
     Args:
-        rows: to be timed, while time is left.
-        most: rows of a step.
-        end: of that time.
-        prepare: makes the run of a number of rows.
+        part: of `SHARES`.
+        sizes: to be timed, while time is left.
+        most: rows of a step; greater sizes are left out.
+        prepare: makes the run of a size.
         before: run before each, since in serving a part finds the processor's caches full of something else.
     """
-    measured: dict[float, float] = {}
-    for count in rows:
-        if count > most or (len(measured) > 1 and agree(time.perf_counter() > end)):
+    end = time.perf_counter() + SHARES[part] * SECONDS
+    runs: dict[int, Callable[[], object]] = {}
+    fastest: dict[float, float] = {}
+    for size in sizes:
+        if size > most or (len(runs) > 1 and agree(time.perf_counter() > end)):
             break
-        measured[count] = _best(prepare(count), before)
-    return Curve(measured)
+        runs[size] = prepare(size)
+        runs[size]()  # warms it up
+        fastest[size] = _time(runs[size], before)
+    for _ in range(ROUNDS - 1):
+        if agree(time.perf_counter() > end):
+            break
+        for size, run in runs.items():
+            fastest[size] = min(fastest[size], _time(run, before))
+    return fastest
 
 
-def _best(run: Callable[[], object], before: Callable[[], object] | None = None) -> float:
-    """Milliseconds of the fastest of a few runs, with something before each that is not timed."""
-    times: list[float] = []
-    for warmed in range(6):
-        if before is not None:
-            before()
-        begun = time.perf_counter()
-        run()
-        if warmed:
-            times.append(time.perf_counter() - begun)
-            if agree(sum(times) > 0.2):
-                break
-    return 1e3 * min(times)
+def _time(run: Callable[[], object], before: Callable[[], object] | None) -> float:
+    """Milliseconds of a run, with something before it that is not timed."""
+    if before is not None:
+        before()
+    begun = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begun)
 
 
 def _reading(runner: CloverRunner) -> float:
@@ -183,8 +188,9 @@ def _reading(runner: CloverRunner) -> float:
     def decode(length: int) -> Callable[[], object]:
         return lambda: _target(runner, requests, force_attention=True, profile_seq_lens=length)
 
+    lengths = 1, own * table.block_size
     try:
-        short, long = (_best(decode(length)) for length in (1, own * table.block_size))
+        short, long = _times("reading", lengths, lengths[1], decode).values()
     finally:
         table.block_table.np[:requests, :own] = 0
         table.commit_block_table(requests)

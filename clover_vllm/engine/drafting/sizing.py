@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from clover_vllm.engine.drafting.ledger import Ledger
+from clover_vllm.engine.drafting.ledger import Habit, Ledger
 from clover_vllm.tree.budget import Floats
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
@@ -32,9 +32,6 @@ RETHINK_EVERY = 16
 
 CHANGE = 0.2
 """Share by which the number of requests must have changed for that choice to be made at once."""
-
-RETRIEVE_EVERY = 16
-"""Steps between two tries to look texts up while that does not pay."""
 
 SURE = 1.2
 """Accepted tokens that retrieved drafts promise, over what drafting usually gives, from which on the head is not asked."""
@@ -64,29 +61,6 @@ class Wanted:
     cached: int  # positions in its cache
     pending: int | None  # of them, those that the head would have to read; None: it cannot
     sampled: bool  # rather than the most likely token
-
-
-@dataclass
-class Habit:
-    """Whether looking texts up saves more than it takes; while it does not, a try now and then."""
-
-    saved: float = 1.0  # milliseconds per look-up, lately
-    taken: float = 0.05
-    resting: bool = False
-    _waited: int = 0
-
-    def due(self) -> bool:
-        """Whether to look up in this step."""
-        if not self.resting:
-            return True
-        self._waited = (self._waited + 1) % RETRIEVE_EVERY
-        return self._waited == 0
-
-    def learn(self, saved: float, taken: float) -> None:
-        """What a look-up saved and took, on average over a step's."""
-        self.saved += 0.05 * (saved - self.saved)
-        self.taken += 0.05 * (min(taken, 4.0 * self.taken) - self.taken)
-        self.resting = self.saved < self.taken * (1.5 if self.resting else 1.0)
 
 
 @dataclass

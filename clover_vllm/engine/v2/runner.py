@@ -1,4 +1,4 @@
-"""vLLM's V2 model runner, verifying trees. The seams are listed in `engine.hooks`.
+"""vLLM's V2 model runner, verifying trees. The seams are listed in `engine.seams`.
 
 A request that verifies has rows in a step: its root, the last sampled token, then its nodes, at the contiguous cache
 slots that vLLM gives them. Trees are padded to one size, as vLLM's scheduler expects of drafts that it never sees.

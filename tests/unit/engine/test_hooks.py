@@ -21,18 +21,18 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_uses import uses
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine import hooks, plugin
+from clover_vllm.engine import hooks, plugin, seams
 from clover_vllm.heads.clover2.checkpoint import save_head
 from clover_vllm.heads.weights import probe_lm_head
 from clover_vllm.target.frozen import FrozenTarget
 
 
 def test_installed_vllm_is_as_expected() -> None:
-    assert hooks.complaints(vllm.__version__) == []
+    assert seams.complaints(vllm.__version__) == []
 
 
 def test_whatever_v2_uses_of_vllm_is_listed() -> None:
-    listed = {(symbol.module, symbol.name) for symbol in (*hooks.HOOKS, *hooks.RELIED_ON)}
+    listed = {(symbol.module, symbol.name) for symbol in (*seams.HOOKS, *seams.RELIED_ON)}
     listed |= {(module, name.partition(".")[0]) for module, name in listed}
     engine = Path(hooks.__file__).parent
     files = [*(engine / "v2").glob("*.py"), engine / "backends" / "gpu.py", engine / "gpu_worker.py"]
@@ -49,18 +49,18 @@ def test_whatever_v2_uses_of_vllm_is_listed() -> None:
 @pytest.mark.parametrize(
     ("symbol", "words"),
     [
-        (hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.gone", ("self",), ""), "does not exist"),
-        (hooks.Symbol("vllm.gone.module", "f", (), ""), "does not exist"),
-        (hooks.Symbol("vllm.v1.core.sched.scheduler", "Scheduler.gone", (), ""), "does not exist"),
+        (seams.Symbol("vllm.engine.arg_utils", "EngineArgs.gone", ("self",), ""), "does not exist"),
+        (seams.Symbol("vllm.gone.module", "f", (), ""), "does not exist"),
+        (seams.Symbol("vllm.v1.core.sched.scheduler", "Scheduler.gone", (), ""), "does not exist"),
         (
-            hooks.Symbol("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("self", "x"), ""),
+            seams.Symbol("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("self", "x"), ""),
             "takes other arguments",
         ),
     ],
 )
-def test_changed_symbols_are_named(monkeypatch: pytest.MonkeyPatch, symbol: hooks.Symbol, words: str) -> None:
-    monkeypatch.setattr(hooks, "HOOKS", (symbol,))
-    (found,) = hooks.complaints(vllm.__version__)
+def test_changed_symbols_are_named(monkeypatch: pytest.MonkeyPatch, symbol: seams.Symbol, words: str) -> None:
+    monkeypatch.setattr(seams, "HOOKS", (symbol,))
+    (found,) = seams.complaints(vllm.__version__)
     assert words in found
     assert symbol.name in found
 
@@ -102,13 +102,13 @@ def test_installing_twice_is_harmless() -> None:
 
 def test_unsupported_vllm_runs_untouched_and_says_so_when_asked() -> None:
     args = fresh()
-    hooks.install(args, hooks.complaints("0.99.1"))
+    hooks.install(args, seams.complaints("0.99.1"))
     assert args({"method": "ngram"}).create_speculative_config(1, 2) == ("original", 1, 2)
     with pytest.raises(UserError) as caught:
         args({"method": "clover2", "model": "head"}).create_speculative_config(1, 2)
     one_sentence(caught.value)
     assert "0.99.1" in str(caught.value)
-    assert hooks.SUPPORTED_VLLM[0] in str(caught.value)
+    assert seams.SUPPORTED_VLLM[0] in str(caught.value)
 
 
 def test_flags_and_json_may_not_contradict() -> None:
@@ -177,7 +177,7 @@ def test_unsupported_vllm_keeps_its_own_functions(monkeypatch: pytest.MonkeyPatc
     """Only who asks for clover2 hears of it."""
     from transformers import AutoConfig
 
-    monkeypatch.setattr(hooks, "SUPPORTED_VLLM", ("0.1.0",))
+    monkeypatch.setattr(seams, "SUPPORTED_VLLM", ("0.1.0",))
     spies = {name: Mock() for name in ("install", "install_sampling", "install_async_scheduling")}
     for name, spy in spies.items():
         monkeypatch.setattr(hooks, name, spy)
