@@ -95,8 +95,9 @@ def _text(name: str, results: Path) -> str:
     if not file.exists() and name in OTHERWISE:
         file = OTHERWISE[name]
     if not file.exists():
-        writer = "bench" if name in VARIANTS else command
-        return f"Not measured: `clover-vllm {writer} --output results/{command}.json` writes it."
+        if name in VARIANTS:
+            return f"Not measured: `bench`, told to write its output to `results/{name}.json`, makes it."
+        return f"Not measured: `{command}`, told to write its output to `results`, makes `results/{command}.json`."
     try:
         return TABLES[name](json.loads(file.read_text())).strip()
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -139,7 +140,8 @@ def _besides_speed(found: Json) -> str:
             for row in own
             if first[row["concurrency"]]
         ]
-        said.append(f"`{name}` {_listed(ratios)}")
+        if ratios:
+            said.append(f"`{name}` {_listed(ratios)}")
     text = f"Median time to the first token over {found['baseline']}'s: {'; '.join(said)}." if said else ""
     name = clovers_method(found)
     known = [row for row in rows if row["method"] == name and row.get("foretold")]

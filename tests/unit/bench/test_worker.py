@@ -21,12 +21,14 @@ class Played:
     def __init__(self, clock: list[float], asynchronous: bool = False) -> None:
         self.clock = clock
         self.requests: dict[str, Any] = {}
+        self.drafting = 0.0  # seconds of a step after its outputs are there
         self.batches: list[int] = []
         worker = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace()))
         core = SimpleNamespace(
             scheduler=SimpleNamespace(requests=self.requests),
             batch_queue=[] if asynchronous else None,
             model_executor=SimpleNamespace(driver_worker=worker),
+            post_step=lambda _: None,
         )
         self.llm_engine = self
         self.engine_core = SimpleNamespace(engine_core=core)
@@ -44,6 +46,8 @@ class Played:
 
     def step(self) -> list[Any]:
         self.clock[0] += 1
+        self.engine_core.engine_core.post_step(True)
+        self.clock[0] += self.drafting
         self.batches.append(len(self.requests))
         outputs = []
         for name, request in list(self.requests.items()):
@@ -102,6 +106,14 @@ def test_one_at_a_time_is_timed_from_the_second_to_the_end(clock: list[float]) -
     run = run_requests(Played(clock), [request(1, 2), request(1, 3), request(1, 4)], 1)
     assert (run.seconds, run.tokens) == (7.0, 7)
     assert run.ttft == [1.0, 1.0]
+
+
+def test_a_token_is_there_before_the_next_draft_is_made(clock: list[float]) -> None:
+    engine = Played(clock)
+    engine.drafting = 0.5
+    run = run_requests(engine, [request(1, 2), request(1, 3), request(1, 4)], 1)
+    assert run.ttft == [1.0, 1.0]
+    assert run.seconds == 7 * 1.5
 
 
 def test_preempted_requests_are_prefilled_again() -> None:
