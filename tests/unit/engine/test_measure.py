@@ -20,4 +20,7 @@ def test_a_slow_moment_does_not_bend_a_curve(monkeypatch: pytest.MonkeyPatch) ->
 def test_sizes_for_which_no_time_is_left_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "agree", lambda value: value)
     monkeypatch.setattr(measure, "SECONDS", 0.0)
-    assert [*measure._times("logits", (1, 2, 4, 8), 64, lambda size: lambda: size)] == [1, 2]
+    runs: list[int] = []
+    found = measure._times("logits", (1, 2, 4, 8), 64, lambda size: lambda: runs.append(size))
+    assert [*found] == [1, 2]
+    assert runs.count(1) == 1 + measure.LEAST_ROUNDS  # once to warm up

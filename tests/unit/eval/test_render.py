@@ -104,9 +104,10 @@ def test_speedups_are_told_for_any_loads_and_methods(
     file.write_text(json.dumps(found))
     text = rendered("<!-- generated: speedups -->\n<!-- /generated -->\n", root / "results")
     assert verdict in text
-    assert f"(`{method}`; in brackets" in text
-    for count, (mean, low, high) in ups.items():
-        assert f"**{mean:.2f}** [{low:.2f}, {high:.2f}] with {count}" in text
+    assert f"| requests at once | {' | '.join(map(str, ups))} |" in text
+    cells = [f"**{mean:.2f}** [{low:.2f}, {high:.2f}]" for mean, low, high in ups.values()]
+    assert f"| `{method}` over plain | {' | '.join(cells)} |" in text
+    assert f"| plain, tokens/s | {' | '.join(['100'] * len(ups))} |" in text
     assert f"{'38 to ' if len(ups) > 1 else ''}{28 + 10 * len(ups)}% of its answers" in text
 
 

@@ -72,7 +72,8 @@ def test_what_a_published_config_says_is_read_or_refused(tmp_path: Path) -> None
     place = source / "config.json"
     fields = json.loads(place.read_text())
     linear = {"type": "linear", "factor": 4.0}
-    for name, value in (("hidden_act", "gelu"), ("rope_scaling", linear), ("num_heads", 0)):
+    wrong = {"hidden_act": "gelu", "rope_scaling": linear, "num_heads": 0}
+    for name, value in wrong.items():
         place.write_text(json.dumps(fields | {name: value}))
         with pytest.raises(UserError, match=name) as caught:
             convert(source, tmp_path / "head")
