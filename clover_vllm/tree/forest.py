@@ -252,12 +252,12 @@ class Forest:
 
     def of_head(self) -> Any:
         """Candidates that the head alone proposes."""
-        return self.nodes[kinds.SOURCE_OF[self.nodes["kind"]] == 0]
+        return self.nodes[kinds.come_from("head", self.nodes["kind"])]
 
     def saved_by_retrieval(self, budget: Budget) -> float:
         """Milliseconds that the chosen nodes save which only retrieval proposes."""
         chosen = self.nodes[self.best()[: budget.nodes]]
-        own = kinds.SOURCE_OF[chosen["kind"]] == 1
+        own = kinds.come_from("retrieved", chosen["kind"])
         return float(np.maximum(chosen["gain"][own] - budget.price, 0.0).sum()) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from clover_vllm.tree.budget import Floats, Ints
+from clover_vllm.tree.budget import Bools, Floats, Ints
 
 DEPTHS = 8
 """Depths that have an intercept of their own; deeper nodes share the last."""
@@ -23,6 +23,11 @@ KINDS = _FIRST[2] + len(MATCHES)
 
 SOURCE_OF = np.searchsorted(_FIRST, np.arange(KINDS), side="right") - 1
 """By kind, its place in `SOURCES`."""
+
+
+def come_from(source: str, kinds: Ints) -> Bools:
+    """Which of these kinds are of one of `SOURCES`."""
+    return np.equal(SOURCE_OF[kinds], SOURCES.index(source))
 
 
 def place_of_match(length: int) -> int:

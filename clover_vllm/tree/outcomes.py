@@ -10,7 +10,7 @@ import numpy as np
 
 from clover_vllm.tree.budget import Bools, Floats, Ints
 from clover_vllm.tree.draft import ROOT, Tree
-from clover_vllm.tree.kinds import SOURCE_OF, SOURCES
+from clover_vllm.tree.kinds import come_from
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ class Outcomes:
 
     def count(self, source: str) -> tuple[int, int]:
         """Nodes of a source, and how many of them were accepted."""
-        own = SOURCE_OF[self.kinds] == SOURCES.index(source)
+        own = come_from(source, self.kinds)
         return int(own.sum()), int(self.accepted[own].sum())
