@@ -18,7 +18,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
 from clover_vllm.check.settings import GpuCheckSettings, TortureSettings
-from clover_vllm.cluster.settings import ReplicasSettings
+from clover_vllm.cluster.settings import BatchSettings, ReplicasSettings
 from clover_vllm.eval.settings import CompareSettings, EvalSettings
 from clover_vllm.train.settings import DataSettings, TrainSettings
 
@@ -162,31 +162,16 @@ def _leave_process_group() -> None:
 
 @app.command(context_settings=PASSES_ON)
 @_one_line
-def batch(
-    flags: typer.Context,
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Lines of OpenAI's batch files, or with a prompt.")
-    ],
-    output: Annotated[Path, typer.Argument(help="File of answers; appears once all are there.")],
-    at_once: Annotated[int, typer.Option(min=1, help="Requests that an engine holds at a time.")] = 256,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Through Ray Data, on the cluster that RAY_ADDRESS names.")
-    ] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="Most engines, with --ray.")] = 1,
-    replica_cpus: Annotated[int, typer.Option(min=1, help="Cores of an engine, with --ray.")] = 1,
-    replica_gpus: Annotated[int, typer.Option(min=0, help="GPUs of an engine, with --ray.")] = 0,
-) -> None:
+@takes(BatchSettings)
+def batch(settings: BatchSettings) -> None:
     """Answer a file of requests. All other flags are those of `vllm run-batch`.
 
     A killed run goes on where it stopped when the same command is given again. Lines that are no requests
     are reported in a file beside the output.
     """
-    from clover_vllm.cluster.batch import BatchSettings, run_batch
+    from clover_vllm.cluster.batch import run_batch
 
-    settings = BatchSettings(
-        source, output, tuple(flags.args), at_once, ray, replicas, replica_cpus, replica_gpus
-    )
-    _summary(f"Answers in {output}", run_batch(settings))
+    _summary(f"Answers in {settings.output}", run_batch(settings))
 
 
 @app.command()

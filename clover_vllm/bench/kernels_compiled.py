@@ -33,7 +33,7 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @dataclass(frozen=True)
-class KernelShape:
+class CompiledShape:
     """What is attended.
 
     Args:
@@ -67,14 +67,14 @@ class KernelShape:
 
 
 SHAPES = (
-    *(KernelShape(dim) for dim in (64, 80, 96, 128, 192, 256)),
-    KernelShape(group=1),
-    KernelShape(group=8, rows=64),
-    KernelShape(splits=8),
-    KernelShape(window=1024),
-    KernelShape(dtype="float16"),
-    KernelShape(dtype="float32"),
-    KernelShape(cache="float8_e4m3fn"),
+    *(CompiledShape(dim) for dim in (64, 80, 96, 128, 192, 256)),
+    CompiledShape(group=1),
+    CompiledShape(group=8, rows=64),
+    CompiledShape(splits=8),
+    CompiledShape(window=1024),
+    CompiledShape(dtype="float16"),
+    CompiledShape(dtype="float32"),
+    CompiledShape(cache="float8_e4m3fn"),
 )
 
 
@@ -157,7 +157,7 @@ def _compiling(capability: int, shape: str) -> Iterator[_NoDevice]:
         driver._active = before
 
 
-def compile_attention(shape: KernelShape, capability: int) -> list[Compiled]:
+def compile_attention(shape: CompiledShape, capability: int) -> list[Compiled]:
     """Tree attention, and its merge where the context is split."""
     from clover_vllm.attention.triton.inputs import PagedTrees
     from clover_vllm.attention.triton.tree_attention import Partials, tree_attention

@@ -279,7 +279,7 @@ def judge(case: EngineCase, found: Json, known: Path, answers: Path, jobs: Json)
     plain, trees = json.loads(known.read_text()), json.loads(answers.read_text())
     exact = case.dtype == "float32"
     for name, job in jobs.items():
-        counts = compare(plain[name]["outputs"], trees[name]["outputs"], job["requests"], exact)
+        counts = count_differences(plain[name]["outputs"], trees[name]["outputs"], job["requests"], exact)
         found[name] = {**found[name], **counts}
     features = found["features"]
     found["problems"] = [
@@ -299,7 +299,7 @@ def judge(case: EngineCase, found: Json, known: Path, answers: Path, jobs: Json)
     return found
 
 
-def compare(plain: list[Any], trees: list[Any], requests: list[Json], exact: bool) -> Json:
+def count_differences(plain: list[Any], trees: list[Any], requests: list[Json], exact: bool) -> Json:
     """Of requests that were not aborted: tokens, those that differ, and the first differences.
 
     Args:

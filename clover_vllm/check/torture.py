@@ -131,7 +131,7 @@ class Engine(JsonProcess):
         return self.ask({"requests": requests, "known": known, "noise": noise})
 
 
-def engine_settings(rng: random.Random, interpret: bool = False) -> Json:
+def random_engine(rng: random.Random, interpret: bool = False) -> Json:
     """Random arguments of vllm.LLM with Clover-2, the model left out.
 
     Args:
@@ -361,7 +361,7 @@ def torture(settings: TortureSettings) -> TortureOutcome:
             seed = settings.seed
             while outcome.requests < settings.requests if until is None else time.monotonic() < until:
                 rng = random.Random(seed)
-                llm = engine_settings(rng, interpret)
+                llm = random_engine(rng, interpret)
                 llm["speculative_config"]["model"] = str(head)
                 trees = Engine("Clover-2", {**same, **llm}, seed, cores[0], interpret)
                 try:

@@ -18,7 +18,8 @@ from clover_vllm.launch.reaper import reaped
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-    from clover_vllm.cluster.batch import BatchSettings, Request
+    from clover_vllm.cluster.batch import Request
+    from clover_vllm.cluster.settings import BatchSettings
 
 
 class EngineDied(Exception):

@@ -21,34 +21,12 @@ from typing import Any
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import files_key, open_text, whole_file
 from clover_vllm.base.progress import Work
+from clover_vllm.cluster.settings import BatchSettings
 
 CHAT = "/v1/chat/completions"
 PROMPT_KEYS = ("prompt", "messages", "turns")
 NOT_OF_A_BODY = ("prompt", "turns", "custom_id", "source", "category")
 """Keys of a line with a prompt that are no parameters of its request."""
-
-
-@dataclass(frozen=True)
-class BatchSettings:
-    """What to answer, and with what.
-
-    Attributes:
-        flags: of `vllm run-batch`: the target, `--speculative-config`, and so on.
-        at_once: requests that an engine holds at a time.
-        ray: through Ray Data, on the cluster that RAY_ADDRESS names or on one started here.
-        replicas: engines, with Ray.
-        replica_cpus: cores that each of them gets, with Ray.
-        replica_gpus: GPUs that each of them gets, with Ray.
-    """
-
-    input: Path
-    output: Path
-    flags: tuple[str, ...] = ()
-    at_once: int = 256
-    ray: bool = False
-    replicas: int = 1
-    replica_cpus: int = 1
-    replica_gpus: int = 0
 
 
 @dataclass(frozen=True)

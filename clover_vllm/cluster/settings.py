@@ -1,15 +1,42 @@
-"""What `clover-vllm replicas` is asked for. Light: the command line reads it first."""
+"""What `clover-vllm batch` and `replicas` are asked for. Light: the command line reads it first."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clover_vllm.base.command_line import LEFT_OVER
+
 MOST_REQUESTS = 16
 """Requests that a replica holds, where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What `clover-vllm batch` was asked for. `flags` are those of `vllm run-batch`: the target, `--speculative-config` and so on.
+
+    Args:
+        input: Lines of OpenAI's batch files, or with a prompt.
+        output: File of answers; appears once all are there.
+        at_once: Requests that an engine holds at a time.
+        ray: Through Ray Data, on the cluster that RAY_ADDRESS names or on one started here.
+        replicas: Most engines, with --ray.
+        replica_cpus: Cores of an engine, with --ray.
+        replica_gpus: GPUs of an engine, with --ray.
+    """
+
+    input: Annotated[Path, typer.Argument()]
+    output: Annotated[Path, typer.Argument()]
+    flags: Annotated[Sequence[str], LEFT_OVER] = ()
+    at_once: Annotated[int, typer.Option(min=1)] = 256
+    ray: bool = False
+    replicas: Annotated[int, typer.Option(min=1)] = 1
+    replica_cpus: Annotated[int, typer.Option(min=1)] = 1
+    replica_gpus: Annotated[int, typer.Option(min=0)] = 0
 
 
 @dataclass(frozen=True)

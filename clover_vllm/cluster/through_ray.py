@@ -19,7 +19,8 @@ from clover_vllm.launch.environment import is_cpu_build, prepare
 from clover_vllm.launch.reaper import start_reaper
 
 if TYPE_CHECKING:
-    from clover_vllm.cluster.batch import BatchSettings, Request
+    from clover_vllm.cluster.batch import Request
+    from clover_vllm.cluster.settings import BatchSettings
 
 BLOCK = 16
 """Lines that are handed to an engine together; what is computed again if it dies."""

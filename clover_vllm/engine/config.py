@@ -157,6 +157,12 @@ def clover_config(
     if prefers_v2() and options.tree == "adaptive" and engine_args.scheduler_cls is None:
         engine_args.scheduler_cls = SCHEDULER
     made.counters = export_counters(made)
+    logger.info(
+        "Clover-2 drafts %s trees of at most %d nodes per request with the head %s.",
+        options.tree if isinstance(options.tree, str) else "fixed",
+        made.num_speculative_tokens,
+        shared["model"],
+    )
     return made
 
 

@@ -346,7 +346,17 @@ def _one_rank() -> Iterator[None]:
         parallel_state._TP = before
 
 
-def measure(requests: int, drafts: bool, steps: int) -> Overhead:
+@contextmanager
+def warm_stand(requests: int, drafts: bool) -> Iterator[Stand]:
+    """A runner that has served some steps."""
+    with _one_rank(), tempfile.TemporaryDirectory() as folder:
+        stand = Stand(requests, drafts, folder)
+        for _ in range(WARM_UP):
+            stand.step()
+        yield stand
+
+
+def time_overhead(requests: int, drafts: bool, steps: int) -> Overhead:
     """Time steps of a batch.
 
     Args:
@@ -354,10 +364,7 @@ def measure(requests: int, drafts: bool, steps: int) -> Overhead:
         drafts: whether drafting pays.
         steps: that are timed.
     """
-    with _one_rank(), tempfile.TemporaryDirectory() as folder:
-        stand = Stand(requests, drafts, folder)
-        for _ in range(WARM_UP):
-            stand.step()
+    with warm_stand(requests, drafts) as stand:
         stand.timer.finish_step(False)
         stand.nodes = stand.accepted = 0
         for _ in range(steps):
@@ -371,7 +378,7 @@ def measure(requests: int, drafts: bool, steps: int) -> Overhead:
 
 def show_overhead(requests: Sequence[int], steps: int) -> list[Overhead]:
     """Measure, and print a table."""
-    found = [measure(count, drafts, steps) for count in requests for drafts in (True, False)]
+    found = [time_overhead(count, drafts, steps) for count in requests for drafts in (True, False)]
     table = Table(title="Speculation's own Python, microseconds per request and step")
     for name in ("requests", "nodes", "accepted", *PARTS, "all", "catch-up (ms)"):
         table.add_column(name, justify="right")

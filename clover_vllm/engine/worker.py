@@ -45,7 +45,7 @@ class CloverCPUWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Measures costs; then as the base class, which sets the random seed last."""
         if not self.use_v2_model_runner:
-            self.model_runner.speculation.measure()
+            self.model_runner.speculation.time_costs()
         return super().compile_or_warm_up_model()
 
     def _make_model_runner(self) -> GPUModelRunner:

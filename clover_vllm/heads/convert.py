@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.registry import HEADS, HeadKind
+from clover_vllm.heads.registry import HEADS, HeadKind, imported
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-MEDUSA_NAME = re.compile(r"(?:medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
-"""Of a published Medusa tensor: head, place in the head, and what it is; `weight` is of an output layer."""
 
 
 def check_folders(source: Path, output: Path) -> None:
@@ -53,13 +49,12 @@ def check_llama(source: Path, fields: dict[str, Any]) -> None:
         )
 
 
-def method_of(names: Iterable[str]) -> HeadKind:
+def kind_of_checkpoint(names: Iterable[str]) -> HeadKind:
     """The method whose published checkpoints hold tensors of these names; Clover-2 where no other does."""
     known = list(names)
-    if known and all(MEDUSA_NAME.fullmatch(name) for name in known):
-        return HEADS["medusa"]
-    if any(name.removeprefix("model.") == "fc.weight" for name in known):
-        return HEADS["eagle1"]
+    for kind in HEADS.values():
+        if kind.published is not None and known and imported(kind.published)(known):
+            return kind
     return HEADS["clover2"]
 
 
@@ -77,13 +72,10 @@ def convert(source: Path, output: Path, target: str | None = None) -> tuple[Head
     Raises:
         UserError: unreadable, or tensors missing, unexpected or misshapen (all are listed).
     """
-    from clover_vllm.heads.clover2 import convert as clover2
-    from clover_vllm.heads.eagle1 import convert as eagle1
-    from clover_vllm.heads.medusa import convert as medusa
     from clover_vllm.heads.weights import read_config, read_tensors
 
     check_folders(source, output)
     read_config(source)  # a folder that does not exist is named first
-    kind = method_of(read_tensors(source))
-    chosen = {"clover2": clover2.convert, "eagle1": eagle1.convert, "medusa": medusa.convert}[kind.method]
-    return kind, chosen(source, output, target)
+    kind = kind_of_checkpoint(read_tensors(source))
+    assert kind.convert is not None, kind.method
+    return kind, imported(kind.convert)(source, output, target)

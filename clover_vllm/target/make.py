@@ -225,7 +225,7 @@ def _convert(gguf: Path, folder: Path, idle: int) -> None:
 
 
 def _deepen(model: Any, idle: int) -> None:
-    """Behind every layer, so many whose outputs are zero: the residual stream, hence the text, stays what it is."""
+    """Behind every layer, as many more whose outputs are zero: the residual stream, hence the text, stays what it is."""
     from torch import nn
 
     layers = []

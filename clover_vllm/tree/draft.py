@@ -64,10 +64,8 @@ class Tree:
     @cached_property
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) -> node; of equal siblings the first."""
-        found: dict[tuple[int, int], int] = {}
-        for node, key in enumerate(zip(self.parents, self.tokens, strict=True)):
-            found.setdefault(key, node)
-        return found
+        keys = zip(reversed(self.parents), reversed(self.tokens), strict=True)
+        return dict(zip(keys, reversed(range(len(self))), strict=True))
 
     def prefix(self, count: int) -> Tree:
         """The first nodes, which again are a tree."""

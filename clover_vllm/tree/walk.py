@@ -22,9 +22,8 @@ def walk(tree: Tree, emitted: Sequence[int]) -> list[int]:
         the accepted nodes, by depth.
     """
     accepted: list[int] = []
-    current = ROOT
-    for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True)):
-        if parent == current and token == emitted[current + 1]:  # of equal siblings the first
-            current = node
-            accepted.append(node)
+    node = tree.children.get((ROOT, emitted[0]))
+    while node is not None:
+        accepted.append(node)
+        node = tree.children.get((node, emitted[node + 1]))
     return accepted

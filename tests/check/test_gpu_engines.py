@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from clover_vllm.bench.gpu.cases import CaseFunction, Machine, Report, run_case
 from clover_vllm.bench.gpu.sections import PREFIX, read_trace
 from clover_vllm.bench.gpu.shapes import METHODS
-from clover_vllm.check.exactness import CASES, compare, judge, tie_gap
+from clover_vllm.check.exactness import CASES, count_differences, judge, tie_gap
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -68,10 +68,10 @@ def test_near_ties_and_others_are_told_apart() -> None:
     plain, near, far = outputs(5, 7, logprobs=listed), outputs(5, 8), outputs(5, 9)
     assert tie_gap(plain[0][0], near[0][0]) == pytest.approx(0.05)
     greedy: list[Json] = [{"params": {"temperature": 0.0}}]
-    assert compare(plain, plain, greedy, exact=True)["differ"] == 0
-    assert compare(plain, near, greedy, exact=False)["not near ties"] == 0
-    assert compare(plain, far, greedy, exact=False)["not near ties"] == 1
-    assert compare(plain, far, greedy, exact=False)["tokens that differ"] == 1
+    assert count_differences(plain, plain, greedy, exact=True)["differ"] == 0
+    assert count_differences(plain, near, greedy, exact=False)["not near ties"] == 0
+    assert count_differences(plain, far, greedy, exact=False)["not near ties"] == 1
+    assert count_differences(plain, far, greedy, exact=False)["tokens that differ"] == 1
 
 
 def test_other_answers_lost_blocks_and_untried_paths_are_problems(tmp_path: Path) -> None:

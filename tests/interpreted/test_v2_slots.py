@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from clover_vllm.attention.triton.inputs import CAUSAL
 from clover_vllm.engine.backends.gpu import StepRows
-from clover_vllm.engine.v2.layout import HeadRows, Scored, head_lengths
+from clover_vllm.engine.v2.layout import HeadRows, ScoredSlots, head_lengths
 from clover_vllm.engine.v2.trees import NO_SLOT, SlotTrees, needs_history
 from clover_vllm.tree import MAX_NODES, ROOT, Tree, TreeBatch
 from clover_vllm.tree.batch import PADDING
@@ -163,7 +163,7 @@ def test_the_heads_rows_are_those_of_plain_loops() -> None:
         )
         lengths = head_lengths(batch, deepest)
         starts = found.lay_out(
-            batch, Scored(sampled, path), num_sampled, next_prompt, slot_mapping, lengths, padded=SLOTS
+            batch, ScoredSlots(sampled, path), num_sampled, next_prompt, slot_mapping, lengths, padded=SLOTS
         )
         at = 0
         for r in range(4):

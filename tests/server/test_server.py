@@ -104,7 +104,7 @@ def test_streamed_text_equals_that_of_plain_vllm(
     assert 0 < counted[COUNTERS["accepted"]] < counted[COUNTERS["draft_tokens"]]
 
 
-def test_stop_strings_cut_inside_an_accepted_path(server: Server, client: OpenAI) -> None:
+def test_stop_strings_cut_where_they_first_occur(server: Server, client: OpenAI) -> None:
     """Once at each word of an answer, up to where the word first occurs: most lie behind accepted drafts, and
     `test_stops_lie_inside_accepted_paths` of the engine's tests has those with accepted drafts behind them."""
     whole = ask(client, QUESTIONS[0]).choices[0].message.content
@@ -193,8 +193,8 @@ def test_streamed_tool_call_equals_that_of_plain_vllm(
     assert json.loads(plain[1]).keys() == {"city", "days"}
 
 
-def test_structured_output_is_valid_beside_trees(client: OpenAI) -> None:
-    """The request with a grammar gets a chain; the others keep their trees."""
+def test_structured_output_is_valid_beside_other_requests(client: OpenAI) -> None:
+    """Who gets a chain and who a tree: `tests/engine/test_features.py`."""
     choices = ["apple", "pear"]
     with ThreadPoolExecutor(4) as pool:
         plain = [pool.submit(ask, client, question) for question in QUESTIONS[2:5]]

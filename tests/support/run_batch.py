@@ -15,7 +15,8 @@ def main(spec: dict[str, Any]) -> dict[str, int]:
     from vllm.entrypoints.launchers import run_batch as vllms
 
     from clover_vllm.cluster.answering import parse_flags
-    from clover_vllm.cluster.batch import BatchSettings, run_batch
+    from clover_vllm.cluster.batch import run_batch
+    from clover_vllm.cluster.settings import BatchSettings
 
     fork_engines()
     if spec.get("reference"):

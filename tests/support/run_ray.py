@@ -47,7 +47,8 @@ def batch(folder: Path) -> Json:
     start_ray()
     from batch_stand_ins import StandInAnswerer
 
-    from clover_vllm.cluster.batch import BatchSettings, Request
+    from clover_vllm.cluster.batch import Request
+    from clover_vllm.cluster.settings import BatchSettings
     from clover_vllm.cluster.through_ray import answered
 
     requests = [

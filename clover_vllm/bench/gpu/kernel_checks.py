@@ -161,7 +161,7 @@ def poisoned(kind: Kind, case: PagedCase) -> Partials | None:
     return parts
 
 
-def compare(kind: Kind, case: PagedCase, found: torch.Tensor) -> Json:
+def errors_of(kind: Kind, case: PagedCase, found: torch.Tensor) -> Json:
     """With float64.
 
     Args:
@@ -205,7 +205,7 @@ def check_attention(kind: Kind, seeds: Sequence[int]) -> Json:
             partials=poisoned(kind, case),
             **options(kind, DEVICE),
         )
-        found.append(compare(kind, case, output))
+        found.append(errors_of(kind, case, output))
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
@@ -240,7 +240,7 @@ def check_graph(kind: Kind, seeds: Sequence[int]) -> Json:
     for case in [*cases, first]:
         load(case)
         replay()
-        found.append(compare(kind, case, output[: len(case.query)]))
+        found.append(errors_of(kind, case, output[: len(case.query)]))
     return {name: max(one[name] for one in found) for name in found[0]}
 
 

@@ -67,14 +67,14 @@ def check_speed(output: Path, machine: Machine, models: Models, compiled: bool =
             **load,
         }
         share = machine.left / (len(methods) - i)
-        found = run_case(measure, spec, machine, max(150.0, 1.5 * share))
+        found = run_case(time_steps, spec, machine, max(150.0, 1.5 * share))
         found["accepted"] = {"forced": method.accepted}
-        compare(found, report.cases.get("plain", {}))
+        against_plain(found, report.cases.get("plain", {}))
         report.add(str(method), found)
     return report.ok
 
 
-def compare(found: Json, plain: Json) -> None:
+def against_plain(found: Json, plain: Json) -> None:
     """Add what a method's steps cost in plain steps, and its speed-up end to end."""
     for name, point in found.get("points", {}).items():
         base = plain.get("points", {}).get(name)
@@ -93,7 +93,7 @@ def compare(found: Json, plain: Json) -> None:
             found.setdefault("speed-up, forced", {})[name] = rate / base
 
 
-def measure(spec: Json, say: Callable[..., None]) -> None:
+def time_steps(spec: Json, say: Callable[..., None]) -> None:
     """In a process of its own: one method.
 
     Args:

@@ -153,7 +153,7 @@ class Backlog:
         """
         Args:
             limit: most bytes of hidden states; the oldest go.
-            window: of a text of which the head has missed many more, it reads so many of the latest positions, from the
+            window: positions that the head reads, the latest, of a text of which it has missed many more, from the
                 nearer beginning of a block.
             block_size: cache slots per block.
             blocks: of the cache; 0 where no prefix is shared between requests.

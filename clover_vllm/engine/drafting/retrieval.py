@@ -25,10 +25,10 @@ TOKENS = 512 * ANSWERS
 so that all of it stays below 2 x 262,144 x 330 bytes, 165 MiB, however long prompts and answers are."""
 
 LONGEST_REST = 16
-"""After a look-up in vain a request's text is not looked up for 1 step, then 2, 4, ..., and so many at most."""
+"""After look-ups in vain a request's text is not looked up for 1 step, then 2, 4, ..., and at most this many."""
 
 TRY = 8
-"""One request of so many is looked up from its first step on, whatever came of the others."""
+"""One of this many requests is looked up from its first step on, whatever came of the others."""
 
 LEAST_SHARE = 0.1
 """A continuation that followed more rarely than this is not proposed."""

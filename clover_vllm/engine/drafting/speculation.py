@@ -37,7 +37,7 @@ SHORT_REST = 64
 """Positions of a request that has ended which the head still reads, for others with the same prefix."""
 
 
-def kind_of(params: SamplingParams | None) -> int:
+def sampling_kind(params: SamplingParams | None) -> int:
     """Whose acceptance a request's outcomes speak for."""
     if params is None or params.structured_outputs is not None or params.thinking_token_budget is not None:
         return SPECIAL
@@ -118,7 +118,7 @@ class Speculation:
             runner.model_config.get_vocab_size(),
         )
 
-    def measure(self) -> None:
+    def time_costs(self) -> None:
         """Time steps and drafting, once all is compiled."""
         runner = self._runner
         if runner.drafter.is_adaptive and runner.kv_caches:
@@ -150,7 +150,7 @@ class Speculation:
             self.retrieval.forget(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             backlog.start(request.req_id, request.num_computed_tokens, request.block_ids[0])
-            self._kinds[request.req_id] = kind_of(request.sampling_params)
+            self._kinds[request.req_id] = sampling_kind(request.sampling_params)
         if cached.resumed_req_ids:
             resumed = zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True)
             for name, computed, blocks in resumed:

@@ -20,7 +20,7 @@ from clover_vllm.attention.triton.slots import HeadTensors, lay_out_head
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredSlots:
     """What a step emitted (made by the runner, read by the speculator)."""
 
     sampled: torch.Tensor  # int64 [R, N + 1] or [R, 1], tokens, then anything
@@ -48,7 +48,7 @@ class HeadRows(HeadTensors):
     def lay_out(
         self,
         batch: InputBatch,
-        scored: Scored,
+        scored: ScoredSlots,
         num_sampled: torch.Tensor,
         next_prefill_tokens: torch.Tensor,
         slot_mapping: torch.Tensor,

@@ -29,7 +29,7 @@ from clover_vllm.engine.hooks import making_graphs, making_speculator
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
 from clover_vllm.engine.support import check_step, refuse_trees
 from clover_vllm.engine.v2.graphs import TargetGraphs
-from clover_vllm.engine.v2.layout import Scored
+from clover_vllm.engine.v2.layout import ScoredSlots
 from clover_vllm.engine.v2.scorer import DeviceScorer
 from clover_vllm.engine.v2.speculator import Clover2Speculator
 from clover_vllm.engine.v2.trees import SlotTrees
@@ -170,7 +170,7 @@ class CloverV2Runner(GPUModelRunner):
         made = super().sample(hidden_states, input_batch, grammar_output)
         sampled, num_sampled = made[0].sampled_token_ids, made[1]
         path = self.rejection_sampler.path if input_batch.num_draft_tokens else None
-        self.speculator.scored = Scored(sampled, path)
+        self.speculator.scored = ScoredSlots(sampled, path)
         self._counted = None if path is None else self._count(input_batch, path, num_sampled)
         if path is not None and self._rows is not None and self._slots is not None:
             roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]

@@ -30,7 +30,7 @@ from clover_vllm.engine.models.clover2 import Clover2DraftModel
 from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.engine.v2.graphs import DraftGraphs
-from clover_vllm.engine.v2.layout import HeadRows, Scored, head_lengths
+from clover_vllm.engine.v2.layout import HeadRows, ScoredSlots, head_lengths
 from clover_vllm.engine.v2.scheduler import is_sized
 from clover_vllm.engine.v2.trees import NO_SLOT, SlotTrees
 from clover_vllm.tree import TreeBatch
@@ -49,7 +49,7 @@ class Clover2Speculator(DraftModelSpeculator):
         self.shape = self.options.fixed_shape(nodes)
         self.deepest = self.options.rounds(nodes) if self.shape is None else self.shape.max_depth
         self.trees: SlotTrees  # set by the runner
-        self.scored: Scored | None = None  # of the step under way; set by the runner
+        self.scored: ScoredSlots | None = None  # of the step under way; set by the runner
         self.rows = HeadRows.make(self.input_buffers, self.idx_mapping)
         self._hidden: torch.Tensor  # [most rows of a step, width], what the block reads
         self._roots = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)

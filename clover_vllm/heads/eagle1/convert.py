@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,11 @@ from clover_vllm.heads.weights import (
     read_tensors,
     write_checkpoint,
 )
+
+
+def is_published(names: Sequence[str]) -> bool:
+    """Whether tensors of these names are a published EAGLE-1 checkpoint's."""
+    return any(name.removeprefix("model.") == "fc.weight" for name in names)
 
 
 def convert(source: Path, output: Path, target: str | None = None) -> Clover2Config:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.heads.convert import MEDUSA_NAME, check_folders
+from clover_vllm.heads.convert import check_folders
 from clover_vllm.heads.medusa.config import MedusaTreesConfig
 from clover_vllm.heads.medusa.model import MedusaTreesDraftModel
 from clover_vllm.heads.weights import check_target, check_tensors, probe_lm_head, read_config, read_tensors
+
+NAME = re.compile(r"(?:medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
+"""Of a tensor: head, place in the head, and what it is; `weight` is of an output layer."""
+
+
+def is_published(names: Sequence[str]) -> bool:
+    """Whether tensors of these names are a published Medusa checkpoint's."""
+    return all(NAME.fullmatch(name) for name in names)
 
 
 def convert(source: Path, output: Path, target: str | None = None) -> MedusaTreesConfig:
@@ -72,7 +82,7 @@ def _renamed(
     ours: dict[str, torch.Tensor] = {}
     layers: dict[int, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        found = MEDUSA_NAME.fullmatch(name)
+        found = NAME.fullmatch(name)
         if found is None:
             raise UserError(f"{source} holds {name}, which published Medusa heads do not.")
         head, place, what = found.groups()

@@ -12,7 +12,7 @@ import pytest
 from length import FULL
 from typer.testing import CliRunner
 
-from clover_vllm.bench.kernels_compiled import SHAPES, KernelShape, compile_attention, compile_others
+from clover_vllm.bench.kernels_compiled import SHAPES, CompiledShape, compile_attention, compile_others
 from clover_vllm.cli import app
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +47,7 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for shape in (KernelShape(), KernelShape(splits=8), *(SHAPES if FULL else ())):
+    for shape in (CompiledShape(), CompiledShape(splits=8), *(SHAPES if FULL else ())):
         if shape.is_known(capability):
             found = compile_attention(shape, capability)
             assert [made.kernel for made in found] == ["attention_kernel", "merge_kernel"][: len(found)]

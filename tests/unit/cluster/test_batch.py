@@ -20,7 +20,8 @@ from small import one_sentence
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.cluster import answering, batch
-from clover_vllm.cluster.batch import BatchSettings, Request, read_requests, run_batch
+from clover_vllm.cluster.batch import Request, read_requests, run_batch
+from clover_vllm.cluster.settings import BatchSettings
 
 
 class Killed(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,7 @@ def test_clover_runs_on_the_runner_that_vllm_chooses(
     for config in (made, pickle.loads(pickle.dumps(made))):
         assert config.use_v2_model_runner == (chosen != "0")
         assert config.speculative_config.disable_padded_drafter_batch == (chosen == "0")
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == chosen, "later engines of the process choose anew"
 
 
 def test_a_step_of_clover_may_be_scheduled_ahead() -> None:

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
 import pytest
 
-from clover_vllm.engine.overhead import PARTS, measure
+from clover_vllm.engine import overhead
+from clover_vllm.engine.overhead import PARTS, time_overhead
 
 
 @pytest.mark.parametrize("drafts", [True, False])
 def test_every_part_is_timed(drafts: bool) -> None:
-    found = measure(requests=8, drafts=drafts, steps=100)
+    found = time_overhead(requests=8, drafts=drafts, steps=100)
     needless = set() if drafts else {"score", "read"}
     assert all(found.parts[part] > 0 for part in PARTS if part not in needless)
     assert (found.nodes > 1) == drafts
     assert (found.accepted > 0.3) == drafts
     assert (found.catch_up > 0) != drafts
+
+
+@pytest.mark.parametrize(("drafts", "most"), [(True, 180), (False, 60)])
+def test_a_further_request_costs_few_calls(drafts: bool, most: int) -> None:
+    """What Python does per request and step, counted, since no test asserts a time. A loop over nodes would show."""
+    steps = 20
+
+    def calls(requests: int) -> float:
+        count = 0
+
+        def see(frame: FrameType, event: str, _: Any) -> None:
+            nonlocal count
+            count += event in ("call", "c_call") and frame.f_code.co_filename != overhead.__file__
+
+        with overhead.warm_stand(requests, drafts) as stand:
+            sys.setprofile(see)
+            try:
+                for _ in range(steps):
+                    stand.step()
+            finally:
+                sys.setprofile(None)
+        return count / steps
+
+    few, many = 16, 64
+    assert (calls(many) - calls(few)) / (many - few) < most

@@ -87,10 +87,10 @@ def bench_rows(
     ("method", "ups", "repetitions", "verdict"),
     [
         ("clover", {1: (2.2, 1.9, 2.5), 4: (1.1, 0.9, 1.2), 8: (0.9, 0.8, 0.95)}, 3,
-         "It was faster with 1, slower with 8, as fast within the spread with 4."),
+         "It was faster with 1, slower with 8, not measurably different with 4."),
         ("clover", {2: (2.2, 1.9, 2.5)}, 2, "It was faster with 2."),
         ("clover-8", {1: (0.9, 0.85, 0.95), 16: (0.7, 0.6, 0.8)}, 2, "It was nowhere faster, slower with 1 and 16."),
-        ("clover-chain", {64: (1.0, 0.9, 1.1)}, 2, "It was nowhere faster, as fast within the spread with 64."),
+        ("clover-chain", {64: (1.0, 0.9, 1.1)}, 2, "It was nowhere faster, not measurably different with 64."),
         ("clover", {1: (1.5, 1.5, 1.5)}, 1, "It was run once, so that nothing is known of the spread."),
     ],
 )  # fmt: skip
@@ -101,6 +101,7 @@ def test_speedups_are_told_for_any_loads_and_methods(
     plain = dict.fromkeys(ups, (1.0, 1.0, 1.0))
     found = json.loads(file.read_text())
     found["results"] = bench_rows("plain", plain, repetitions) + bench_rows(method, ups, repetitions)
+    found["prompts"]["per_run"] = {str(count): 8 * count for count in ups}
     file.write_text(json.dumps(found))
     text = rendered("<!-- generated: speedups -->\n<!-- /generated -->\n", root / "results")
     assert verdict in text
@@ -108,7 +109,7 @@ def test_speedups_are_told_for_any_loads_and_methods(
     cells = [f"**{mean:.2f}** [{low:.2f}, {high:.2f}]" for mean, low, high in ups.values()]
     assert f"| `{method}` over plain | {' | '.join(cells)} |" in text
     assert f"| plain, tokens/s | {' | '.join(['100'] * len(ups))} |" in text
-    assert f"{'38 to ' if len(ups) > 1 else ''}{28 + 10 * len(ups)}% of its answers" in text
+    assert f"token for token: `{method}` {'38 to ' if len(ups) > 1 else ''}{28 + 10 * len(ups)}%." in text
 
 
 def test_a_measurement_without_clover_says_so(root: Path) -> None:
