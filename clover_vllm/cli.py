@@ -13,10 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from clover_vllm import __version__
-from clover_vllm.base.command_line import PASSES_ON, numbers, takes
+from clover_vllm.base.command_line import PASSES_ON, takes
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.settings import BenchSettings, ClimbSettings, KernelsCompiledSettings, KernelSettings
+from clover_vllm.bench.settings import (
+    BenchSettings,
+    ClimbSettings,
+    KernelsCompiledSettings,
+    KernelSettings,
+    OverheadSettings,
+)
 from clover_vllm.check.settings import GpuCheckSettings, TortureSettings
 from clover_vllm.cluster.settings import BatchSettings, ReplicasSettings
 from clover_vllm.eval.settings import CompareSettings, EvalSettings
@@ -322,14 +328,12 @@ def kernel(settings: KernelSettings) -> None:
 
 @app.command()
 @_one_line
-def overhead(
-    requests: Annotated[str, typer.Option(help="Requests in the batch.")] = "64,256",
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 100,
-) -> None:
+@takes(OverheadSettings)
+def overhead(settings: OverheadSettings) -> None:
     """Time speculation's own Python per request and step, over a scripted target and head, on a CPU."""
     from clover_vllm.engine.overhead import show_overhead
 
-    show_overhead(numbers(requests), steps)
+    show_overhead(settings)
 
 
 @app.command()

@@ -9,6 +9,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from clover_vllm.base.files import make_folder, write_json
 
 PACKAGES = (
     "clover-vllm",
@@ -76,3 +79,17 @@ def _cpu() -> str:
     except OSError:
         return platform.processor() or "unknown"
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write_result(output: Path, name: str, found: dict[str, Any]) -> Path:
+    """Write what a command has found, with where it comes from.
+
+    Args:
+        output: the JSON file (`*.json`), or a folder for it.
+        name: of the file in a folder.
+        found: JSON.
+    """
+    file = output if output.suffix == ".json" else output / name
+    make_folder(file.parent)
+    write_json(file, {"provenance": provenance(), **found})
+    return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -13,8 +12,10 @@ import torch
 from rich.table import Table
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_attention
+from clover_vllm.attention.cpu.tree_attention import kernel_levels
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import each
+from clover_vllm.base.provenance import write_result
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import KernelSettings
 from clover_vllm.launch.environment import prepare
@@ -190,13 +191,9 @@ def compare_kernels(settings: KernelSettings) -> list[Timing]:
         )
     print_table(table)
     if settings.output is not None:
-        settings.output.write_text(
-            json.dumps(
-                {
-                    "shape": asdict(shape),
-                    "threads": torch.get_num_threads(),
-                    "timings": list(map(asdict, found)),
-                }
-            )
+        write_result(
+            settings.output,
+            "kernel.json",
+            {"shape": asdict(shape), "levels": kernel_levels(), "timings": list(map(asdict, found))},
         )
     return found

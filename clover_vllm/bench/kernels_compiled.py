@@ -22,9 +22,8 @@ import torch
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import each
-from clover_vllm.base.provenance import provenance
+from clover_vllm.base.provenance import write_result
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.settings import KernelsCompiledSettings
 
@@ -279,8 +278,5 @@ def compile_kernels(settings: KernelsCompiledSettings) -> list[Compiled]:
         table.add_row(*map(str, asdict(made).values()))
     print_table(table)
     if settings.output is not None:
-        output = settings.output
-        file = output if output.suffix == ".json" else output / "kernels-compiled.json"
-        make_folder(file.parent)
-        write_json(file, {"provenance": provenance(), "results": list(map(asdict, found))})
+        write_result(settings.output, "kernels-compiled.json", {"results": list(map(asdict, found))})
     return found

@@ -134,7 +134,7 @@ class KernelSettings:
         contexts: Tokens in the cache per request.
         rows: Root and nodes of each request.
         dtype: bfloat16, float16 or float32.
-        output: JSON file for the result.
+        output: JSON file, or a folder for kernel.json.
     """
 
     requests: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [1, 4, 16])
@@ -152,6 +152,21 @@ class KernelSettings:
         for name in ("requests", "contexts"):
             if min(getattr(self, name)) < 1:
                 raise UserError(f"--{name} must be 1 or more.")
+
+
+@dataclass
+class OverheadSettings:
+    """What `clover-vllm overhead` was asked for.
+
+    Args:
+        requests: Requests in the batch.
+        steps: Steps that are timed.
+        output: JSON file, or a folder for overhead.json.
+    """
+
+    requests: Annotated[list[int], Parsed(numbers)] = field(default_factory=lambda: [64, 256])
+    steps: Annotated[int, typer.Option(min=1)] = 100
+    output: Path | None = None
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
     max_tokens, temperature = params["max_tokens"], params["temperature"]
     before = server.counters()
     result = data.with_name("result.json")
-    command = [
-        str(Path(sys.executable).with_name("vllm")), "bench", "serve",
+    flags = [
         "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", server.url,
         "--model", server.name, "--tokenizer", model,
         "--dataset-name", "custom", "--dataset-path", str(data), "--skip-chat-template",
@@ -105,14 +104,8 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
         "--save-result", "--save-detailed", "--result-dir", str(data.parent), "--result-filename", result.name,
     ]  # fmt: skip
     if temperature:
-        command += ["--extra-body", json.dumps({"seed": 0})]
-    # The load generator computes nothing: vLLM's threads stay on the cores alone.
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode or not result.exists():
-        print("\n".join((done.stdout + done.stderr).splitlines()[-15:]), file=sys.stderr)
-        raise UserError("vllm bench serve failed; its last lines are above.")
+        flags += ["--extra-body", json.dumps({"seed": 0})]
+    _bench_serve(flags)
     found = json.loads(result.read_text())
     result.unlink()
     if found["completed"] != count:
@@ -139,6 +132,27 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
     ]
     run.outputs = [[ord(c) for c in text] for text in found["generated_texts"]]
     return run
+
+
+def _bench_serve(flags: list[str]) -> None:
+    """`vllm bench serve`, in this process: its own would import vLLM for each run.
+
+    Raises:
+        UserError: it failed.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    with redirect_stdout(StringIO()) as said:
+        try:
+            main(parser.parse_args(flags))
+        except Exception as error:
+            print("\n".join(said.getvalue().splitlines()[-15:]), file=sys.stderr)
+            raise UserError(
+                f"vllm bench serve failed ({type(error).__name__}: {error}); its last lines are above."
+            ) from error
 
 
 def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:

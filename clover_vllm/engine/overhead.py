@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +23,10 @@ from vllm.distributed import parallel_state
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from clover_vllm.base.provenance import write_result
 from clover_vllm.base.show import print_table
 from clover_vllm.base.timing import StepTimer
+from clover_vllm.bench.settings import OverheadSettings
 from clover_vllm.engine.backends.cpu import TreeCPUAttentionMetadataBuilder
 from clover_vllm.engine.drafting.pending import PendingDrafts
 from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
@@ -376,9 +378,13 @@ def time_overhead(requests: int, drafts: bool, steps: int) -> Overhead:
     return Overhead(requests, drafts, stand.nodes / each, stand.accepted / each, parts, catch_up)
 
 
-def show_overhead(requests: Sequence[int], steps: int) -> list[Overhead]:
-    """Measure, and print a table."""
-    found = [time_overhead(count, drafts, steps) for count in requests for drafts in (True, False)]
+def show_overhead(settings: OverheadSettings) -> list[Overhead]:
+    """Measure, print a table, and write JSON."""
+    found = [
+        time_overhead(count, drafts, settings.steps)
+        for count in settings.requests
+        for drafts in (True, False)
+    ]
     table = Table(title="Speculation's own Python, microseconds per request and step")
     for name in ("requests", "nodes", "accepted", *PARTS, "all", "catch-up (ms)"):
         table.add_column(name, justify="right")
@@ -386,4 +392,8 @@ def show_overhead(requests: Sequence[int], steps: int) -> list[Overhead]:
         numbers = (f"{value:.2f}" for value in (o.nodes, o.accepted, *o.parts.values(), o.total, o.catch_up))
         table.add_row(str(o.requests), *numbers)
     print_table(table)
+    if settings.output is not None:
+        write_result(
+            settings.output, "overhead.json", {"results": [{**asdict(o), "total": o.total} for o in found]}
+        )
     return found

@@ -396,6 +396,55 @@ def compare_table(found: Json) -> str:
     )
 
 
+def kernel_table(found: Json) -> str:
+    """The tree attention kernel's time over vLLM's for the same rows."""
+    timings, shape = found["timings"], found["shape"]
+    contexts = sorted({t["context"] for t in timings})
+    lines = [
+        [
+            str(requests),
+            *(
+                f"{t['tree']:.0f} / {t['vllm']:.0f} = **{t['tree'] / t['vllm']:.2f}**"
+                for t in sorted(timings, key=lambda t: t["context"])
+                if t["requests"] == requests
+            ),
+        ]
+        for requests in sorted({t["requests"] for t in timings})
+    ]
+    return "\n".join(
+        [
+            markdown(["requests", *(f"{context} tokens cached" for context in contexts)], lines),
+            "",
+            f"Microseconds of a layer with trees, over vLLM's causal kernel with as many rows: {shape['rows']} rows per request, "
+            f"{shape['heads']} query heads, {shape['kv_heads']} of keys, head size {shape['dim']}, {shape['dtype']}; instructions of "
+            f"level {found['levels'][-1]}.",
+            "",
+            _origin(found["provenance"]),
+        ]
+    )
+
+
+def overhead_table(found: Json) -> str:
+    """Speculation's own Python per request and step."""
+    lines = [
+        [
+            str(row["requests"]),
+            "yes" if row["drafts"] else "asleep",
+            f"{row['nodes']:.1f}",
+            f"**{row['total']:.0f}**",
+            ", ".join(f"{name} {value:.0f}" for name, value in row["parts"].items() if value >= 0.5),
+        ]
+        for row in found["results"]
+    ]
+    return "\n".join(
+        [
+            markdown(["requests", "drafts", "nodes per request", "microseconds", "of which"], lines),
+            "",
+            _origin(found["provenance"]),
+        ]
+    )
+
+
 def gpu_kernels_table(found: Json) -> str:
     """Tree attention beside other attention, by point, and the walk and compaction."""
 
@@ -512,6 +561,8 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "eval": eval_table,
     "kernels-compiled": kernels_compiled_table,
     "compare": compare_table,
+    "kernel": kernel_table,
+    "overhead": overhead_table,
     "gpu-kernels": gpu_kernels_table,
     "gpu-speed": gpu_speed_table,
 }

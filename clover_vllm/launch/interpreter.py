@@ -6,6 +6,7 @@ graphs, streams, and speed.
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -26,6 +27,7 @@ def interpret() -> None:
         sanitize_overflow=False
     )  # of each sum and product; half of the time
     interpreter.interpreter_builder.options = options
+    remember_builtins()
     # Asked for tile sizes by `triton_reshape_and_cache_flash`.
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     _schedule_ahead()
@@ -35,6 +37,24 @@ def interpret() -> None:
 
     topk_topp_sampler.HAS_TRITON = False  # the interpreter does not know all that its kernel does
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0  # cut no short context in 16 parts, which take turns here
+
+
+def remember_builtins() -> None:
+    """Triton lists all names of its language modules at each call of each kernel's function: a fifth of the time."""
+    from triton.runtime import interpreter
+
+    known: dict[Any, list[str]] = {}
+    is_builtin = interpreter.tl.core.is_builtin
+
+    def patch_builtin(module: Any, builder: Any, scope: Any) -> None:
+        if module not in known:
+            known[module] = [name for name, member in inspect.getmembers(module) if is_builtin(member)]
+        for name in known[module]:
+            member = getattr(module, name)
+            if is_builtin(member):  # not inside another call, which has patched it
+                interpreter._patch_attr(module, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 class _Backend:

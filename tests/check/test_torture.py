@@ -22,9 +22,9 @@ Json = dict[str, Any]
 def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path) -> None:
     """`torture` raises where a request differs; the rest says that there was something to see."""
     settings = TortureSettings(
-        requests=length(80, 2000),
-        per_engine=length(40, 300),
-        wave=20,
+        requests=length(60, 2000),
+        per_engine=length(30, 300),
+        wave=length(15, 20),
         seed=100,
         output=tmp_path / "out.json",
     )
@@ -45,7 +45,7 @@ def test_random_requests_through_random_engines_equal_plain_vllm(tmp_path: Path)
 @pytest.mark.timeout(1800)
 def test_random_requests_on_the_v2_runner_equal_plain_vllm(tmp_path: Path) -> None:
     settings = TortureSettings(
-        requests=length(12, 200), per_engine=length(6, 20), wave=6, seed=7, interpreter=True, output=tmp_path
+        requests=length(6, 200), per_engine=length(6, 20), wave=6, seed=7, interpreter=True, output=tmp_path
     )
     outcome = torture(settings)
     assert outcome.engines == math.ceil(settings.requests / settings.per_engine)

@@ -29,6 +29,8 @@ def test_kernels_are_right_in_the_interpreter() -> None:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-p",
+            "quick_interpreter",
             "-n0",
             "tests/interpreted",
         ],

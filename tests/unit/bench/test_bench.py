@@ -293,7 +293,7 @@ def test_kernel_runs_and_refuses_impossible_shapes(tmp_path: Path) -> None:
         app, ["kernel", "--requests", "1", "--contexts", "40", "--output", str(tmp_path / "out.json")]
     )
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "out.json").read_text())
+    assert json.loads((tmp_path / "out.json").read_text())["timings"]
     for wrong in (["--requests", "0"], ["--contexts", "-200"], ["--dtype", "int8"]):
         done = CliRunner().invoke(app, ["kernel", *wrong])
         assert done.exit_code == 2

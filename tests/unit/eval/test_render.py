@@ -193,3 +193,36 @@ def test_damaged_results_and_unknown_blocks_are_refused(root: Path) -> None:
         with pytest.raises(UserError) as caught:
             rendered(text, root / "results")
         one_sentence(caught.value)
+
+
+MADE = {"command": "clover-vllm kernel --output results"}
+
+
+def test_kernel_and_overhead_results_become_tables(root: Path) -> None:
+    timings = [
+        {"requests": r, "context": c, "tree": 30.0 * r, "vllm": 20.0 * r} for c in (300, 100) for r in (1, 4)
+    ]
+    shape = {"rows": 9, "heads": 9, "kv_heads": 3, "dim": 64, "dtype": "bfloat16"}
+    kernel = {"provenance": MADE, "shape": shape, "levels": ["v2", "v3"], "timings": timings}
+    overhead = {
+        "provenance": MADE,
+        "results": [
+            {
+                "requests": 64,
+                "drafts": True,
+                "nodes": 2.0,
+                "total": 92.4,
+                "parts": {"choose": 60.2, "read": 0.1},
+            }
+        ],
+    }
+    for name, found in (("kernel", kernel), ("overhead", overhead)):
+        (root / "results" / f"{name}.json").write_text(json.dumps(found))
+    blocks = (
+        "<!-- generated: kernel -->\n<!-- /generated -->\n<!-- generated: overhead -->\n<!-- /generated -->\n"
+    )
+    text = rendered(blocks, root / "results")
+    assert "| requests | 100 tokens cached | 300 tokens cached |" in text
+    assert "| 4 | 120 / 80 = **1.50** | 120 / 80 = **1.50** |" in text
+    assert "level v3" in text
+    assert "| 64 | yes | 2.0 | **92** | choose 60 |" in text

@@ -38,7 +38,7 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 def test_a_kill_leaves_nothing_or_a_whole_folder(smollm2: Path, tmp_path: Path) -> None:
     folder = tmp_path / "target"
     rng = random.Random(11)
-    for _ in range(length(2, 4)):
+    for _ in range(length(1, 4)):
         process = _start(folder)
         time.sleep(rng.uniform(2.0, 9.0))
         process.send_signal(signal.SIGKILL)
