@@ -543,7 +543,7 @@ def _refused() -> str:
 
 
 VARIANTS = tuple(
-    f"bench-{name}" for name in ("sampled", "prompt-heavy", "text-heavy", "hindsight", "large", "epyc")
+    f"bench-{name}" for name in ("sampled", "sampled-amx", "prompt-heavy", "text-heavy", "hindsight", "epyc")
 )
 """Further runs of `bench`, each in a file of its name."""
 

@@ -18,6 +18,7 @@ from clover_vllm.cli import app
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_kernels_are_right_in_the_interpreter() -> None:
     """`tests/interpreted`, in a process of its own, since Triton chooses when it is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
