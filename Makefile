@@ -1,4 +1,4 @@
-# Everything on a fresh machine with Python 3.11 and gcc: `make demo`, `make test`.
+# Everything on a fresh machine with g++ and Python 3.11 (or `PYTHON=python3.12`): `make demo`, `make test`.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin

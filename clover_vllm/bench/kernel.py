@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -12,7 +13,7 @@ import torch
 from rich.table import Table
 
 from clover_vllm.attention import TreeAttentionInputs, native_kernel, tree_attention
-from clover_vllm.attention.cpu.tree_attention import kernel_levels
+from clover_vllm.attention.cpu.tree_attention import LEVEL_VARIABLE, kernel_levels
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import each
 from clover_vllm.base.provenance import write_result
@@ -194,6 +195,11 @@ def compare_kernels(settings: KernelSettings) -> list[Timing]:
         write_result(
             settings.output,
             "kernel.json",
-            {"shape": asdict(shape), "levels": kernel_levels(), "timings": list(map(asdict, found))},
+            {
+                "shape": asdict(shape),
+                "level": os.environ.get(LEVEL_VARIABLE, kernel_levels()[-1]),
+                "threads": torch.get_num_threads(),
+                "timings": list(map(asdict, found)),
+            },
         )
     return found

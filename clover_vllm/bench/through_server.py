@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -148,11 +149,13 @@ def _bench_serve(flags: list[str]) -> None:
     with redirect_stdout(StringIO()) as said:
         try:
             main(parser.parse_args(flags))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             print("\n".join(said.getvalue().splitlines()[-15:]), file=sys.stderr)
             raise UserError(
                 f"vllm bench serve failed ({type(error).__name__}: {error}); its last lines are above."
             ) from error
+        finally:
+            gc.unfreeze()  # it freezes all that there is, each time
 
 
 def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.engine.metrics import export_counters
 from clover_vllm.engine.options import METHOD, CloverOptions, split_options
 from clover_vllm.engine.support import WORKERS, Setup, check_supported, prefers_v2
-from clover_vllm.heads.registry import check_head
+from clover_vllm.heads.registry import TREE_HEADS, check_head
 from clover_vllm.heads.weights import check_target_folder
 from clover_vllm.tree import MAX_NODES
 
@@ -158,8 +158,9 @@ def clover_config(
         engine_args.scheduler_cls = SCHEDULER
     made.counters = export_counters(made)
     logger.info(
-        "Clover-2 drafts %s trees of at most %d nodes per request with the head %s.",
-        options.tree if isinstance(options.tree, str) else "fixed",
+        "%s drafts %s of at most %d nodes per request, with the head %s.",
+        TREE_HEADS[head.model_type].title,
+        "chains" if options.tree == "chain" else "trees",
         made.num_speculative_tokens,
         shared["model"],
     )

@@ -239,12 +239,12 @@ def speedups_table(found: Json) -> str:
     )
     settings = f"`{name}`: {rows[0]['settings']}. " if rows[0]["settings"] else ""
     per_run = found["prompts"]["per_run"]
-    counts = [*dict.fromkeys(str(per_run[str(load)]) for load in loads if str(load) in per_run)]
+    counts = [str(per_run[str(load)]) for load in loads]
     return "\n".join(
         [
             markdown(["requests at once", *map(str, loads)], lines),
             "",
-            f"Tokens per second, means of ratios; in brackets 95% bootstrap intervals over {_repetitions(rows)}, each of "
+            f"Ratios of tokens per second are means over repetitions; in brackets 95% bootstrap intervals over {_repetitions(rows)}, each of "
             f"{_listed(counts)} prompts. {settings}{_verdict(rows)} Answers that equal {baseline} vLLM's "
             f"token for token: {_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
@@ -417,7 +417,7 @@ def kernel_table(found: Json) -> str:
             "",
             f"Microseconds of a layer with trees, over vLLM's causal kernel with as many rows: {shape['rows']} rows per request, "
             f"{shape['heads']} query heads, {shape['kv_heads']} of keys, head size {shape['dim']}, {shape['dtype']}; instructions of "
-            f"level {found['levels'][-1]}.",
+            f"level {found['level']}, {found['threads']} threads.",
             "",
             _origin(found["provenance"]),
         ]

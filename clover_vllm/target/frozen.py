@@ -117,7 +117,7 @@ def check_loadable(path: str | Path) -> Any:
 def _unloadable(path: str | Path, error: Exception) -> UserError:
     folder = Path(path)
     if folder.is_dir() and (folder / "config.json").is_file():
-        if '"target_probe"' in (folder / "config.json").read_text(errors="replace"):
+        if 'DraftModel"' in (folder / "config.json").read_text(errors="replace"):  # of its architectures
             return UserError(f"{path} is a draft head, not a target; give the model that it drafts for.")
     elif folder.is_absolute() or str(path).startswith("."):
         return UserError(

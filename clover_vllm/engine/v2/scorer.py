@@ -35,7 +35,7 @@ class DeviceScorer(RejectionSampler):
         self._slots: torch.Tensor  # int64 [L of a chunk], request slot of each row
         # Of a step: most logprobs of likely tokens, and of tokens that requests have named; None: no logprobs.
         self._widths: tuple[int, int] | None = None
-        self.path: torch.Tensor | None = None  # of the last step, see `Scored`
+        self.path: torch.Tensor | None = None  # of the last step, see `ScoredSlots`
 
     def __call__(
         self,

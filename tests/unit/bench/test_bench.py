@@ -32,7 +32,7 @@ from clover_vllm.bench.report import (
     table,
 )
 from clover_vllm.bench.settings import BenchSettings
-from clover_vllm.bench.through_server import steady_part
+from clover_vllm.bench.through_server import _bench_serve, steady_part
 from clover_vllm.bench.worker import Run
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.cli import app
@@ -211,6 +211,21 @@ def test_server_clock_runs_while_every_place_is_taken() -> None:
     }
     assert steady_part(found, 2) == (4.0, 4 + 8 + 4)
     assert steady_part(found, 1) == (8.0, 4 + 8 + 8 + 8)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no answer"), SystemExit(2)])
+def test_a_load_generator_that_fails_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def main(_: object) -> None:
+        print("what it said")
+        raise error
+
+    monkeypatch.setattr("vllm.benchmarks.serve.main", main)
+    with pytest.raises(UserError, match="vllm bench serve failed") as caught:
+        _bench_serve(["--backend", "openai"])
+    one_sentence(caught.value)
+    assert "what it said" in capsys.readouterr().err
 
 
 def test_methods_are_selected_by_name() -> None:

@@ -203,7 +203,7 @@ def test_kernel_and_overhead_results_become_tables(root: Path) -> None:
         {"requests": r, "context": c, "tree": 30.0 * r, "vllm": 20.0 * r} for c in (300, 100) for r in (1, 4)
     ]
     shape = {"rows": 9, "heads": 9, "kv_heads": 3, "dim": 64, "dtype": "bfloat16"}
-    kernel = {"provenance": MADE, "shape": shape, "levels": ["v2", "v3"], "timings": timings}
+    kernel = {"provenance": MADE, "shape": shape, "level": "v3", "threads": 2, "timings": timings}
     overhead = {
         "provenance": MADE,
         "results": [

@@ -17,6 +17,10 @@ from engines import run_script
 from length import length
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from clover_vllm.base.errors import UserError
+from clover_vllm.heads.clover2 import Clover2DraftModel
+from clover_vllm.heads.clover2.checkpoint import save_head
+from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.target.make import make_target
 
 PROMPTS = [
@@ -83,3 +87,9 @@ def test_greedy_answers_through_transformers_and_vllm_are_the_same(smollm2: Path
         )
         out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
         assert out[0, inputs["input_ids"].shape[1] :].tolist() == answer
+
+
+def test_a_head_is_no_target(fitting_head: Clover2DraftModel, tmp_path: Path) -> None:
+    save_head(fitting_head, tmp_path / "head")
+    with pytest.raises(UserError, match="is a draft head, not a target"):
+        FrozenTarget(tmp_path / "head", torch.float32)

@@ -248,3 +248,9 @@ def test_walk_equals_brute_force(tree: Tree, data: st.DataObject) -> None:
         (current,) = children
         path.append(current)
     assert walk(tree, emitted) == path
+
+
+def test_of_equal_siblings_the_first_is_walked_to() -> None:
+    tree = Tree([3, 3, 7], [ROOT, ROOT, 1])
+    assert tree.children == {(ROOT, 3): 0, (1, 7): 2}
+    assert walk(tree, [3, 7, 7, 7]) == [0]
