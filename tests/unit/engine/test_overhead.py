@@ -23,7 +23,7 @@ def test_every_part_is_timed(drafts: bool) -> None:
     assert (found.catch_up > 0) != drafts
 
 
-@pytest.mark.parametrize(("drafts", "most"), [(True, 160), (False, 60)])
+@pytest.mark.parametrize(("drafts", "most"), [(True, 200), (False, 30)])
 def test_a_further_request_costs_few_calls(drafts: bool, most: int) -> None:
     """What Python does per request and step, counted, since no test asserts a time. A loop over nodes that calls something would show."""
     steps, scripted = 20, (overhead.__file__, random.__file__)
@@ -36,6 +36,9 @@ def test_a_further_request_costs_few_calls(drafts: bool, most: int) -> None:
             count += event in ("call", "c_call") and frame.f_code.co_filename not in scripted
 
         with overhead.warm_stand(requests, drafts) as stand:
+            stand.runner.speculation.retrieval = (
+                None  # how often texts are looked up depends on the time it takes
+            )
             sys.setprofile(see)
             try:
                 for _ in range(steps):
