@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import Work
-from clover_vllm.base.provenance import environment_settings, provenance
+from clover_vllm.base.provenance import environment_settings, write_result
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import engine_settings, fitting_prompts, prompt_file, split_prompts
 from clover_vllm.bench.methods import select
@@ -70,12 +69,10 @@ def climb(settings: ClimbSettings) -> None:
     print_table(table(rows, windows))
     if settings.output is None:
         return
-    file = settings.output if settings.output.suffix == ".json" else settings.output / "climb.json"
-    make_folder(file.parent)
-    write_json(
-        file,
+    file = write_result(
+        settings.output,
+        "climb.json",
         {
-            "provenance": provenance(),
             "environment": environment_settings(),
             "prompts": prompt_file(settings.prompts).name,
             "temperature": settings.temperature,

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from clover_vllm.base.files import make_folder, write_json
-from clover_vllm.base.provenance import environment_settings, provenance
+from clover_vllm.base.provenance import environment_settings, write_result
 from clover_vllm.bench.loop import Result
 from clover_vllm.bench.worker import Run
 
@@ -197,13 +196,11 @@ def write(comparison: Comparison, output: Path, header: dict[str, Any]) -> Path:
     Returns:
         the JSON file.
     """
-    file = output if output.suffix == ".json" else output / "bench.json"
-    make_folder(file.parent)
     rows = comparison.rows()
-    write_json(
-        file,
+    file = write_result(
+        output,
+        "bench.json",
         {
-            "provenance": provenance(),
             "environment": environment_settings(),
             **header,
             "baseline": comparison.baseline,

@@ -27,9 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.base.files import make_folder, write_json
 from clover_vllm.base.progress import Work
-from clover_vllm.base.provenance import provenance
+from clover_vllm.base.provenance import write_result
 from clover_vllm.base.show import print_table
 from clover_vllm.check.settings import TortureSettings
 from clover_vllm.check.tiny import VOCAB, make_tiny_pair
@@ -500,13 +499,11 @@ def write(outcome: TortureOutcome, output: Path, name: str = "torture.json") -> 
     Returns:
         the JSON file.
     """
-    file = output if output.suffix == ".json" else output / name
-    make_folder(file.parent)
     growth = {
         "memory_growth": outcome.memory_growth,
         "plain_memory_growth": _growth(outcome.plain_memory, outcome.plain_served),
     }
-    write_json(file, {"provenance": provenance(), **asdict(outcome), **growth})
+    file = write_result(output, name, {**asdict(outcome), **growth})
     if outcome.plain_memory:
         from clover_vllm.bench.plots import plot_memory  # matplotlib comes with the training tools
 

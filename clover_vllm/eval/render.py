@@ -115,14 +115,12 @@ def bench_table(found: Json) -> str:
     lines = [[method, *(_bench_cell(by_place.get((method, c))) for c in concurrencies)] for method in methods]
     heads = [f"{c} request{'s' * (c > 1)} at once" for c in concurrencies]
     split = "chosen on other prompts" if found["swept"] else "as given"
-    return "\n".join(
+    return "\n\n".join(
         [
             markdown(["", *heads], lines),
-            "",
             f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets 95% bootstrap "
             f"intervals over {_repetitions(rows)} in alternating order. Settings {split}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`. {_besides_speed(found)}",
-            "",
             _origin(found["provenance"]),
         ]
     )
@@ -178,14 +176,12 @@ def climb_table(found: Json) -> str:
         "steps asleep",
     ]
     count, windows = found["repetitions"], sorted(found["windows"])
-    return "\n".join(
+    return "\n\n".join(
         [
             markdown(heads, lines),
-            "",
             f"One phase of {found['seconds_per_phase']:g} s after the other, means over {count} repetition{'s' * (count > 1)}. In "
             f"windows of at most 5 s Clover-2 had {windows[0]:.2f} to {windows[-1]:.2f} of plain's speed, {windows[len(windows) // 2]:.2f} "
             f"in the median. Prompts of `{found['prompts'].split('.')[0]}`.",
-            "",
             _origin(found["provenance"]),
         ]
     )
@@ -411,14 +407,12 @@ def kernel_table(found: Json) -> str:
         ]
         for requests in sorted({t["requests"] for t in timings})
     ]
-    return "\n".join(
+    return "\n\n".join(
         [
             markdown(["requests", *(f"{context} tokens cached" for context in contexts)], lines),
-            "",
             f"Microseconds of a layer with trees, over vLLM's causal kernel with as many rows: {shape['rows']} rows per request, "
             f"{shape['heads']} query heads, {shape['kv_heads']} of keys, head size {shape['dim']}, {shape['dtype']}; instructions of "
             f"level {found['level']}, {found['threads']} threads.",
-            "",
             _origin(found["provenance"]),
         ]
     )
@@ -436,10 +430,9 @@ def overhead_table(found: Json) -> str:
         ]
         for row in found["results"]
     ]
-    return "\n".join(
+    return "\n\n".join(
         [
             markdown(["requests", "drafts", "nodes per request", "microseconds", "of which"], lines),
-            "",
             _origin(found["provenance"]),
         ]
     )
