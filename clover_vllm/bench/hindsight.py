@@ -11,8 +11,8 @@ from typing import Any
 def knowing(runner: Any, answers: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Choose nodes of what is drafted and retrieved as if it were known which are accepted.
 
-    Drafting costs what it costs; only the nodes that are verified differ. What has been learnt of chances stays as it was
-    before, since all that is verified now is accepted. So the speed of such a run is a bound for any rule that chooses
+    Drafting costs what it costs; only the nodes that are verified differ. What has been learnt of chances and costs
+    stays as it was before. So the speed of such a run is a bound for any rule that chooses
     among the same candidates, as long as the answers are what the target says beside these trees: in float32.
 
     Args:

@@ -28,7 +28,8 @@ from vllm.logger import init_logger
 
 from clover_vllm.engine.ray_metrics import push_to_ray
 from clover_vllm.tree.budget import Ints
-from clover_vllm.tree.kinds import SOURCE_OF, SOURCES
+from clover_vllm.tree.kinds import SOURCES
+from clover_vllm.tree.outcomes import count_sources
 from clover_vllm.tree.step import Step
 
 logger = init_logger("vllm.clover")
@@ -160,9 +161,9 @@ class Counters:
         self.sizes += _counts([len(tree.tokens) for tree, _, _ in verified], len(self.sizes))
         self.drafted += _reaching([max(tree.depths) for tree, _, _ in verified], len(self.drafted))
         self.accepted += _reaching([len(nodes) for _, nodes, _ in verified], len(self.accepted))
-        signed = [(tree.signals, nodes) for tree, nodes, _ in verified if tree.signals]
-        self.nodes_of += _by_source([kind for signals, _ in signed for kind, _ in signals])
-        self.accepted_of += _by_source([signals[node][0] for signals, nodes in signed for node in nodes])
+        nodes_of, accepted_of = count_sources(step.trees, step.accepted)
+        self.nodes_of += nodes_of
+        self.accepted_of += accepted_of
 
     def count_seconds(self, seconds: Mapping[str, float]) -> None:
         """Add seconds by part; they are written with the next step."""
@@ -186,11 +187,6 @@ def _counts(values: Sequence[int], size: int) -> Ints:
 def _reaching(depths: Sequence[int], size: int) -> Ints:
     """How many reach depth 1, 2, ..., [size]."""
     return _counts(depths, size + 1)[:0:-1].cumsum()[::-1]
-
-
-def _by_source(kinds: Sequence[int]) -> Ints:
-    """Nodes by source, [len(SOURCES)], of nodes by kind."""
-    return np.bincount(SOURCE_OF[np.array(kinds, dtype=np.int64)], minlength=len(SOURCES))
 
 
 class AcceptanceWatch:

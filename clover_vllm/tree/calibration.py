@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from clover_vllm.tree.budget import Floats, Ints
+from clover_vllm.tree.budget import Bools, Floats, Ints
 
-WINDOW = 4096
+WINDOW = 8192
 """Latest outcomes that count."""
 
-EVERY = 128
-"""Outcomes between two fits."""
+EVERY = 512
+"""Outcomes between two fits, at most: at the start a fit follows an eighth more, or 64."""
+
+AT_ONCE = 256
+"""Outcomes of a step that are kept; of more, one in two, three, ..., not always the same ones."""
 
 CLAMP = 8.0
 """Log-odds are cut to -8 and 8: no probability of a drafter is a certainty."""
@@ -36,6 +38,8 @@ class Calibration:
     """sigmoid(slope * log-odds + intercept of the node's kind), fitted by damped Newton steps.
 
     What is predicted is the chance of a node whose parent was accepted; a path's chance is the product along it.
+    Candidates teach whether they were verified or not, since the text says what followed: a source that is trusted too
+    little would else not be verified, and never be found to be better.
     The kind of a node tells where it comes from and how deep it is. One instance serves requests that take the most
     likely token, another those that sample. Requests whose logits are changed before sampling teach it nothing.
     """
@@ -52,21 +56,22 @@ class Calibration:
         self._odds = np.zeros(WINDOW)
         self._kinds = np.zeros(WINDOW, dtype=np.int64)
         self._accepted = np.zeros(WINDOW)
-        self._seen = self._fitted = 0
+        self._seen = self._fitted = self._steps = 0
 
     def __call__(self, odds: Floats, kinds: Ints) -> Floats:
         """Chances of acceptance of nodes with these log-odds."""
         return chances(self.slope, odds, self.intercepts[kinds])
 
-    def learn(self, odds: npt.ArrayLike, kinds: npt.ArrayLike, accepted: npt.ArrayLike) -> None:
-        """The outcomes of nodes whose parents were accepted, each [N]."""
-        count = np.size(odds)
-        if not count:
-            return
-        places = (self._seen + np.arange(count)) % WINDOW
+    def learn(self, odds: Floats, kinds: Ints, accepted: Bools) -> None:
+        """The outcomes of candidates whose parents the target has said, each [N]."""
+        apart = max(1, -(-len(odds) // AT_ONCE))
+        self._steps += 1
+        chosen = slice(self._steps % apart, None, apart)  # siblings stand in falling order
+        odds, kinds, accepted = odds[chosen], kinds[chosen], accepted[chosen]
+        places = (self._seen + np.arange(len(odds))) % WINDOW
         self._odds[places], self._kinds[places], self._accepted[places] = odds, kinds, accepted
-        self._seen += count
-        if self._seen - self._fitted >= EVERY:
+        self._seen += len(odds)
+        if self._seen - self._fitted >= min(EVERY, max(64, self._fitted // 8)):
             self._fitted = self._seen
             self._fit()
 

@@ -23,7 +23,7 @@ class Tree:
     tokens: Sequence[int]
     parents: Sequence[int]  # index or ROOT
     probabilities: Sequence[float] = ()  # joint, as the drafter sees them; empty where it does not say
-    signals: Sequence[tuple[int, float]] = ()  # kind and log-odds that each chance was calibrated from
+    kinds: Sequence[int] = ()  # see `tree.kinds`; empty where the drafter does not say
 
     @classmethod
     def chain(cls, tokens: Sequence[int], probabilities: Sequence[float] = ()) -> Tree:
@@ -71,9 +71,7 @@ class Tree:
         """The first nodes, which again are a tree."""
         if count >= len(self):
             return self
-        return Tree(
-            self.tokens[:count], self.parents[:count], self.probabilities[:count], self.signals[:count]
-        )
+        return Tree(self.tokens[:count], self.parents[:count], self.probabilities[:count], self.kinds[:count])
 
     def likeliest_chain(self) -> Tree:
         """The path of first children; a tree's nodes stand in falling order of probability."""
@@ -87,7 +85,7 @@ class Tree:
         return replace(
             chain,
             probabilities=[self.probabilities[node] for node in path] if self.probabilities else (),
-            signals=[self.signals[node] for node in path] if self.signals else (),
+            kinds=[self.kinds[node] for node in path] if self.kinds else (),
         )
 
 

@@ -18,6 +18,7 @@ from clover_vllm.tree import kinds
 from clover_vllm.tree.budget import Bools, Budget, Floats, Ints, choose_budget
 from clover_vllm.tree.calibration import Calibration, chances, log_odds
 from clover_vllm.tree.draft import ROOT, Tree
+from clover_vllm.tree.outcomes import Outcomes
 
 FLOOR = 0.01
 """Candidates below this chance are not looked at: no step is so cheap that they would pay."""
@@ -271,12 +272,32 @@ class Forest:
         position = np.full(len(self.nodes) + 1, ROOT)  # within its tree; the last is the root's
         position[best] = np.arange(len(best)) - np.repeat(ends - counts, counts)
         tokens, parents = chosen["token"].tolist(), position[chosen["parent"]].tolist()
-        gains = chosen["gain"].tolist()
-        signals = [*zip(chosen["kind"].tolist(), chosen["odds"].tolist(), strict=True)]
+        gains, of_kind = chosen["gain"].tolist(), chosen["kind"].tolist()
         return [
-            Tree(tokens[a:b], parents[a:b], gains[a:b], signals[a:b])
+            Tree(tokens[a:b], parents[a:b], gains[a:b], of_kind[a:b])
             for a, b in pairwise([0, *ends.tolist()])
         ]
+
+    def outcomes(self, said: Sequence[Sequence[int]]) -> Outcomes:
+        """What came of all candidates, chosen or not: the text tells.
+
+        Args:
+            said: tokens that followed each root, by request; none where that is not known.
+        """
+        nodes, lengths = self.nodes, np.array([*map(len, said)], np.int64)
+        reach = int(lengths.max(initial=0))
+        text = np.full((len(lengths), reach), -1, np.int64)
+        text[np.arange(reach) < lengths[:, None]] = [*chain.from_iterable(said)]
+        tested, right = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
+        known = nodes["depth"] <= lengths[nodes["request"]]
+        for depth in range(1, reach + 1):
+            own = np.flatnonzero(known & (nodes["depth"] == depth))
+            above = nodes["parent"][own]
+            own = own[(above == ROOT) | right[above]]
+            tested[own] = True
+            right[own] = nodes["token"][own] == text[nodes["request"][own], depth - 1]
+        chosen = nodes[tested]
+        return Outcomes(chosen["request"], chosen["kind"], chosen["odds"], right[tested])
 
 
 def _nodes(requests: Ints) -> Any:

@@ -51,9 +51,16 @@ def of_both(match: Ints) -> Ints:
 
 
 def first_intercepts() -> Floats:
-    """Where calibration starts: a retrieved node is no certainty, one on which both agree is likelier."""
+    """Where calibration starts, by what retrieved nodes were worth on prompts that no figure comes from.
+
+    The suffix cache counts the end of the text itself as an occurrence after which nothing follows: its shares are too
+    low at depth 1. Behind that they are too high, since one occurrence is no certainty. A node on which both agree is
+    likelier than the head says.
+    """
     start = np.zeros(KINDS)
     for match in range(len(MATCHES)):
-        start[of_retrieved(np.full(MATCH_DEPTHS, match), np.arange(1, MATCH_DEPTHS + 1))] = -3.0 + 0.5 * match
+        deeper = np.arange(2, MATCH_DEPTHS + 1)
+        start[of_retrieved(np.array([match]), np.array([1]))] = -1.6 + match
+        start[of_retrieved(np.full(len(deeper), match), deeper)] = -4.3 + 1.1 * match
     start[SOURCES.index("both") == SOURCE_OF] = 0.5
     return start

@@ -37,6 +37,8 @@ def test_text_stays_the_same_whatever_is_drafted(sampled: bool, tmp_path: Path) 
     assert stats["accepted"] > 100
     assert stats["sources"]["nodes"]["head"] > 50
     assert stats["sources"]["nodes"]["retrieved"] > 10
+    assert stats["labels"]["right"] > 30
+    assert stats["labels"]["wrong"] == 0
 
 
 @pytest.mark.parametrize("window", [16, 40, 10_000])

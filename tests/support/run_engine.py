@@ -51,6 +51,7 @@ def main(spec: Json) -> Json:
         share, rest = spec["scripted"].get("share", 1.0), spec["scripted"].get("rest", 0.0)
         ScriptedTrees(runner, spec["scripted"]["seed"], share, rest).know(spec["scripted"]["answers"])
     restless = Restless(runner, spec["restless"]) if "restless" in spec else None
+    labels = Labels(runner.speculation) if restless is not None else None
     if "wrong_scorer" in spec:
         WrongScorer(runner, spec["wrong_scorer"])
     probe = CacheProbe(runner, llm.llm_engine) if spec.get("check_cache") else None
@@ -76,6 +77,7 @@ def main(spec: Json) -> Json:
     if restless is not None:
         sizes = len(restless.sizes)
         stats["restless"] = {"slept": restless.slept, "asked": restless.asked, "sizes": sizes}
+        stats["labels"] = labels and {"right": labels.right, "wrong": labels.wrong}
         stats["sources"] = {
             "nodes": dict(zip(SOURCES, runner.counters.nodes_of.tolist(), strict=True)),
             "accepted": dict(zip(SOURCES, runner.counters.accepted_of.tolist(), strict=True)),
@@ -125,6 +127,40 @@ def add_lora_and_embeds(engine: Any, requests: list[Json]) -> None:
         add(name, prompt, params, **more)
 
     engine.add_request = add_with_more
+
+
+class Labels:
+    """Whether calibration is told the text that followed: what a step accepts of a request's tree begins it.
+
+    Attributes:
+        right, wrong: trees with accepted nodes.
+    """
+
+    def __init__(self, speculation: Any) -> None:
+        self.right = self.wrong = 0
+        learn = speculation._learn
+
+        def watched(sizer: Any, done: Any) -> None:
+            if speculation._proposed is not None:
+                forest, names = speculation._proposed
+                outcomes = forest.outcomes
+
+                def heard(said: Any) -> Any:
+                    self._compare(done, dict(zip(names, said, strict=True)))
+                    return outcomes(said)
+
+                forest.outcomes = heard
+            learn(sizer, done)
+
+        speculation._learn = watched
+
+    def _compare(self, done: Any, said: dict[str, Any]) -> None:
+        for name, tree, nodes in zip(done.names, done.step.trees, done.step.accepted, strict=True):
+            if nodes and said.get(name):
+                path = [tree.tokens[node] for node in nodes]
+                begins = list(said[name])[: len(path)] == path
+                self.right += begins
+                self.wrong += not begins
 
 
 class Remembered:

@@ -24,7 +24,7 @@ TOKENS = 512 * ANSWERS
 """Tokens of those answers, and again of the texts of running requests, at most. Each takes about 330 bytes in the cache,
 so that all of it stays below 2 x 262,144 x 330 bytes, 165 MiB, however long prompts and answers are."""
 
-LONGEST_REST = 16
+LONGEST_REST = 4
 """After look-ups in vain a request's text is not looked up for 1 step, then 2, 4, ..., and at most this many."""
 
 TRY = 8

@@ -282,13 +282,13 @@ class Sizer:
             self._samples.append(np.column_stack((mine["gain"][best], mine["depth"][best])))
 
     def learn_outcomes(self, seen: Outcomes, kinds: Sequence[int]) -> None:
-        """What came of the trees of a step.
+        """What came of the candidates of a step.
 
         Args:
-            seen: of all nodes.
-            kinds: by request: 0 took the most likely tokens, 1 sampled, -1 says nothing.
+            seen: of all of them.
+            kinds: by request: 0 takes the most likely tokens, 1 samples, -1 says nothing.
         """
         kind_of = np.array(kinds)[seen.requests]
         for kind, calibration in enumerate((self.greedy, self.sampling)):
-            own = seen.tested & (kind_of == kind)
-            calibration.learn(seen.odds[own], seen.kinds[own], seen.accepted[own])
+            own = kind_of == kind
+            calibration.learn(seen.odds[own], seen.kinds[own], seen.said[own])

@@ -22,7 +22,8 @@ from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
 from clover_vllm.tree.forest import Forest, Prices
-from clover_vllm.tree.outcomes import Outcomes
+from clover_vllm.tree.kinds import SOURCES
+from clover_vllm.tree.outcomes import count_sources
 from clover_vllm.tree.step import NEVER, Step
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Speculation:
         self._drafting: float | None = None
         self._looking: float | None = None
         self._due: Scored | None = None
+        self._proposed: tuple[Forest, list[str]] | None = None  # for the step under way, of these requests
 
     def initialize(self) -> None:
         """Once the cache is known."""
@@ -244,20 +246,24 @@ class Speculation:
             1e-3 * sizer.costs.of_step(size), taken, taken if sizer.asleep else 0.0
         )
         sizer.costs.learn_step(size, 1e3 * taken)
-        seen = Outcomes.of(step.trees, step.accepted) if nodes.any() else None
+        verified, accepted = count_sources(step.trees, step.accepted)
         asked = (("head", sizer.ledger, self._drafting), ("retrieved", sizer.found, self._looking))
         for source, ledger, spent in asked:
-            if spent is None:
-                continue
-            count, came = seen.count(source) if seen is not None else (0, 0)
-            sizer.settle(ledger, size, sum(map(bool, done.sampled)), count, came, spent)
+            if spent is not None:
+                place = SOURCES.index(source)
+                count, came = int(verified[place]), int(accepted[place])
+                sizer.settle(ledger, size, sum(map(bool, done.sampled)), count, came, spent)
         self._drafting = self._looking = None
-        if seen is not None:
-            kinds = self.kinds(done.names)
-            for r, own in enumerate(done.sampled):
-                if not own or done.has_ended(r):
-                    kinds[r] = SPECIAL  # where it ends says nothing of the nodes behind
-            sizer.learn_outcomes(seen, kinds)
+        if self._proposed is not None:
+            forest, names = self._proposed
+            self._proposed = None
+            # Where a request ends says nothing of what would have followed.
+            said = {
+                name: own
+                for r, (name, own) in enumerate(zip(done.names, done.sampled, strict=True))
+                if own and not done.has_ended(r)
+            }
+            sizer.learn_outcomes(forest.outcomes([said.get(name, ()) for name in names]), self.kinds(names))
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
@@ -292,6 +298,7 @@ class Speculation:
         budget = forest.budget(prices)
         if looked_up:
             sizer.retrieving.learn(forest.saved_by_retrieval(budget) / len(wanted), looked_up / len(wanted))
+        self._proposed = forest, [done.names[w.r] for w in wanted]
         trees = forest.trees(budget.nodes)
         return {w.r: tree for w, tree in zip(wanted, trees, strict=True) if len(tree)}
 

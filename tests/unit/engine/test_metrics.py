@@ -53,7 +53,7 @@ def test_a_step_is_counted() -> None:
 def test_nodes_are_counted_by_source_and_trees_by_how_far_they_reach() -> None:
     one, two = np.array([1]), np.array([2])
     kinds = [int(kind[0]) for kind in (of_head(one), of_retrieved(two, one), of_head(two))] + [KINDS - 1]
-    tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.6, 0.3, 0.5, 0.25], [(kind, 0.0) for kind in kinds])
+    tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.6, 0.3, 0.5, 0.25], kinds)
     made = Step([tree, None, tree, tree.prefix(2)], [5, 1, 5, 3])
     made.accepted = [[0, 2, 3], [], [1], []]
     counters = Counters(6)

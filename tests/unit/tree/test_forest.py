@@ -129,9 +129,7 @@ def test_the_same_continuation_of_both_sources_is_one_node() -> None:
     tree = found.trees(40)[0]
     routes = paths(list(tree.tokens), list(tree.parents))
     assert len(set(map(tuple, routes))) == len(routes)
-    sources = {
-        tuple(route): SOURCES[SOURCE_OF[kind]] for route, (kind, _) in zip(routes, tree.signals, strict=True)
-    }
+    sources = {tuple(route): SOURCES[SOURCE_OF[kind]] for route, kind in zip(routes, tree.kinds, strict=True)}
     assert sources[chain[0],] == "both"
     assert sources[tuple(chain[:2])] == "both"
     assert sources[tuple(chain)] == "retrieved"
