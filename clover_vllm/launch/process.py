@@ -40,13 +40,16 @@ class JsonProcess:
         """
         self.name = name
         self._log = open_log()
-        self._process = subprocess.Popen(
+        self._process = self._start(module, environment or {})
+
+    def _start(self, module: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **environment},
         )
 
     def tell(self, command: dict[str, Any]) -> None:

@@ -53,7 +53,10 @@ class Server:
         if speculative is not None:
             command += ["--speculative-config", json.dumps(speculative)]
         self._log = open_log()
-        self._process = subprocess.Popen(
+        self._process = self._start(command)
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
         )
 

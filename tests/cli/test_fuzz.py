@@ -152,6 +152,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     parallel_state.destroy_distributed_environment()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.timeout(900)
 def test_damaged_heads_work_or_are_refused(whole: Path, tmp_path: Path) -> None:

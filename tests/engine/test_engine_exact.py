@@ -22,9 +22,9 @@ from clover_vllm.target.frozen import FrozenTarget
 pytestmark = pytest.mark.timeout(3600)
 
 HELD_OUT = shipped_head() / "held-out.jsonl.gz"
-COUNT = length(16, 200)
-TOKENS = 128
-SPARE = length(5, 10)
+COUNT = length(10, 200)
+TOKENS = length(96, 128)
+SPARE = length(4, 10)
 TIE = 5e-5
 """Top two logits closer than this are a tie in float32: plain vLLM's own logits move by up to 4e-5
 with the size of the batch (measured against float64), so it may take either token."""
@@ -118,7 +118,7 @@ def settled(sequence: Json, tokens: int = TOKENS) -> bool:
 
 
 def test_greedy_output_equals_plain_vllm(plain: Json, trees: Json) -> None:
-    """128 tokens for each prompt. Prompts on whose way plain vLLM meets a tie are set aside."""
+    """`TOKENS` tokens for each prompt. Prompts on whose way plain vLLM meets a tie are set aside."""
     chosen = [i for i in range(COUNT + SPARE) if settled(plain["outputs"][i][0])][:COUNT]
     assert len(chosen) == COUNT
     a = {"outputs": [plain["outputs"][i] for i in chosen]}
@@ -200,8 +200,8 @@ def gap(frozen: FrozenTarget, prompt: list[int], answer: list[int], other: list[
 
 @pytest.mark.parametrize(
     ("dtype", "count"),
-    [("bfloat16", length(12, 64)), ("float16", length(4, 24))],
-    ids=["bfloat16", "float16"],
+    [("bfloat16", length(8, 64)), ("float16", 24)][: length(1, 2)],
+    ids=["bfloat16", "float16"][: length(1, 2)],
 )
 def test_half_precision_differs_at_near_ties_only(
     smollm2: Path, dtype: str, count: int, record_property: Callable[[str, object], None]
@@ -230,6 +230,9 @@ def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
     """The engine loses none of the head's quality: same target, same answers, same tree, float32."""
     options = CloverOptions()
     requests = greedy(length(5, 16))
+    # The head reads the end of a prompt here, and all of it in the evaluator: longer answers even that out.
+    for request in requests:
+        request["params"]["max_tokens"] = 128
     llm = engine(smollm2, max_num_seqs=1, max_num_batched_tokens=1024, speculative_config=speculative())
     run = run_engine(llm, requests)
     answers = [tokens for (tokens,) in tokens_of(run)]

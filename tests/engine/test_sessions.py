@@ -17,7 +17,7 @@ from clover_vllm.base.paths import shipped_head
 def sessions() -> list[dict[str, Any]]:
     """Held-out prompts cut in four; turns end at a token, a length or a repetition, mostly inside a path."""
     with gzip.open(shipped_head() / "held-out.jsonl.gz", "rt") as file:
-        rows = [json.loads(line) for _, line in zip(range(length(4, 8)), file, strict=False)]
+        rows = [json.loads(line) for _, line in zip(range(length(3, 8)), file, strict=False)]
     found = []
     for i, row in enumerate(rows):
         prompt = row["prompt_ids"]
@@ -26,7 +26,7 @@ def sessions() -> list[dict[str, Any]]:
         params = {"temperature": 0.0, "max_tokens": 4 + i, "stop_token_ids": stops}
         found.append({"turns": [prompt, *later], "params": params})
         repetition = {"max_pattern_size": 1 + i, "min_count": 2}
-        repeated = {"temperature": 0.0, "max_tokens": 80, "repetition_detection": repetition}
+        repeated = {"temperature": 0.0, "max_tokens": length(60, 80), "repetition_detection": repetition}
         found.append({"turns": [prompt, *later], "params": repeated})
         seeded = {"temperature": 0.6, "top_p": 0.9, "seed": i}
         found.append({"turns": [prompt, *later], "params": {**(params if i % 3 else repeated), **seeded}})

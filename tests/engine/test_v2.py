@@ -21,7 +21,7 @@ from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.check.torture import difference, random_wave, shortened
 
 NODES = 7
-LONGEST = length(7, 32)
+LONGEST = length(6, 32)
 
 
 def feature_requests() -> list[Json]:
@@ -33,7 +33,7 @@ def feature_requests() -> list[Json]:
     for i, (feature, kind) in enumerate(cases + [("none", "greedy"), ("none", "seeded")] * 3):
         prompt = [
             *shared[: rng.choice([0, 20, 33, 65])],
-            *(rng.randrange(3, 256) for _ in range(rng.randrange(2, 20))),
+            *(rng.randrange(3, 256) for _ in range(rng.randrange(2, length(9, 20)))),
         ]
         params = {"max_tokens": LONGEST, "ignore_eos": True, **KINDS[kind], **FEATURES[feature]}
         params["min_tokens"] = min(params.get("min_tokens", 0), LONGEST // 2)
@@ -68,7 +68,7 @@ def watched_requests() -> list[Json]:
     features = ["none", "frequency_penalty", "logprobs", "structured regex", "bad_words", "prompt_logprobs"]
     return [
         {
-            "prompt": [rng.randrange(3, 256) for _ in range(rng.choice([30, 70]))],
+            "prompt": [rng.randrange(3, 256) for _ in range(rng.choice([30, length(50, 70)]))],
             "params": {"max_tokens": length(8, 24), "ignore_eos": True, **kind, **FEATURES[feature]},
             "step": i,
         }
@@ -105,7 +105,7 @@ def specification(target: Path, head: Path, jobs: Json) -> Json:
         "max_num_seqs": 6,
         "max_num_batched_tokens": 64,
         "block_size": 32,
-        "num_gpu_blocks_override": 9,
+        "num_gpu_blocks_override": length(8, 9),
         "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
     }
     speculative = {

@@ -24,7 +24,7 @@ def requests_of(params: list[Json]) -> list[Json]:
         prompt = shared[: rng.choice([0, 16, 33])] + [
             rng.randrange(3, 256) for _ in range(rng.randrange(2, 14))
         ]
-        given = {"max_tokens": length(10, 40), "ignore_eos": True, **own}
+        given = {"max_tokens": length(8, 40), "ignore_eos": True, **own}
         made.append({"prompt": prompt, "params": given, "step": i // 2})
     return made
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
+from engines import run_script
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
@@ -51,19 +49,10 @@ def test_run_batch_takes_the_same_flag(tmp_path: Path) -> None:
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     asked.write_text(json.dumps(line) + "\n")
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "run-batch",
-        "-i",
-        str(asked),
-        "-o",
-        str(answered),
-    ]
+    command = ["run-batch", "-i", str(asked), "-o", str(answered)]
     command += ["--model", str(target), "--enforce-eager", "--max-model-len", "128", "--dtype", "float32"]
     command += ["--chat-template", str(template), "--speculative-config", json.dumps({"model": str(head)})]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("run_vllm", {"arguments": command}, env={"VLLM_CPU_KVCACHE_SPACE": "1"})
     (found,) = (json.loads(row) for row in answered.read_text().splitlines())
     assert found["error"] is None
     assert found["response"]["body"]["usage"]["completion_tokens"] > 0

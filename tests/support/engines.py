@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -39,7 +39,7 @@ IMPORTED = [
     "vllm.model_executor.models.llama",
     "compressed_tensors",
 ]
-READ_LATE = {"VLLM_PLUGINS"}
+READ_LATE = {"VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE"}
 """Variables that vLLM reads as an engine starts, so that a forked process may have its own."""
 
 
@@ -76,37 +76,59 @@ class Script:
             Path(self._folder.name) / file for file in ("spec.json", "out.json", "log.txt")
         )
         given.write_text(json.dumps(spec))
+        self._log.touch()
         anew = anew if anew is not None else not READ_LATE.issuperset(env or {})
         self._process: subprocess.Popen[bytes] | BaseProcess
         with prepared(env or {}):
             self._process = (_start_anew if anew else _fork)(name, given, self._out, self._log)
 
-    def ended(self, seconds: float = 0) -> bool:
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As of `subprocess.Popen`, like `poll` and `wait`."""
+        process = self._process
+        return process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
+
+    def poll(self) -> int | None:
+        self.ended()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> None:
+        if not self.ended(timeout):
+            raise subprocess.TimeoutExpired(self._name, timeout or 0.0)
+
+    def ended(self, seconds: float | None = 0) -> bool:
         """Whether it ends within some seconds."""
         if isinstance(self._process, subprocess.Popen):
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
-            return self._process.returncode is not None
-        self._process.join(seconds)
-        return self._process.exitcode is not None
+        else:
+            self._process.join(seconds)
+        return self.returncode is not None
 
-    def log(self) -> str:
-        """The end of all that it printed."""
-        return self._log.read_text()[-8000:] if self._log.exists() else ""
+    def log(self, end: int | None = 8000) -> str:
+        """The end of all that it printed, of some length; None: all."""
+        return self._log.read_text(errors="replace")[-(end or 0) :]
+
+    def open_log(self) -> TextIO:
+        """What it prints, for reading."""
+        return self._log.open()
 
     def answer(self, timeout: float = 840) -> Any:
         """What it answers; `timeout` is in seconds."""
         self.ended(timeout)
-        process = self._process
-        code = process.returncode if isinstance(process, subprocess.Popen) else process.exitcode
+        code = self.returncode
         assert code == 0, f"{self._name}: exit code {code}\n{self.log()}"
         return json.loads(self._out.read_text())
 
     def kill(self) -> None:
         """End it and all that it has started, as a power cut would."""
-        assert self._process.pid is not None
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()  # should it not lead a group yet
         if isinstance(self._process, subprocess.Popen):
             self._process.wait()

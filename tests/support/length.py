@@ -8,5 +8,5 @@ FULL = os.environ.get("CLOVER_TEST_LENGTH") == "full"
 
 
 def length(short: int, full: int) -> int:
-    """A count of whatever a test repeats."""
+    """How many or how much of whatever a test repeats."""
     return full if FULL else short

@@ -35,7 +35,7 @@ def main(spec: Json) -> Json:
 
 
 def fork_engines() -> None:
-    """Let vLLM fork its processes. It spawns them, which import torch anew; this one has one thread so far."""
+    """Let vLLM fork its processes. It spawns them, which import torch anew; this one has computed nothing so far."""
     from vllm.v1.engine import coordinator, utils
     from vllm.v1.executor import multiproc_executor
 

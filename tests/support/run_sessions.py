@@ -12,6 +12,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from run_replicas import fork_engines
+
 Json = dict[str, Any]
 
 
@@ -87,4 +89,5 @@ async def sessions(spec: Json) -> Json:
 
 
 def main(spec: Json) -> Json:
+    fork_engines()
     return asyncio.run(sessions(spec))

@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from forked import fork_json_processes
+from length import FULL
 from small import one_sentence
 from typer.testing import CliRunner
 
@@ -318,9 +320,10 @@ def test_kernel_runs_and_refuses_impossible_shapes(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_bench_runs_on_a_tiny_target(
-    tiny_target: Path, fitting_head: Clover2DraftModel, tmp_path: Path
+    tiny_target: Path, fitting_head: Clover2DraftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 all greedy outputs are plain vLLM's; JSON and plots are written."""
+    fork_json_processes(monkeypatch)
     head, output, prompts = tmp_path / "head", tmp_path / "out", tmp_path / "prompts.jsonl"
     save_head(fitting_head, head)
     generator = torch.Generator().manual_seed(0)
@@ -350,20 +353,31 @@ def test_bench_runs_on_a_tiny_target(
     assert "8 of 8 runs" in done.output  # progress, where output is no terminal
 
 
-@pytest.mark.server
-def test_bench_runs_through_servers(tmp_path: Path) -> None:
-    """`vllm serve`, loaded by vLLM's own `vllm bench serve`."""
-    target, head = make_tiny_pair(tmp_path)
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out"
-    rows = [{"prompt_ids": [40 + i, 70, 90 + i, 120]} for i in range(6)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["bench", "--server", "--target", str(target), "--head", str(head), "--prompts", str(prompts)]
-    command += ["--methods", "clover-4", "--concurrency", "2", "--repetitions", "1", "--num-prompts", "5"]
-    command += ["--max-tokens", "12", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    done = CliRunner().invoke(app, [*command, "--output", str(output)])
-    assert done.exit_code == 0, done.output
-    plain, clover = json.loads((output / "bench.json").read_text())["results"]
-    assert plain["acceptance_length"] == 1.0
-    assert clover["nodes_per_draft"] > 1
-    assert clover["equal_to_baseline"] == 1.0
-    assert clover["tokens_per_second"] > 0
+if FULL:  # `tests/server` has the same through servers that run already
+
+    @pytest.mark.server
+    def test_bench_runs_through_servers(tmp_path: Path) -> None:
+        """`vllm serve`, loaded by vLLM's own `vllm bench serve`."""
+        target, head = make_tiny_pair(tmp_path)
+        prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+        rows = [{"prompt_ids": [40 + i, 70, 90 + i, 120]} for i in range(6)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = [
+            "bench",
+            "--server",
+            "--target",
+            str(target),
+            "--head",
+            str(head),
+            "--prompts",
+            str(prompts),
+        ]
+        command += ["--methods", "clover-4", "--concurrency", "2", "--repetitions", "1", "--num-prompts", "5"]
+        command += ["--max-tokens", "12", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+        done = CliRunner().invoke(app, [*command, "--output", str(output)])
+        assert done.exit_code == 0, done.output
+        plain, clover = json.loads((output / "bench.json").read_text())["results"]
+        assert plain["acceptance_length"] == 1.0
+        assert clover["nodes_per_draft"] > 1
+        assert clover["equal_to_baseline"] == 1.0
+        assert clover["tokens_per_second"] > 0

@@ -99,6 +99,7 @@ def lasting(output: Path) -> bytes:
     return "".join(sorted(json.dumps(line) + "\n" for line in lines)).encode()
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_and_repeat_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

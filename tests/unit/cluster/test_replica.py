@@ -59,6 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[list[Any], di
     return exits, {"claims": str(claims), BIND: os.environ.get(BIND, "")}
 
 
+@pytest.mark.slow
 def test_a_replica_leaves_once_its_engine_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the cores of its bundles, whatever `ray start` had in its environment."""
     monkeypatch.setenv(BIND, "of ray start")

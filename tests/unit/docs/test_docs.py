@@ -206,7 +206,11 @@ def test_the_readme_has_figures_that_are_generated_and_a_command_that_is_run() -
     assert "--help" not in block.text
 
 
-@pytest.mark.parametrize("block", TESTED, ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=pytest.mark.slow if b.page.name == "README.md" else ()) for b in TESTED],
+    ids=str,
+)
 @pytest.mark.usefixtures("smollm2")
 def test_marked_blocks_run(block: Block) -> None:
     done = shell(block.text)

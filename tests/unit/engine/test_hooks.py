@@ -406,6 +406,7 @@ def cache_of_hub(folder: Path, **heads: Path) -> None:
         (repository / "refs" / "main").write_text("0123abc")
 
 
+@pytest.mark.slow
 def test_heads_of_the_hub_are_checked_before_the_engine_starts(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -459,6 +460,7 @@ def test_head_of_another_target_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     one_sentence(caught.value)
 
 
+@pytest.mark.slow
 def test_the_worker_for_gpus_leaves_cuda_alone() -> None:
     """vLLM's CPU worker replaces CUDA's streams as it is imported."""
     check = (

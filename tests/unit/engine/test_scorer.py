@@ -171,6 +171,7 @@ def test_unseeded_sampling_has_the_targets_distribution() -> None:
     assert largest_z(first_two_tokens(new_scorer(), SAMPLES)) < LIMIT
 
 
+@pytest.mark.slow
 def test_a_bias_of_two_percent_is_caught() -> None:
     torch.manual_seed(0)
     assert largest_z(first_two_tokens(BiasedScorer(Sampler(), CurrentStep()), SAMPLES)) > 2 * LIMIT
@@ -589,6 +590,7 @@ for kind in ("greedy", "sampled"):
     return {words[i]: int(words[i + 1]) for i in (0, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("greedy", 130), ("sampled", 300)])
 def test_memory_does_not_grow_with_the_rows_of_trees(peaks: dict[str, int], kind: str, most: int) -> None:
     """In float32 the logits of all rows take 532 MiB, those of one row per request 31."""

@@ -43,6 +43,7 @@ def settings(
     }
 
 
+@pytest.mark.slow
 def test_a_comparison_is_one_file_a_table_and_a_picture(settings: dict[str, Any]) -> None:
     file = compare(CompareSettings(**settings))
     found = json.loads(file.read_text())

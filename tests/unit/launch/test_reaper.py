@@ -39,6 +39,7 @@ def ended(process: psutil.Process) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_is_left_of_a_process_that_was_killed(how: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT, "100"]) as process:
@@ -49,6 +50,7 @@ def test_nothing_is_left_of_a_process_that_was_killed(how: signal.Signals) -> No
         assert all(ended(one) for one in found)
 
 
+@pytest.mark.slow
 def test_one_that_ends_by_itself_leaves_what_it_wants() -> None:
     """The reaper goes before it."""
     with subprocess.Popen([sys.executable, "-c", PARENT, "3"]) as process:

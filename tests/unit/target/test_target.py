@@ -75,10 +75,11 @@ def test_folder_is_complete(smollm2: Path) -> None:
 
 @pytest.mark.engine
 def test_greedy_answers_through_transformers_and_vllm_are_the_same(smollm2: Path) -> None:
-    through_vllm = run_script("run_chat", {"target": str(smollm2), "prompts": PROMPTS})
+    asked = PROMPTS[: length(4, len(PROMPTS))]
+    through_vllm = run_script("run_chat", {"target": str(smollm2), "prompts": asked})
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    for prompt, answer in zip(PROMPTS, through_vllm, strict=True):
+    for prompt, answer in zip(asked, through_vllm, strict=True):
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,

@@ -134,7 +134,7 @@ def test_kills_at_random_moments_leave_the_same_curve_and_head(
         "target": str(tiny_target),
         "data": [str(tiny_answers)],
         "batch_tokens": 16,
-        "epochs": 5.0,
+        "epochs": float(length(3, 5)),
         "save_every": 4,
         "log_every": 2,
         "cache_gib": 1.0,
