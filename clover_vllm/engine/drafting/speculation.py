@@ -161,10 +161,6 @@ class Speculation:
         if self.sizer is not None:
             self.sizer.costs.learn_outside(1e3 * (self._begun - self._ended))
 
-    def kinds(self, names: Sequence[str]) -> list[int]:
-        """By request, `GREEDY`, `SAMPLED` or `SPECIAL`."""
-        return [self._kinds.get(name, SPECIAL) for name in names]
-
     def scored(
         self, step: Step, sampled: list[list[int]], hidden: torch.Tensor, common: CommonAttentionMetadata
     ) -> None:
@@ -263,7 +259,8 @@ class Speculation:
                 for r, (name, own) in enumerate(zip(done.names, done.sampled, strict=True))
                 if own and not done.has_ended(r)
             }
-            sizer.learn_outcomes(forest.outcomes([said.get(name, ()) for name in names]), self.kinds(names))
+            seen = forest.outcomes([said.get(name, ()) for name in names])
+            sizer.learn_outcomes(seen, [self._kinds.get(name, SPECIAL) for name in names])
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
