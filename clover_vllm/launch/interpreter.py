@@ -27,7 +27,7 @@ def interpret() -> None:
         sanitize_overflow=False
     )  # of each sum and product; half of the time
     interpreter.interpreter_builder.options = options
-    remember_builtins()
+    quicken()
     # Asked for tile sizes by `triton_reshape_and_cache_flash`.
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     _schedule_ahead()
@@ -39,22 +39,60 @@ def interpret() -> None:
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0  # cut no short context in 16 parts, which take turns here
 
 
-def remember_builtins() -> None:
-    """Triton lists all names of its language modules at each call of each kernel's function: a fifth of the time."""
+def quicken() -> None:
+    """Let Triton's interpreter work out once what depends on nothing that changes: half of its time.
+
+    It patches its language modules at each call of each kernel's function, also inside another, lists all their names
+    for it, and makes the type, the shape and the number of elements of each intermediate result anew.
+    """
     from triton.runtime import interpreter
 
+    language, core = interpreter.tl, interpreter.tl.core
+    patch_lang = interpreter._patch_lang
     known: dict[Any, list[str]] = {}
-    is_builtin = interpreter.tl.core.is_builtin
+
+    def patch_where_needed(function: Any) -> Any:
+        used = [value for value in function.__globals__.values() if value is language or value is core]
+        patched = used and not any(core.is_builtin(module.load) for module in used)
+        return interpreter._LangPatchScope() if patched else patch_lang(function)
 
     def patch_builtin(module: Any, builder: Any, scope: Any) -> None:
         if module not in known:
-            known[module] = [name for name, member in inspect.getmembers(module) if is_builtin(member)]
+            known[module] = [name for name, member in inspect.getmembers(module) if core.is_builtin(member)]
         for name in known[module]:
             member = getattr(module, name)
-            if is_builtin(member):  # not inside another call, which has patched it
+            if core.is_builtin(member):  # not inside a call that has patched it
                 interpreter._patch_attr(module, name, member, builder, scope)
 
-    interpreter._patch_builtin = patch_builtin
+    make_block_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    np_dtype = interpreter._get_np_dtype
+    blocks: dict[Any, tuple[Any, ...]] = {}
+    shapes: dict[str, tuple[Any, Any]] = {}
+    np_dtypes: dict[str, Any] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(size.value if isinstance(size, core.constexpr) else size for size in shape))
+        if key not in blocks:
+            make_block_type(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in shapes:
+            make_tensor(self, handle, type)
+            shapes[type.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[type.name]
+
+    def get_np_dtype(type: Any) -> Any:
+        if type.name not in np_dtypes:
+            np_dtypes[type.name] = np_dtype(type)
+        return np_dtypes[type.name]
+
+    interpreter._patch_lang, interpreter._patch_builtin = patch_where_needed, patch_builtin
+    interpreter._get_np_dtype = get_np_dtype
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
 
 
 class _Backend:

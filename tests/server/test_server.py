@@ -271,7 +271,7 @@ def test_metrics_of_trees(server: Server, client: OpenAI) -> None:
     assert found["clover:tree_nodes_sum"] == pytest.approx(found[COUNTERS["draft_tokens"]], abs=16)
     assert found["clover:accepted_depth_total"] == pytest.approx(found[COUNTERS["accepted"]], abs=8)
     assert drafts <= found["clover:drafted_depth_total"] <= found["clover:tree_nodes_sum"]
-    assert 0 < found["clover:first_node_accepted_total"] < drafts
+    assert 0 < found["clover:first_node_accepted_total"] <= drafts
     assert 0.5 < found["clover:promised_tokens_total"] / found[COUNTERS["accepted"]] < 2
     assert found["clover:step_seconds_total"] > 0
     assert "clover:fallbacks_total" in found

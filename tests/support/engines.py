@@ -39,8 +39,9 @@ IMPORTED = [
     "vllm.model_executor.models.llama",
     "compressed_tensors",
 ]
-READ_LATE = {"VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE"}
-"""Variables that vLLM reads as an engine starts, so that a forked process may have its own."""
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+READ_LATE = {"VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *RANKS}
+"""Variables that are read as an engine or a rank starts, so that a forked process may have its own."""
 
 
 def run_engine(

@@ -1,5 +1,5 @@
 """A plugin of pytest that makes Triton's interpreter quicker; the environment has chosen it before pytest starts."""
 
-from clover_vllm.launch.interpreter import remember_builtins
+from clover_vllm.launch.interpreter import quicken
 
-remember_builtins()
+quicken()

@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
 import click
 import pytest
 import typer
+from length import FULL
 
+from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.cli import app
 from clover_vllm.engine.options import CloverOptions, split_options
 from clover_vllm.eval.render import BLOCK
@@ -94,8 +97,8 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def shell(command: str) -> subprocess.CompletedProcess[str]:
-    """Run bash in the repository's root with this Python's scripts and the user's targets."""
+def shell(command: str, folder: Path = ROOT, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run bash, in the repository's root if not told, with this Python's scripts and the user's targets."""
     environment = {name: value for name, value in os.environ.items() if name != "CLOVER_HOME"}
     if USERS_HOME is not None:
         environment["CLOVER_HOME"] = USERS_HOME
@@ -103,11 +106,11 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )
 
 
@@ -216,6 +219,26 @@ def test_marked_blocks_run(block: Block) -> None:
     done = shell(block.text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+if FULL:  # `tests/engine/test_train_serve.py` trains in the short form
+
+    @pytest.mark.slow
+    def test_the_readme_trains_a_head(tmp_path: Path) -> None:
+        """Its block as it stands, on a tiny target; what serves the head is left out."""
+        target, _ = make_tiny_pair(tmp_path)
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+        (block,) = (b for b in blocks(ROOT / "README.md") if "clover-vllm train" in b.text)
+        text = "".join(line for line in block.text.splitlines(True) if not line.startswith("vllm serve"))
+        text = text.replace("MODEL", str(target)).replace("32768", "128")
+        words = ["the cat", "a dog sat", "one two three", "who is there", "red and blue", "up the hill"]
+        lines = [json.dumps({"prompt": " ".join(chosen)}) for chosen in product(words, repeat=3)]
+        (tmp_path / "train_prompts.jsonl").write_text("\n".join(lines))
+        done = shell(text, tmp_path, 900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / "run" / "head" / "model.safetensors").exists()
+        assert list((tmp_path / "run" / "eval").iterdir())
 
 
 @pytest.mark.usefixtures("smollm2")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from engines import Script
@@ -176,39 +178,39 @@ def test_kills_at_random_moments_leave_the_same_curve_and_head(
         assert torch.equal(tensor, two[name]), name
 
 
-def _two_ranks(script: Path, *arguments: object) -> list[str]:
-    """Command that runs a script on two ranks of this machine."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launch, "--local-addr", "127.0.0.1", str(script), *map(str, arguments)]
+TWO_RANKS = ["--batch-tokens", "32", "--log-every", "1", "--save-every", "5", "--dtype", "float32"]
 
 
-_RUN_CLI = Path(__file__).parents[2] / "support" / "run_cli.py"
+def _train_two(target: Path, answers: Path, output: Path, *more: str) -> list[str]:
+    """What to ask of `clover-vllm` on each of two ranks."""
+    given = ["--target", str(target), "--data", str(answers), "--output", str(output)]
+    return ["train", *given, *TWO_RANKS, *more]
 
 
-TWO_RANKS = ["--batch-tokens", 32, "--log-every", 1, "--save-every", 5, "--dtype", "float32"]
-
-
-def _trained_by_two(folder: Path, target: Path, answers: Path, *more: object) -> Path:
-    """A whole run of two ranks; `threads.N` beside its output says what rank N leaves running."""
-    options = ["train", "--target", target, "--data", answers, *TWO_RANKS, "--output", folder / "two", *more]
-    command = _two_ranks(_RUN_CLI, folder / "threads", *options)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "two"
+@contextmanager
+def _two_ranks(spec: dict[str, Any]) -> Iterator[list[Script]]:
+    """`run_rank` on two ranks, at work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with ExitStack() as stack:
+        own = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        yield [stack.enter_context(Script("run_rank", spec, together | one)) for one in own]
 
 
 @pytest.fixture(scope="module")
 def muon_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_answers: Path) -> Path:
-    folder = tmp_path_factory.mktemp("muon")
-    return _trained_by_two(folder, tiny_target, tiny_answers, "--epochs", 2, "--optimizer", "muon")
+    output = tmp_path_factory.mktemp("muon") / "two"
+    arguments = _train_two(tiny_target, tiny_answers, output, "--epochs", "2", "--optimizer", "muon")
+    with _two_ranks({"arguments": arguments}) as ranks:
+        for rank in ranks:
+            rank.answer()
+    return output
 
 
 def _equals_accumulation(two: Path, one: Path, target: Path, answers: Path, **more: Any) -> None:
-    """Two ranks trained as one process with twice the steps between updates, and left no thread behind."""
-    for rank in range(2):  # a thread that outlives Python may abort its process, and torchrun the others
-        names = json.loads((two.parent / f"threads.{rank}").read_text())
-        assert names
-        assert not any("gloo" in name for name in names), names
+    """Two ranks trained as one process with twice the steps between updates."""
     train(settings(target, answers, one, batch_tokens=32, accumulate=2, learning_rate=1e-3, **more))
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
     alone, together = (load_head(folder / "head").state_dict() for folder in (one, two))
@@ -219,11 +221,22 @@ def _equals_accumulation(two: Path, one: Path, target: Path, answers: Path, **mo
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_accumulation(
+def test_two_processes_of_torchrun_train_as_one_with_accumulation(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
-    two = _trained_by_two(tmp_path, tiny_target, tiny_answers, "--epochs", 1)
-    _equals_accumulation(two, tmp_path / "one", tiny_target, tiny_answers, epochs=1.0)
+    """As users start them; `threads.N` says what rank N leaves running."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["--local-addr", "127.0.0.1"]
+    script = Path(__file__).parents[2] / "support" / "run_cli.py"
+    arguments = _train_two(tiny_target, tiny_answers, tmp_path / "two", "--epochs", "1")
+    command = [*launch, str(script), str(tmp_path / "threads"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):  # a thread that outlives Python may abort its process, and torchrun the others
+        names = json.loads((tmp_path / f"threads.{rank}").read_text())
+        assert names
+        assert not any("gloo" in name for name in names), names
+    _equals_accumulation(tmp_path / "two", tmp_path / "one", tiny_target, tiny_answers, epochs=1.0)
 
 
 @pytest.mark.slow
@@ -239,53 +252,26 @@ def test_two_processes_train_as_one_with_muon(
 def test_two_ranks_resume_as_if_never_killed(
     muon_by_two: Path, tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:
-    options = ["train", "--target", tiny_target, "--data", tiny_answers, *TWO_RANKS, "--epochs", 2]
-    broken = _two_ranks(
-        _RUN_CLI, tmp_path / "b", *options, "--optimizer", "muon", "--output", tmp_path / "broken"
-    )
-    process = subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not _steps(tmp_path / "broken"):
-        time.sleep(0.002)
-    assert process.poll() is None, "the run ended before it could be killed"
-    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-        one.kill()
-    process.wait()
-    checkpoint = whole_checkpoint(tmp_path / "broken")
+    output = tmp_path / "broken"
+    arguments = _train_two(tiny_target, tiny_answers, output, "--epochs", "2", "--optimizer", "muon")
+    with _two_ranks({"arguments": arguments}) as ranks:
+        while not ranks[0].ended() and not _steps(output):
+            time.sleep(0.002)
+        assert not ranks[0].ended(), f"the run ended before it could be killed\n{ranks[0].log()}"
+        for rank in ranks:
+            rank.kill()
+    checkpoint = whole_checkpoint(output)
     assert checkpoint is not None
     assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
-    done = subprocess.run(broken, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"Resuming from {checkpoint}" in done.stderr
-    assert losses(tmp_path / "broken") == losses(muon_by_two)
-    never, again = (
-        load_file(run / "head" / "model.safetensors") for run in (muon_by_two, tmp_path / "broken")
-    )
+    with _two_ranks({"arguments": arguments}) as ranks:
+        for rank in ranks:
+            rank.answer()
+        assert f"Resuming from {checkpoint}" in ranks[0].log(None)
+    assert losses(output) == losses(muon_by_two)
+    never, again = (load_file(run / "head" / "model.safetensors") for run in (muon_by_two, output))
     for name, tensor in never.items():
         assert torch.equal(tensor, again[name]), name
-
-
-_TWO_HOSTS = """
-import os, sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from accelerate import PartialState
-from clover_vllm.train.settings import TrainSettings
-from clover_vllm.train.trainer import _Checkpoints, agreed_checkpoint
-
-PartialState(cpu=True)
-folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-print("AGREED", agreed_checkpoint(folder / f"host{rank}").name, flush=True)
-made = folder / "checkpoint-12"
-if rank == 1:  # the slow one
-    time.sleep(1)
-    assert not (made / "complete").exists()
-made.mkdir(exist_ok=True)
-(made / f"rng_state_{rank}.pth").touch()
-callbacks = _Checkpoints(TrainSettings("", [], folder), SimpleNamespace(save=lambda *_: None))
-state = SimpleNamespace(global_step=12, is_world_process_zero=rank == 0, log_history=[])
-callbacks.on_save(SimpleNamespace(output_dir=folder), state, None)
-"""
 
 
 @pytest.mark.slow
@@ -293,11 +279,10 @@ def test_ranks_agree_on_a_checkpoint_and_mark_it_when_all_have_written(tmp_path:
     for rank, step in ((0, 8), (1, 4)):  # what two hosts see
         (tmp_path / f"host{rank}" / f"checkpoint-{step}").mkdir(parents=True)
         (tmp_path / f"host{rank}" / f"checkpoint-{step}" / "complete").touch()
-    script = tmp_path / "hosts.py"
-    script.write_text(_TWO_HOSTS)
-    done = subprocess.run(_two_ranks(script, tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split().count("checkpoint-8") == 2
+    with _two_ranks({"agree": str(tmp_path)}) as ranks:
+        for one in ranks:
+            one.answer()
+            assert "AGREED checkpoint-8\n" in one.log(None)
     assert (tmp_path / "checkpoint-12" / "complete").exists()
 
 
