@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ def bench(settings: BenchSettings) -> None:
 
     prepare()
     chosen = {load.concurrency: [grid[0] for grid in grids] for load in loads}
-    if settings.sweep:
-        trials = _loads(settings, development, 1)
+    swept = [c for c in settings.concurrency if settings.sweep and keeps(development, c)]
+    if swept:
+        trials = _loads(replace(settings, concurrency=swept), development, 1)
         with Work("runs", sum(count_runs(trials, lambda _, g=g: g) for g in grids if len(g) > 1)) as work:  # type: ignore[misc]
-            chosen = sweep(start, trials, grids, work)
+            found = sweep(start, trials, grids, work)
+        chosen = {c: found[nearest(swept, c)] for c in settings.concurrency}
     with Work("runs", count_runs(loads, chosen.__getitem__)) as work:
         comparison = report.Comparison(run_loads(start, loads, chosen.__getitem__, work))
     print_table(report.table(comparison))
@@ -72,13 +75,13 @@ def bench(settings: BenchSettings) -> None:
             for methods in chosen.values()
             for m in methods
         },
-        "swept": settings.sweep,
+        "swept": swept,
         "engine": _public(llm),
         "prompts": {
             "file": source.name,
             "distinct": len(figures),
             "per_run": {load.concurrency: len(load.runs[0]) for load in loads},
-            "development": len(development) if settings.sweep else 0,
+            "development": len(development) if swept else 0,
         },
         "max_tokens": settings.max_tokens,
         "temperature": settings.temperature,
@@ -126,14 +129,17 @@ def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompt
     wanted = widest + settings.repetitions * sum(map(settings.per_run, settings.concurrency))
     room = settings.max_model_len - settings.max_tokens
     count = -(-wanted * DEVELOPMENT // (DEVELOPMENT - 1))
-    if settings.sweep:  # the development split keeps the concurrency too
-        count = max(count, widest * DEVELOPMENT)
+    if settings.sweep:  # the development split keeps the concurrency too, if there are so many
+        count = max(count, 2 * widest * DEVELOPMENT)
     found = fitting_prompts(source, count, room, target)
     figures, development = split_prompts(found)
-    for prompts, use in ((figures, "to measure"), *([(development, "to sweep")] if settings.sweep else [])):
-        if len(prompts) < widest:
+    checked = [(figures, widest, "to measure")]
+    checked += [(development, min(settings.concurrency), "to sweep")] if settings.sweep else []
+    for prompts, concurrency, use in checked:
+        if not keeps(prompts, concurrency):
             raise UserError(
-                f"{source} holds {len(prompts)} distinct prompts {use} with, fewer than the --concurrency of {widest}."
+                f"{source} holds {len(prompts)} distinct prompts {use} with; --concurrency {concurrency} needs "
+                f"{2 * concurrency}."
             )
     runs = settings.repetitions * len(settings.concurrency)
     if settings.server and wanted - widest > len(figures):  # engines of our own forget between runs
@@ -144,6 +150,16 @@ def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompt
             source.name,
         )
     return figures, development
+
+
+def nearest(swept: Sequence[int], concurrency: int) -> int:
+    """Whose settings a load takes: its own, or those of the nearest that the development split keeps."""
+    return min(swept, key=lambda other: abs(other - concurrency))
+
+
+def keeps(prompts: Prompts, concurrency: int) -> bool:
+    """Whether there are prompts enough to keep so many requests running while the clock runs."""
+    return len(prompts) >= 2 * concurrency
 
 
 def split_prompts(prompts: Prompts) -> tuple[Prompts, Prompts]:

@@ -114,7 +114,7 @@ def bench_table(found: Json) -> str:
     by_place = {(row["method"], row["concurrency"]): row for row in rows}
     lines = [[method, *(_bench_cell(by_place.get((method, c))) for c in concurrencies)] for method in methods]
     heads = [f"{c} request{'s' * (c > 1)} at once" for c in concurrencies]
-    split = "chosen on other prompts" if found["swept"] else "as given"
+    split = _choice(found["swept"], concurrencies)
     return "\n\n".join(
         [
             markdown(["", *heads], lines),
@@ -124,6 +124,15 @@ def bench_table(found: Json) -> str:
             _origin(found["provenance"]),
         ]
     )
+
+
+def _choice(swept: Sequence[int], concurrencies: Sequence[int]) -> str:
+    """How the methods' settings came about."""
+    if not swept:
+        return "as given"
+    most = max(swept)
+    beyond = f", with more than {most} requests those for {most}" if max(concurrencies) > most else ""
+    return f"chosen on other prompts{beyond}"
 
 
 def _besides_speed(found: Json) -> str:

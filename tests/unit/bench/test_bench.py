@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +22,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import Work
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import _prompts as prompts_for
-from clover_vllm.bench.compare import fitting_prompts, share_out, split_prompts
+from clover_vllm.bench.compare import fitting_prompts, keeps, nearest, share_out, split_prompts
 from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
 from clover_vllm.bench.plots import digest as digest_of
@@ -259,11 +260,18 @@ def test_settings_of_a_grid_differ() -> None:
 def test_a_sweep_has_prompts_for_its_concurrency(tmp_path: Path) -> None:
     """However few its runs need: the development split is the smaller one."""
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt_ids": [1, i]}) + "\n" for i in range(200)))
-    settings = BenchSettings(sweep=True, concurrency=[16], repetitions=1, num_prompts=16)
+    file.write_text("".join(json.dumps({"prompt_ids": [1, i]}) + "\n" for i in range(300)))
+    settings = BenchSettings(sweep=True, concurrency=[16], repetitions=1, num_prompts=32)
     figures, development = prompts_for(settings, file, "none")
-    assert len(figures) >= 16
-    assert len(development) >= 16
+    assert keeps(figures, 16)
+    assert keeps(development, 16)
+    # What is too much for the split takes the settings of the nearest load; something must be left.
+    settings = replace(settings, concurrency=[16, 64], num_prompts=128)
+    assert [keeps(prompts_for(settings, file, "none")[1], c) for c in (16, 64)] == [True, False]
+    assert [nearest([4, 16], c) for c in (1, 4, 16, 64)] == [4, 4, 16, 16]
+    with pytest.raises(UserError, match="to sweep") as caught:
+        prompts_for(replace(settings, concurrency=[64]), file, "none")
+    one_sentence(caught.value)
 
 
 def test_prompts_that_do_not_fit_are_passed_over(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
     plain = [Run(seconds=1.0, tokens=n, outputs=[[1]]) for n in (100, 110)]
     trees = [Run(seconds=1.0, tokens=n, outputs=[[1]]) for n in (150, 176)]
     comparison = Comparison([Result("plain", 4, plain), Result("clover", 4, trees, "tree of 5")])
-    header: dict[str, Any] = {"swept": True, "engine": {"model": "m", "dtype": "bfloat16"}}
+    header: dict[str, Any] = {"swept": [2], "engine": {"model": "m", "dtype": "bfloat16"}}
     header["prompts"] = {"file": "families.jsonl.gz"}
     write(comparison, results, header | {"temperature": 0, "max_tokens": 96})
     torture.write(torture.TortureOutcome(requests=1100, compared=1000, tokens=20_000), results)
