@@ -29,8 +29,10 @@ PACKAGES = (
 def provenance() -> dict[str, str]:
     """Of this process; versions by package name."""
     command = Path(sys.argv[0]).name  # `cli.py` where Python was told to run the module
+    # Of a folder of this machine, the name alone.
+    arguments = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     found = {
-        "command": shlex.join([command.replace("cli.py", "clover-vllm"), *sys.argv[1:]]),
+        "command": shlex.join([command.replace("cli.py", "clover-vllm"), *arguments]),
         "commit": _commit(),
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),

@@ -34,7 +34,7 @@ class Restless:
         sizer.rests = lambda _: False
         sizer.looks = lambda _: self._rng.random() < 0.7
         if (retrieval := runner.speculation.retrieval) is not None:
-            retrieval.longest_rest = 0
+            retrieval.longest_pause = 0
 
     def _choose(self, wanted: Sequence[Any], forest: Any, prices: Any) -> list[int]:
         del forest, prices

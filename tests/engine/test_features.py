@@ -102,6 +102,8 @@ def assert_drafted(
 ) -> int:
     """Drafts of that kind, and no branching trees but for "tree", were verified for each request that lasts.
 
+    The drafter made some for it too: scripted ones would stand in for those of a drafter that makes none.
+
     Args:
         run: with trees.
         chosen: indices of requests.
@@ -116,6 +118,9 @@ def assert_drafted(
         said = max(len(one["tokens"]) for one in run["outputs"][i])
         chains, branching = run["stats"]["verified_by_request"].get(str(i), [0, 0])
         assert chains + branching > 0 or said <= lasting, f"nothing was drafted for request {i}"
+        assert run["stats"]["own_drafts"].get(str(i), 0) > 0 or said <= lasting, (
+            f"the head left out request {i}"
+        )
         assert branching == 0 or draft == "tree", f"trees were drafted for request {i}"
         assert branching > 0 or draft == "chain" or said <= long, f"only chains were drafted for request {i}"
         count += said > lasting
@@ -153,7 +158,7 @@ def runs(pair: tuple[Path, Path]) -> tuple[Json, Json]:
 
 @pytest.fixture(scope="module")
 def own(pair: tuple[Path, Path]) -> Json:
-    """The drafts are the head's own: scripted ones would stand in for those of a drafter that makes none."""
+    """The drafts that are verified are the head's own."""
     target, head = pair
     settings, requests = featured(target)
     return run_engine({**settings, **with_trees(head)}, requests)

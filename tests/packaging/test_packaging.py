@@ -46,6 +46,7 @@ print(json.dumps({
     "version": importlib.metadata.version("clover-vllm"),
     "weights": (shipped_head() / "model.safetensors").stat().st_size,
     "levels": levels().decode().split(),
+    "plugins": [e.value for e in importlib.metadata.entry_points(group="vllm.general_plugins")],
 }))
 """
 
@@ -139,6 +140,7 @@ def test_installs_with_heads_and_kernel(
     assert report["version"] == clover_vllm.__version__
     assert report["weights"] > 1e7, "a pointer to a large file, not the weights"
     assert report["levels"]
+    assert report["plugins"] == ["clover_vllm.engine.plugin:register"]
     if version != THIS_PYTHON:
         return
     (site / "torch.pth").write_text(f"{ours}\n")

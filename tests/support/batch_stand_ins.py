@@ -50,5 +50,5 @@ class StandInAnswerer(Answerer):
     @asynccontextmanager
     async def _start(flags: Any) -> AsyncIterator[Any]:
         made = StandInAnswering(list(flags))
-        await asyncio.sleep(2 * LOOK_EVERY + 1)  # an engine takes longer to load
+        await asyncio.sleep(2 * LOOK_EVERY + 4)  # an engine takes longer to load
         yield made

@@ -17,12 +17,13 @@ depends on nothing but the requests. Keys of what `main` takes:
     check_cache: compare the target's cache rows of finished requests with a prefill of the same tokens.
 
 It returns what `drive` returns, with more statistics; "verified" and "accepted" are of drafts;
-"verified_by_request" has [chains, branching trees] by index.
+"verified_by_request" has [chains, branching trees] by index, and "own_drafts" what the drafter made.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main(spec: Json) -> Json:
     result = drive(llm, [{"prompt": [], **request} for request in spec["requests"]])
     stats: Json = result["stats"]
     stats["verified"] = {"chains": verified.chains, "branching": verified.branching}
-    stats["verified_by_request"] = verified.by_request
+    stats["verified_by_request"], stats["own_drafts"] = verified.by_request, verified.own
     stats["tokens_before_last_draft"] = verified.before
     stats["emitted_by_last_draft"] = verified.emitted
     stats["accepted_in"] = verified.accepted_in
@@ -187,6 +188,7 @@ class Verified:
     Attributes:
         chains, branching: drafts verified, by kind, of all requests.
         by_request: the same two, by the request's index in what `main` takes.
+        own: drafts that the drafter made, though scripted ones may have replaced them, by the same index.
         before: output tokens that a request had before its last draft was verified, by the same index.
         emitted: tokens that its last draft gave, by the same index: the accepted ones and the bonus.
         accepted_in: branching trees, and chains, of which something was accepted, by kind.
@@ -200,6 +202,7 @@ class Verified:
         self.sampled_by = {f"{who}, {what}": 0 for who in ("scorer", "vllm") for what in ("drafts", "none")}
         self.chains = self.branching = self.in_vain = self.grown = 0
         self.by_request: dict[int, list[int]] = {}
+        self.own: Counter[int] = Counter()
         self.before: dict[int, int] = {}
         self.emitted: dict[int, int] = {}
         self.accepted_in = {"chains": 0, "branching": 0}
@@ -210,8 +213,14 @@ class Verified:
             self._grow_forest = runner.drafter.grow_forest
             runner._step, runner.drafter.grow, runner._end_step = self._step, self.grow, self._end_step
             runner.drafter.grow_forest = self.grow_forest
+            self._kept, runner._remember = runner._remember, self._remember
             self._scored, self._score = False, runner.scorer.forward
             runner.scorer.forward = self.score
+
+    def _remember(self, trees: Any, *args: Any) -> Any:
+        names = self._runner.input_batch.req_ids
+        self.own.update(self._index(names[r]) for r, tree in trees.items() if len(tree))
+        return self._kept(trees, *args)
 
     def score(self, *args: Any) -> Any:
         self._scored = True

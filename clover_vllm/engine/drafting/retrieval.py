@@ -24,7 +24,7 @@ TOKENS = 512 * ANSWERS
 """Tokens of those answers, and again of the texts of running requests, at most. Each takes about 330 bytes in the cache,
 so that all of it stays below 2 x 262,144 x 330 bytes, 165 MiB, however long prompts and answers are."""
 
-LONGEST_REST = 4
+LONGEST_PAUSE = 4
 """After look-ups in vain a request's text is not looked up for 1 step, then 2, 4, ..., and at most this many."""
 
 TRY = 8
@@ -58,7 +58,7 @@ class _Text:
     Attributes:
         told: tokens of its answer that the cache has; None: not even its prompt.
         held: its tokens in the cache.
-        rest: steps without a look-up after the last one in vain.
+        pause: steps without a look-up after the last one in vain.
         wait: of those, steps that are left.
         found: tokens of which one should have come next, by the last look-up.
         at: tokens of the answer then.
@@ -66,7 +66,7 @@ class _Text:
 
     told: int | None = None
     held: int = 0
-    rest: int = 0
+    pause: int = 0
     wait: int = 0
     found: Collection[int] = ()
     at: int = 0
@@ -75,26 +75,26 @@ class _Text:
 class Retrieval:
     """The texts of running requests, and answers of earlier ones, by suffix."""
 
-    def __init__(self, cache: Any, longest_rest: int = LONGEST_REST, tokens: int = TOKENS) -> None:
+    def __init__(self, cache: Any, longest_pause: int = LONGEST_PAUSE, tokens: int = TOKENS) -> None:
         """
         Args:
             cache: from `suffix_cache`.
-            longest_rest: steps.
+            longest_pause: steps.
             tokens: of answers that are kept, and of running texts, at most.
         """
-        self._cache, self.longest_rest, self._tokens = cache, longest_rest, tokens
+        self._cache, self.longest_pause, self._tokens = cache, longest_pause, tokens
         self._texts: dict[str, _Text] = {}
         self._answers: dict[str, int] = {}  # tokens of those that are kept, the oldest first
         self._kept = self._held = 0  # tokens of answers, and of running texts
         self._begun = 0
-        self._usual = 0.0  # rest of the requests that ended lately
+        self._usual = 0.0  # pause of the requests that ended lately
 
     def forget(self, names: Sequence[str]) -> None:
         """Requests have ended; their answers stay."""
         for name in names:
             text = self._texts.pop(name, None)
             if text is not None:
-                self._usual += 0.2 * (text.rest - self._usual)
+                self._usual += 0.2 * (text.pause - self._usual)
                 self._held -= text.held
                 if text.told is not None:
                     self._cache.stop_request(name)
@@ -102,7 +102,7 @@ class Retrieval:
     def look_up(self, name: str, state: CachedRequestState, most: int) -> Retrieved | None:
         """What may come next in a request's text; once per step, and often nothing is looked up.
 
-        A text in which nothing was found, or the wrong thing, rests for a while. A new one starts with the rest that is
+        A text in which nothing was found, or the wrong thing, pauses for a while. A new one starts with the pause that is
         usual, before the cache is told its prompt, which takes milliseconds.
 
         Args:
@@ -136,14 +136,14 @@ class Retrieval:
 
     def _begin(self) -> _Text:
         self._begun += 1
-        rest = round(self._usual) if self._begun % TRY else 0
-        return _Text(rest=rest, wait=rest)
+        pause = round(self._usual) if self._begun % TRY else 0
+        return _Text(pause=pause, wait=pause)
 
     def _is_due(self, text: _Text, output: Sequence[int]) -> bool:
         """Whether to look a text up in this step, after what came of the last time."""
         if text.found and text.at < len(output):
             if output[text.at] in text.found:
-                text.rest = 0
+                text.pause = 0
             else:
                 self._was_vain(text)
             text.found = ()
@@ -151,8 +151,8 @@ class Retrieval:
         return text.wait < 0
 
     def _was_vain(self, text: _Text) -> None:
-        text.rest = min(max(1, 2 * text.rest), self.longest_rest)
-        text.wait = text.rest
+        text.pause = min(max(1, 2 * text.pause), self.longest_pause)
+        text.wait = text.pause
 
     def _tell(self, name: str, text: _Text, state: CachedRequestState) -> bool:
         """Tell the cache what it does not know of a text. False where there is no room or no text."""
@@ -162,7 +162,7 @@ class Retrieval:
         told = text.told or 0
         more = max(0, len(output) - told) + (len(prompt) if text.told is None else 0)
         if self._held + more > self._tokens:
-            text.wait = self.longest_rest
+            text.wait = self.longest_pause
             return False
         self._held += more
         text.held += more

@@ -14,12 +14,12 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 
-from clover_vllm.engine.models.clover2 import AugmentingLayer, ResAttentionBlock, RMSNorm
+from clover_vllm.engine.models.clover2 import AugmentingLayer, KernelRMSNorm, ParallelResAttentionBlock
 from clover_vllm.engine.models.head import TreeHead, check_ranks
 from clover_vllm.heads.clover1.config import Clover1Config
 
 
-class ResBlock(nn.Module):
+class VllmResBlock(nn.Module):
     """`heads.layers.ResBlock`, whole on every rank."""
 
     def __init__(self, size: int, quant: QuantizationConfig | None, prefix: str) -> None:
@@ -51,8 +51,8 @@ class RootStates(nn.Module):
             )
             for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.decoder = ResAttentionBlock(config, quant, maybe_prefix(prefix, "decoder"))
+        self.norm = KernelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.decoder = ParallelResAttentionBlock(config, quant, maybe_prefix(prefix, "decoder"))
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         x = hidden * self.hidden_scale
@@ -61,7 +61,7 @@ class RootStates(nn.Module):
         return self.decoder(self.norm(x), embeds * self.embed_scale)
 
 
-class Clover1DraftModel(TreeHead):
+class Clover1TreeHead(TreeHead):
     """The head; `bind_target` must be called before it drafts. A state is the recurrent one and the node's depth.
 
     Raises:
@@ -77,10 +77,10 @@ class Clover1DraftModel(TreeHead):
         check_ranks(config, self.title)
         self.model = RootStates(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.heads = nn.ModuleList(
-            ResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}"))
+            VllmResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}"))
             for i in range(config.num_heads)
         )
-        self.head_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head_norm = KernelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return self.model(positions, hidden, embeds)

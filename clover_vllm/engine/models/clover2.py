@@ -35,10 +35,10 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 
 from clover_vllm.engine.models.head import SharedLmHead, TreeHead, check_ranks
 from clover_vllm.heads.clover2.config import Clover2Config
-from clover_vllm.heads.layers import RMSNorm as ReferenceRMSNorm
+from clover_vllm.heads.layers import RMSNorm
 
 
-class RMSNorm(ReferenceRMSNorm):
+class KernelRMSNorm(RMSNorm):
     """The reference's norm: for the compiler as it is, else as vLLM's kernel where that is the quicker.
 
     On a CPU and for a handful of rows vLLM's own layer takes longer than both.
@@ -52,8 +52,8 @@ class RMSNorm(ReferenceRMSNorm):
         return out
 
 
-class ResAttentionBlock(nn.Module):
-    """`head.model.ResAttentionBlock`, heads split over tensor-parallel ranks."""
+class ParallelResAttentionBlock(nn.Module):
+    """`heads.clover2.model.ResAttentionBlock`, heads split over tensor-parallel ranks."""
 
     def __init__(self, config: Clover2Config, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ResAttentionBlock(nn.Module):
         self.ranks = ranks
         self.num_heads = config.num_attention_heads // ranks
         self.eps = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.input_layernorm = KernelRMSNorm(size, eps=config.rms_norm_eps)
         self.q = ColumnParallelLinear(size, size, quant_config=quant, prefix=f"{prefix}.q", return_bias=False)
         self.kv = MergedColumnParallelLinear(
             size, [size, size], quant_config=quant, prefix=f"{prefix}.kv", return_bias=False
@@ -113,8 +113,8 @@ class AugmentingAttention(nn.Module):
             max_position=config.max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
-        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = KernelRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = KernelRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.attn = Attention(
             heads,
             self.head_dim,
@@ -164,9 +164,9 @@ class AugmentingLayer(nn.Module):
         self, config: Clover2Config, cache: CacheConfig, quant: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = KernelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = AugmentingAttention(config, cache, quant, f"{prefix}.self_attn")
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = KernelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = AugmentingMLP(config, quant, f"{prefix}.mlp")
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,7 @@ class LayerMixer(nn.Module):
     def __init__(self, config: Clover2Config, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         size, count = config.hidden_size, len(config.target_layers)
-        self.norms = nn.ModuleList(RMSNorm(size, eps=config.rms_norm_eps) for _ in range(count))
+        self.norms = nn.ModuleList(KernelRMSNorm(size, eps=config.rms_norm_eps) for _ in range(count))
         self.mix = ReplicatedLinear(
             count * size, size, bias=False, quant_config=quant, prefix=f"{prefix}.mix", return_bias=False
         )
@@ -208,7 +208,7 @@ class AugmentingBlock(nn.Module):
         self.hidden_scale = config.hidden_scale
         self.embed_scale = config.embed_scale
         first = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-        self.clover_head_mlp_rnn = ResAttentionBlock(
+        self.clover_head_mlp_rnn = ParallelResAttentionBlock(
             config, quant, maybe_prefix(prefix, "clover_head_mlp_rnn")
         )
         # vLLM reads a layer's number from its name; the target's layers have the lower numbers.
@@ -218,7 +218,7 @@ class AugmentingBlock(nn.Module):
             )
             for i in range(config.num_hidden_layers)
         )
-        self.clover_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.clover_norm = KernelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         last = hidden[:, -self.size :] * self.hidden_scale
@@ -232,12 +232,12 @@ class AugmentingBlock(nn.Module):
 
 @support_torch_compile(dynamic_arg_dims={"states": 0, "tokens": 0})
 class NextStep(nn.Module):
-    """One step of the recurrence: `head.model.Clover2DraftModel.advance`, then the best candidates."""
+    """One step of the recurrence: `heads.clover2.model.Clover2DraftModel.advance`, then the best candidates."""
 
     def __init__(
         self,
         lm_head: SharedLmHead,
-        rnn: ResAttentionBlock,
+        rnn: ParallelResAttentionBlock,
         mlp: nn.Module,
         norm: nn.Module,
         state_norm: nn.Module,
@@ -260,7 +260,7 @@ class NextStep(nn.Module):
         return states, *self.lm_head.candidates(outputs, self.num_candidates)
 
 
-class Clover2DraftModel(TreeHead):
+class Clover2TreeHead(TreeHead):
     """The head; `bind_target` must be called before it drafts.
 
     Raises:
@@ -276,7 +276,7 @@ class Clover2DraftModel(TreeHead):
         check_ranks(config, self.title)
         quant = get_draft_quant_config(vllm_config)
         self.model = AugmentingBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.clover_head_mlp_rnn2 = ResAttentionBlock(
+        self.clover_head_mlp_rnn2 = ParallelResAttentionBlock(
             config, quant, maybe_prefix(prefix, "clover_head_mlp_rnn2")
         )
         self.clover_head_mlp = ReplicatedLinear(
@@ -289,9 +289,9 @@ class Clover2DraftModel(TreeHead):
             prefix=maybe_prefix(prefix, "clover_head_mlp2"),
             return_bias=False,
         )
-        self.clover_head_norm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.clover_head_norm = KernelRMSNorm(size, eps=config.rms_norm_eps)
         if config.norm_state:
-            self.clover_head_state_norm = RMSNorm(size, eps=config.rms_norm_eps)
+            self.clover_head_state_norm = KernelRMSNorm(size, eps=config.rms_norm_eps)
         with set_model_tag("clover2_next"):  # a tag of its own, for vLLM's compile cache
             self._next = NextStep(
                 lm_head=self.shared,

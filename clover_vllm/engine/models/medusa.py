@@ -15,12 +15,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.models.clover1 import ResBlock
+from clover_vllm.engine.models.clover1 import VllmResBlock
 from clover_vllm.engine.models.head import TreeHead, language_model_of
 from clover_vllm.heads.medusa.config import MedusaTreesConfig
 
 
-class MedusaTreesDraftModel(TreeHead):
+class MedusaTreeHead(TreeHead):
     """The heads; `bind_target` must be called before they draft.
 
     A state is float32 [1 + 2 * H * K]: the node's depth, then scores and token ids (below 2^24, so exact) of all
@@ -39,7 +39,7 @@ class MedusaTreesDraftModel(TreeHead):
         self.heads = nn.ModuleList(
             nn.Sequential(
                 *(
-                    ResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}.{j}"))
+                    VllmResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}.{j}"))
                     for j in range(config.num_hidden_layers)
                 )
             )

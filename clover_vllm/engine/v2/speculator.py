@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from clover_vllm.engine.drafting.proposer import HeadDrafter
-from clover_vllm.engine.models.clover2 import Clover2DraftModel
+from clover_vllm.engine.models.clover2 import Clover2TreeHead
 from clover_vllm.engine.models.head import joined
 from clover_vllm.engine.options import CloverOptions
 from clover_vllm.engine.v2.graphs import DraftGraphs
@@ -64,7 +64,7 @@ class Clover2Speculator(DraftModelSpeculator):
         """
         del target_attn_layer_names
         head = get_model(vllm_config=self.vllm_config, model_config=self.draft_model_config)
-        assert isinstance(head, Clover2DraftModel)
+        assert isinstance(head, Clover2TreeHead)
         head.bind_target(target_model)
         self._hidden = torch.zeros(self.max_num_tokens, head.width, dtype=self.dtype, device=self.device)
         return head

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clover_vllm.engine.drafting.retrieval import ANSWERS, LEAST_SHARE, TRY, Retrieval, suffix_cache
@@ -19,9 +19,9 @@ def state(prompt: Sequence[int] | None, output: Sequence[int] = ()) -> Any:
     return SimpleNamespace(prompt_token_ids=prompt and list(prompt), output_token_ids=list(output))
 
 
-def retrieval(kind: str = "all", longest_rest: int = 0, **more: Any) -> Retrieval:
+def retrieval(kind: str = "all", longest_pause: int = 0, **more: Any) -> Retrieval:
     """That never rests unless told so."""
-    return Retrieval(suffix_cache(kind), longest_rest, **more)
+    return Retrieval(suffix_cache(kind), longest_pause, **more)
 
 
 def chain_of(found: Any) -> list[int]:
@@ -103,6 +103,7 @@ def test_a_fork_gives_both_ways_and_rare_ones_none() -> None:
     assert first[3] > first[4] > LEAST_SHARE
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=4, max_size=60), st.integers(1, 16))
 def test_what_is_found_is_a_tree_of_at_most_so_many_nodes(text: list[int], most: int) -> None:
     """Parents come first, siblings differ, and no child is likelier than its parent."""
@@ -171,7 +172,7 @@ class Watched:
 
 def test_a_text_that_never_repeats_is_looked_up_ever_more_rarely_and_one_that_does_at_every_step() -> None:
     cache = Watched()
-    texts = Retrieval(cache, longest_rest=16)
+    texts = Retrieval(cache, longest_pause=16)
     output: list[int] = []
     steps = []
     for step in range(70):
@@ -190,7 +191,7 @@ def test_a_text_that_never_repeats_is_looked_up_ever_more_rarely_and_one_that_do
 
 def test_what_was_found_and_did_not_come_is_a_look_up_in_vain_and_what_came_ends_the_rest() -> None:
     cache = Watched()
-    texts = Retrieval(cache, longest_rest=16)
+    texts = Retrieval(cache, longest_pause=16)
     prompt = [7, 8, 9] * 40
     output: list[int] = []
     steps = []
@@ -208,7 +209,7 @@ def test_what_was_found_and_did_not_come_is_a_look_up_in_vain_and_what_came_ends
 def test_where_texts_do_not_repeat_the_prompts_of_most_new_requests_are_not_even_indexed() -> None:
     """A request that rests has cost nothing but the look at a counter."""
     cache = Watched()
-    texts = Retrieval(cache, longest_rest=16)
+    texts = Retrieval(cache, longest_pause=16)
     for i in range(60):
         output = [1000 + i]
         for step in range(12):
@@ -222,7 +223,7 @@ def test_where_texts_do_not_repeat_the_prompts_of_most_new_requests_are_not_even
 def test_the_memory_of_long_answers_and_prompts_is_bounded() -> None:
     """The oldest answers go; a prompt for which there is no room is not searched."""
     cache = Watched()
-    texts = Retrieval(cache, longest_rest=0, tokens=100)
+    texts = Retrieval(cache, longest_pause=0, tokens=100)
     for i in range(6):
         texts.look_up(f"r{i}", state([1], [*range(100 * i, 100 * i + 40)]), most=0)
         texts.forget([f"r{i}"])

@@ -58,6 +58,20 @@ def test_shipped_files_are_complete_and_small() -> None:
     assert sum(p.stat().st_size for p in folder.iterdir()) < 25 * 2**20
 
 
+def test_the_card_says_what_the_evaluation_found() -> None:
+    folder = shipped_head()
+    card = (folder / "README.md").read_text()
+    for found in json.loads((folder / "eval.json").read_text())["results"]:
+        assert f"{found['tokens_per_step']:.2f} ± {found['standard_error']:.2f}" in card
+        if found["head"] == folder.name:
+            shares = " ".join(f"{100 * share:.0f}%" for share in found["acceptance_by_depth"])
+            assert f"| {found['growth']} |" in card
+            assert f"| {shares} |" in card
+            if found["growth"] == "tree of 8":
+                for source, tokens in found["by_category"].items():
+                    assert f"| {source} | {tokens:.2f} |" in card
+
+
 def test_eagle1_baseline_is_shipped_beside_it() -> None:
     folder = shipped_head().with_name("smollm2-135m-eagle1")
     assert "fc.weight" in load_file(folder / "model.safetensors")

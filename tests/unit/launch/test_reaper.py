@@ -25,7 +25,7 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     for _ in range(200):
         found = psutil.Process(process.pid).children(recursive=True)
         if any(p.name() == "sleep" for p in found):
-            time.sleep(1.5)
+            time.sleep(3.0)
             return found
         time.sleep(0.1)
     raise AssertionError("no grandchild")
@@ -53,7 +53,7 @@ def test_nothing_is_left_of_a_process_that_was_killed(how: signal.Signals) -> No
 @pytest.mark.slow
 def test_one_that_ends_by_itself_leaves_what_it_wants() -> None:
     """The reaper goes before it."""
-    with subprocess.Popen([sys.executable, "-c", PARENT, "3"]) as process:
+    with subprocess.Popen([sys.executable, "-c", PARENT, "8"]) as process:
         found = descendants(process)
         process.wait()
     time.sleep(1.0)

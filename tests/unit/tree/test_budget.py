@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clover_vllm.tree.budget import choose_budget
@@ -22,6 +22,7 @@ def forests() -> st.SearchStrategy[tuple[list[int], list[float]]]:
     return st.lists(st.floats(0.01, 0.99), min_size=0, max_size=8).flatmap(build)
 
 
+@settings(deadline=None)
 @given(
     forests(), st.integers(1, 4), st.lists(st.floats(0.0, 3.0), min_size=9, max_size=9), st.floats(0.5, 20.0)
 )

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clover_vllm.tree.costs import GRID, Costs, Curve, StepSize
@@ -22,6 +22,7 @@ def costs() -> Costs:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9000), st.floats(-50.0, 50.0)), max_size=40))
 def test_a_curve_never_falls_whatever_it_learns(surprises: list[tuple[int, float]]) -> None:
     curve = Curve({1.0: 5.0, 8.0: 4.0, 64.0: 30.0})
