@@ -544,7 +544,8 @@ def _refused() -> str:
 
 
 VARIANTS = tuple(
-    f"bench-{name}" for name in ("sampled", "sampled-amx", "prompt-heavy", "text-heavy", "hindsight", "epyc")
+    f"bench-{name}"
+    for name in ("no-amx", "sampled", "sampled-amx", "prompt-heavy", "text-heavy", "hindsight", "epyc")
 )
 """Further runs of `bench`, each in a file of its name."""
 
