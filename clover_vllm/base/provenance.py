@@ -29,10 +29,10 @@ PACKAGES = (
 def provenance() -> dict[str, str]:
     """Of this process; versions by package name."""
     command = Path(sys.argv[0]).name  # `cli.py` where Python was told to run the module
-    # Of a folder of this machine, the name alone.
-    arguments = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     found = {
-        "command": shlex.join([command.replace("cli.py", "clover-vllm"), *arguments]),
+        "command": shlex.join(
+            [command.replace("cli.py", "clover-vllm"), *map(_without_folder, sys.argv[1:])]
+        ),
         "commit": _commit(),
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),
@@ -45,6 +45,12 @@ def provenance() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _without_folder(word: str) -> str:
+    """An argument, of an absolute path (`/folder/name`, `--option=/folder/name`) the name alone."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{Path(value).name}" if value.startswith("/") else word
 
 
 def environment_settings() -> dict[str, str]:

@@ -545,7 +545,16 @@ def _refused() -> str:
 
 VARIANTS = tuple(
     f"bench-{name}"
-    for name in ("no-amx", "sampled", "sampled-amx", "prompt-heavy", "text-heavy", "hindsight", "epyc")
+    for name in (
+        "no-amx",
+        "no-amx-later",
+        "sampled",
+        "sampled-amx",
+        "prompt-heavy",
+        "text-heavy",
+        "hindsight",
+        "epyc",
+    )
 )
 """Further runs of `bench`, each in a file of its name."""
 

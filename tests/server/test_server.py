@@ -279,6 +279,7 @@ def test_metrics_of_trees(server: Server, client: OpenAI) -> None:
     assert drafts <= found["clover:drafted_depth_total"] <= found["clover:tree_nodes_sum"]
     assert 0 < found["clover:first_node_accepted_total"] <= drafts
     assert 0 < found["clover:promised_tokens_total"] <= found["clover:tree_nodes_sum"]
+    assert 0.2 < found["clover:promised_tokens_total"] / found[COUNTERS["accepted"]] < 5
     assert found["clover:step_seconds_total"] > 0
     assert "clover:fallbacks_total" in found
 

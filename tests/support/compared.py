@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def assert_compared(folder: Path) -> None:
-    """Both were measured, Clover-2 drafted trees, and their texts are the same."""
+    """Both were measured, Clover-2 drafted, and their texts are the same."""
     plain, clover = json.loads((folder / "bench.json").read_text())["results"]
     assert plain["acceptance_length"] == 1.0
     assert clover["nodes_per_draft"] >= 1

@@ -19,7 +19,7 @@ from clover_vllm.engine.models.head import TreeHead, check_ranks
 from clover_vllm.heads.clover1.config import Clover1Config
 
 
-class VllmResBlock(nn.Module):
+class ReplicatedResBlock(nn.Module):
     """`heads.layers.ResBlock`, whole on every rank."""
 
     def __init__(self, size: int, quant: QuantizationConfig | None, prefix: str) -> None:
@@ -77,7 +77,7 @@ class Clover1TreeHead(TreeHead):
         check_ranks(config, self.title)
         self.model = RootStates(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.heads = nn.ModuleList(
-            VllmResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}"))
+            ReplicatedResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}"))
             for i in range(config.num_heads)
         )
         self.head_norm = KernelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

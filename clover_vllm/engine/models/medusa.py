@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 
 from clover_vllm.base.errors import UserError
-from clover_vllm.engine.models.clover1 import VllmResBlock
+from clover_vllm.engine.models.clover1 import ReplicatedResBlock
 from clover_vllm.engine.models.head import TreeHead, language_model_of
 from clover_vllm.heads.medusa.config import MedusaTreesConfig
 
@@ -39,7 +39,7 @@ class MedusaTreeHead(TreeHead):
         self.heads = nn.ModuleList(
             nn.Sequential(
                 *(
-                    VllmResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}.{j}"))
+                    ReplicatedResBlock(config.hidden_size, quant, maybe_prefix(prefix, f"heads.{i}.{j}"))
                     for j in range(config.num_hidden_layers)
                 )
             )

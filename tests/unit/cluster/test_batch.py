@@ -151,7 +151,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(
     ids = [json.loads(line)["custom_id"] for line in broken.output.read_text().splitlines()]
     assert ids == [json.loads(line)["custom_id"] for line in lines]
     asked = sum(len(file.read_text().splitlines()) for file in tmp_path.glob("asked-*")) - 300
-    assert 300 <= asked <= 300 + cut + 2 * kills * at_once  # what was under way, and the lines that were cut
+    assert 300 <= asked <= 300 + cut + 2 * kills * at_once  # under way, answered but not written, and cut
     assert not part.exists()
 
 

@@ -61,7 +61,9 @@ def test_shipped_files_are_complete_and_small() -> None:
 def test_the_card_says_what_the_evaluation_found() -> None:
     folder = shipped_head()
     card = (folder / "README.md").read_text()
-    for found in json.loads((folder / "eval.json").read_text())["results"]:
+    results = json.loads((folder / "eval.json").read_text())["results"]
+    assert (folder.name, "tree of 8") in [(found["head"], found["growth"]) for found in results]
+    for found in results:
         assert f"{found['tokens_per_step']:.2f} ± {found['standard_error']:.2f}" in card
         if found["head"] == folder.name:
             shares = " ".join(f"{100 * share:.0f}%" for share in found["acceptance_by_depth"])
