@@ -18,7 +18,9 @@ Request = dict[str, Any]
 class Contender(Protocol):
     """An engine or server with one method; it uses no processor time but in `run`."""
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> Run: ...
+    def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
+        """Answer the requests: None after each turn, the measurement at the end."""
+        ...
 
 
 Start = Callable[[Method], AbstractContextManager[Contender]]
@@ -52,7 +54,7 @@ class Result:
 def run_loads(
     start: Start, loads: Sequence[Load], methods: Callable[[int], Sequence[Method]], work: Work
 ) -> list[Result]:
-    """Run methods in turn on the same requests, forwards and backwards.
+    """Run methods on the same requests, taking turns of seconds, forwards and backwards.
 
     Args:
         start: makes engines or servers. Those that the next concurrency uses stay.
@@ -76,16 +78,27 @@ def run_loads(
                     stack = all_started.enter_context(ExitStack())
                     started[method] = (stack.enter_context(start(method)), stack)
                 work.doing(f"warming up {method.name} at {load.concurrency}")
-                started[method][0].run(load.warm_up, load.concurrency)
+                _take_turns([started[method][0].turns(load.warm_up, load.concurrency)])
                 work.advance()
             found = [Result(m.name, load.concurrency, settings=m.settings) for m in chosen]
             for order, requests in zip(orders(len(chosen), len(load.runs)), load.runs, strict=True):
-                for i in order:
-                    work.doing(f"{chosen[i].name} at {load.concurrency}")
-                    found[i].runs.append(started[chosen[i]][0].run(requests, load.concurrency))
-                    work.advance()
+                work.doing(f"{', '.join(m.name for m in chosen)} at {load.concurrency}")
+                ran = _take_turns([started[chosen[i]][0].turns(requests, load.concurrency) for i in order])
+                for i, run in zip(order, ran, strict=True):
+                    found[i].runs.append(run)
+                work.advance(len(order))
             results += found
     return results
+
+
+def _take_turns(contenders: Sequence[Iterator[Run | None]]) -> list[Run]:
+    """What each has measured, once all have."""
+    found: dict[int, Run] = {}
+    while len(found) < len(contenders):
+        for i, turns in enumerate(contenders):
+            if i not in found and (run := next(turns)) is not None:
+                found[i] = run
+    return [found[i] for i in range(len(contenders))]
 
 
 def count_runs(loads: Sequence[Load], methods: Callable[[int], Sequence[Method]]) -> int:
@@ -124,7 +137,7 @@ def sweep(
 
 
 def orders(count: int, repetitions: int) -> Iterator[list[int]]:
-    """Forwards, backwards, forwards: drift of the machine hits no method alone."""
+    """Forwards, backwards, forwards: what comes first gains nothing by it."""
     for repetition in range(repetitions):
         order = list(range(count))
         yield order[::-1] if repetition % 2 else order

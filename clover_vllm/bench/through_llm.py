@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from clover_vllm.bench.loop import Request
@@ -34,11 +34,20 @@ class BenchEngine(JsonProcess):
             settings["speculative_config"] = method.speculative
         self.ask({"llm": settings})
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """See `worker.run_requests`."""
+    def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
+        """See `worker.run_requests` and `loop.Contender`."""
         asked = {"requests": list(requests), "concurrency": concurrency}
-        run = Run(**self.ask(asked))
-        return Run(**self.ask(asked | {"known": run.outputs})) if self._in_hindsight else run
+        run = yield from self._turns(asked)
+        if self._in_hindsight:
+            run = yield from self._turns(asked | {"known": run.outputs})
+        yield run
+
+    def _turns(self, command: dict[str, Any]) -> Generator[None, None, Run]:
+        answer = self.ask(command)
+        while "turn" in answer:
+            yield
+            answer = self.ask({"turn": "yours"})
+        return Run(**answer)
 
     def climb(self, requests: Sequence[Request], phases: Sequence[int], seconds: float) -> list[Moment]:
         """See `worker.run_phases`."""

@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate
@@ -41,8 +41,8 @@ class BenchServer:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._model)
         self._server = Server(self._model, method.speculative, _flags(llm))
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """Load the server.
+    def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run]:
+        """Load the server, in a single turn: the load generator's clock does not stand still.
 
         Raises:
             UserError: the load generator failed.
@@ -53,9 +53,10 @@ class BenchServer:
             with tempfile.TemporaryDirectory() as folder:
                 data = Path(folder) / "prompts.jsonl"
                 data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-                return serve_load(self._server, self._model, data, requests, concurrency)
+                run = serve_load(self._server, self._model, data, requests, concurrency)
         finally:
             self._server.pause()
+        yield run
 
     def __enter__(self) -> BenchServer:
         try:

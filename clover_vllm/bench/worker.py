@@ -2,20 +2,47 @@
 
 Reads one JSON object per line on stdin and answers with one on stdout. The first is
 `{"llm": {...}}`, arguments of vllm.LLM; then each `{"requests": [...], "concurrency": c}` is a run, and each
-`{"requests": [...], "phases": [...], "seconds": s}` a load that changes.
+`{"requests": [...], "phases": [...], "seconds": s}` a load that changes. A run takes turns with those of other
+engines: `{"turn": "over"}` is an answer too, after which any command has it go on.
 The engine core lives in this process, so that its times can be read.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clover_vllm.launch.in_process import add_request, core_of, runner_of, until_idle
 from clover_vllm.launch.process import Parent
+
+TURN = 2.0
+"""Seconds that an engine computes before those that it is compared with have their turns: a machine that others share
+is faster in one minute than in the next, by more than methods differ."""
+
+
+class Clock:
+    """Seconds in which it was this engine's turn."""
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        """wait: until the next turn; without it all time is this engine's."""
+        self._wait = wait
+        self._waited = 0.0
+        self._begun = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self._waited
+
+    def pause(self) -> None:
+        """Between two steps: wait, if the turn is over."""
+        now = time.perf_counter()
+        if self._wait is not None and now - self._begun >= TURN:
+            self._wait()
+            self._begun = time.perf_counter()
+            self._waited += self._begun - now
 
 
 @dataclass
@@ -48,12 +75,20 @@ def serve(parent: Parent) -> None:
     commands = parent.commands()
     llm = LLM(**next(commands)["llm"])
     parent.say({"ready": True})
+
+    def wait() -> None:
+        parent.say({"turn": "over"})
+        if next(commands, None) is None:
+            sys.exit()  # nobody asks any more
+
     for command in commands:
         if "phases" in command:
             made = run_phases(llm, command["requests"], command["phases"], command["seconds"])
             parent.say({"moments": [asdict(moment) for moment in made]})
         else:
-            run = run_requests(llm, command["requests"], command["concurrency"], command.get("known"))
+            run = run_requests(
+                llm, command["requests"], command["concurrency"], command.get("known"), Clock(wait)
+            )
             parent.say(asdict(run))
 
 
@@ -70,7 +105,11 @@ class _Answer:
 
 
 def run_requests(
-    llm: Any, requests: list[dict[str, Any]], concurrency: int, known: list[list[int]] | None = None
+    llm: Any,
+    requests: list[dict[str, Any]],
+    concurrency: int,
+    known: list[list[int]] | None = None,
+    clock: Clock | None = None,
 ) -> Run:
     """Keep `concurrency` requests running, and time the steady part.
 
@@ -85,21 +124,23 @@ def run_requests(
             `concurrency`.
         concurrency: requests at a time.
         known: their answers, for a run that chooses nodes in hindsight (`bench.hindsight`).
+        clock: by which it is timed, and which may pause it.
     """
     from clover_vllm.bench.hindsight import knowing
 
+    clock = clock or Clock()
     name = str(time.perf_counter())
     answers = {f"{name}-{i}": answer for i, answer in enumerate(known or ())}
     with (
         nullcontext() if known is None else knowing(runner_of(llm), answers),
-        _leaving(core_of(llm)) as left,
+        _leaving(core_of(llm), clock) as left,
         _foretelling(runner_of(llm)) as foretold,
     ):
-        return _run_timed(llm, requests, concurrency, name, left, foretold)
+        return _run_timed(llm, requests, concurrency, name, left, foretold, clock)
 
 
 @contextmanager
-def _leaving(core: Any) -> Iterator[list[float]]:
+def _leaving(core: Any, clock: Clock) -> Iterator[list[float]]:
     """When the outputs of the latest step were there, in a list of one.
 
     The engine of a server sends them off and then drafts (`EngineCoreProc._process_engine_step`); in this process
@@ -108,7 +149,7 @@ def _leaving(core: Any) -> Iterator[list[float]]:
     left, original = [0.0], core.post_step
 
     def post_step(*args: Any, **kwargs: Any) -> Any:
-        left[0] = time.perf_counter()
+        left[0] = clock()
         return original(*args, **kwargs)
 
     core.post_step = post_step
@@ -146,6 +187,7 @@ def _run_timed(
     name_of: str,
     left: list[float],
     foretold: list[float],
+    clock: Clock,
 ) -> Run:
     assert len(requests) > concurrency, (len(requests), concurrency)
     _forget(llm)
@@ -157,14 +199,15 @@ def _run_timed(
     running, ended, prefilled, timing = 0, 0, False, False
     started = 0.0
     while queue or running:
-        begun = time.perf_counter()
+        clock.pause()
+        begun = clock()
         while queue and running < concurrency:
             i, request = queue.pop()
             name, params = f"{name_of}-{i}", request["params"]
             if i < concurrency:
                 params = {**params, "max_tokens": -(-params["max_tokens"] * (i + 1) // concurrency)}
             # A client asks again when the answer before has left, not when the drafting behind it is done.
-            answers[name] = _Answer(left[0] if ended else time.perf_counter())
+            answers[name] = _Answer(left[0] if ended else clock())
             add_request(llm, name, request["prompt"], params, whole=False)
             running += 1
         prefills = is_prefilling(core.scheduler)
@@ -176,7 +219,7 @@ def _run_timed(
         if not timing:
             prefilled = prefills
             if ended >= concurrency and queue and not started:
-                timing, started = True, time.perf_counter()
+                timing, started = True, clock()
                 before, parts = _counters(llm), _parts(llm)
                 foretold.clear()
             continue
@@ -184,11 +227,11 @@ def _run_timed(
         # Under async scheduling a step waits for the forward of the one before.
         if not prefills and not (prefilled and core.batch_queue is not None):
             run.decode_steps += 1
-            run.decode_seconds += time.perf_counter() - begun
+            run.decode_seconds += clock() - begun
         prefilled = prefills
         if not queue and running < concurrency:
             timing = False
-            run.seconds = time.perf_counter() - started
+            run.seconds = clock() - started
             run.foretold = foretold[:]
             _count(run, before, _counters(llm))
             run.parts = {name: value - parts.get(name, 0.0) for name, value in _parts(llm).items()}

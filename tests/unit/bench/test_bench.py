@@ -127,9 +127,9 @@ class Fake:
     def __init__(self, rate: int, log: list[tuple[str, int]], name: str) -> None:
         self.rate, self.log, self.name = rate, log, name
 
-    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+    def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
         self.log.append((f"{self.name} {requests[0]['prompt']}", concurrency))
-        return Run(seconds=1.0, tokens=self.rate)
+        yield Run(seconds=1.0, tokens=self.rate)
 
 
 def loads(*concurrencies: int) -> list[Load]:
@@ -156,15 +156,38 @@ def test_every_batch_size_is_warmed_before_it_is_measured() -> None:
     assert [(r.method, r.concurrency, r.rates) for r in found][1] == ("ngram", 1, [5.0, 5.0])
 
 
+def test_methods_take_turns_until_all_have_ended() -> None:
+    turns: list[str] = []
+
+    class Slow(Fake):
+        def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
+            for _ in range(self.rate):
+                turns.append(f"{self.name} {requests[0]['prompt']}")
+                yield None
+            yield Run(seconds=self.rate, tokens=1)
+
+    methods = [Method("plain", None), Method("ngram", {})]
+    rates = {"plain": 3, "ngram": 1}
+    with Work("runs", None) as work:
+        found = run_loads(
+            lambda m: nullcontext(Slow(rates[m.name], [], m.name)), loads(1), lambda _: methods, work
+        )
+    assert turns[4:] == [
+        *("plain one", "ngram one", "plain one", "plain one"),
+        *("ngram two", "plain two", "plain two", "plain two"),
+    ]
+    assert [[run.seconds for run in result.runs] for result in found] == [[3, 3], [1, 1]]
+
+
 def test_sweep_takes_the_fastest_settings_at_each_concurrency() -> None:
     small, large = (Method("clover", {"n": n}, f"tree of {n}") for n in (3, 8))
     plain = Method("plain", None)
     log: list[tuple[str, int]] = []
 
     class Depends(Fake):
-        def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+        def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
             self.rate = concurrency if self.name == small.settings else 3
-            return super().run(requests, concurrency)
+            return super().turns(requests, concurrency)
 
     with Work("runs", None) as work:
         best = sweep(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from clover_vllm.bench import worker
-from clover_vllm.bench.worker import is_prefilling, run_requests
+from clover_vllm.bench.worker import TURN, Clock, is_prefilling, run_requests
 
 CHUNK = 4
 """Prompt tokens that the played scheduler computes per step and request."""
@@ -114,6 +114,22 @@ def test_a_token_is_there_before_the_next_draft_is_made(clock: list[float]) -> N
     run = run_requests(engine, [request(1, 2), request(1, 3), request(1, 4)], 1)
     assert run.ttft == [1.5, 1.5]  # who asks again waits for the draft behind the answer before
     assert run.seconds == 7 * 1.5
+
+
+def test_the_clock_stands_still_while_others_have_their_turn(clock: list[float]) -> None:
+    waits = []
+
+    def wait() -> None:
+        waits.append(clock[0])
+        clock[0] += 100.0
+
+    requests = [request(1, 4) for _ in range(6)]
+    run = run_requests(Played(clock), requests, 2, clock=Clock(wait))
+    clock[0] = 0.0
+    assert run.seconds == 6.0
+    assert run == run_requests(Played(clock), requests, 2)
+    assert waits[0] == TURN
+    assert len(waits) > 2
 
 
 def test_preempted_requests_are_prefilled_again() -> None:
