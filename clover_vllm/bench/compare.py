@@ -21,6 +21,7 @@ from clover_vllm.bench.prompts import PROMPT_SETS, prompt_set
 from clover_vllm.bench.settings import BenchSettings
 from clover_vllm.bench.through_llm import BenchEngine
 from clover_vllm.bench.through_server import BenchServer
+from clover_vllm.bench.worker import TURN
 from clover_vllm.launch.environment import prepare
 from clover_vllm.target.make import make_target
 
@@ -70,6 +71,7 @@ def bench(settings: BenchSettings) -> None:
         return
     header = {
         "through": "vllm serve and vllm bench serve" if settings.server else "LLM",
+        "turn_seconds": None if settings.server else TURN,
         "methods": {
             f"{m.name}, {m.settings}" if m.settings else m.name: _public(m.speculative)
             for methods in chosen.values()

@@ -119,7 +119,7 @@ def bench_table(found: Json) -> str:
         [
             markdown(["", *heads], lines),
             f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets 95% bootstrap "
-            f"intervals over {_repetitions(rows)} in alternating order. Settings {split}. {_decoding(found)}, prompts of "
+            f"intervals over {_repetitions(rows)} in alternating order{_turns(found)}. Settings {split}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`. {_besides_speed(found)}",
             _origin(found["provenance"]),
         ]
@@ -204,6 +204,12 @@ def _bench_cell(row: Json | None) -> str:
         + "[{:.2f}, {:.2f}]".format(*row["speedup_interval"])
     )
     return f"{cell} ({row['settings']})" if row["settings"] else cell
+
+
+def _turns(found: dict[str, Any]) -> str:
+    """How long engines computed before others did; earlier results have none, and were measured run by run."""
+    seconds = found.get("turn_seconds")
+    return f", engines in turns of {seconds:g} s" if seconds else ""
 
 
 def _repetitions(rows: Sequence[Json]) -> str:
