@@ -22,7 +22,7 @@ from clover_vllm.bench.settings import BenchSettings
 from clover_vllm.bench.through_llm import BenchEngine
 from clover_vllm.bench.through_server import BenchServer
 from clover_vllm.bench.worker import TURN
-from clover_vllm.launch.environment import prepare
+from clover_vllm.launch.environment import is_cpu_build, prepare
 from clover_vllm.target.make import make_target
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ def bench(settings: BenchSettings) -> None:
         return
     header = {
         "through": "vllm serve and vllm bench serve" if settings.server else "LLM",
-        "turn_seconds": None if settings.server else TURN,
+        # Servers, and engines under async scheduling, run without a pause.
+        "turn_seconds": None if settings.server or not is_cpu_build() else TURN,
         "methods": {
             f"{m.name}, {m.settings}" if m.settings else m.name: _public(m.speculative)
             for methods in chosen.values()

@@ -16,7 +16,7 @@ Request = dict[str, Any]
 
 
 class Contender(Protocol):
-    """An engine or server with one method; it uses no processor time but in `run`."""
+    """An engine or server with one method; it uses no processor time but in its turns."""
 
     def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
         """Answer the requests: None after each turn, the measurement at the end."""
@@ -54,7 +54,7 @@ class Result:
 def run_loads(
     start: Start, loads: Sequence[Load], methods: Callable[[int], Sequence[Method]], work: Work
 ) -> list[Result]:
-    """Run methods on the same requests, taking turns of seconds, forwards and backwards.
+    """Run methods on the same requests, in turns, forwards and backwards.
 
     Args:
         start: makes engines or servers. Those that the next concurrency uses stay.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clover_vllm.bench.loop import Request
@@ -24,7 +24,8 @@ class BenchEngine(JsonProcess):
         Raises:
             UserError: the engine does not start.
         """
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        # As vLLM sets it for engine cores: else threads of OpenMP wait for more work on the cores of the next engine.
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "KMP_BLOCKTIME": "5"}
         if "VLLM_LOGGING_LEVEL" not in os.environ:
             environment["VLLM_LOGGING_LEVEL"] = "WARNING"
         super().__init__("clover_vllm.bench.worker", method.name, environment)
@@ -37,17 +38,18 @@ class BenchEngine(JsonProcess):
     def turns(self, requests: Sequence[Request], concurrency: int) -> Iterator[Run | None]:
         """See `worker.run_requests` and `loop.Contender`."""
         asked = {"requests": list(requests), "concurrency": concurrency}
-        run = yield from self._turns(asked)
-        if self._in_hindsight:
-            run = yield from self._turns(asked | {"known": run.outputs})
-        yield run
+        if self._in_hindsight:  # what its answers are is found out in a turn of its own
+            *_, first = self._answers(asked)
+            asked = asked | {"known": first["outputs"]}
+        for answer in self._answers(asked):
+            yield None if "turn" in answer else Run(**answer)
 
-    def _turns(self, command: dict[str, Any]) -> Generator[None, None, Run]:
+    def _answers(self, command: dict[str, Any]) -> Iterator[dict[str, Any]]:
         answer = self.ask(command)
         while "turn" in answer:
-            yield
+            yield answer
             answer = self.ask({"turn": "yours"})
-        return Run(**answer)
+        yield answer
 
     def climb(self, requests: Sequence[Request], phases: Sequence[int], seconds: float) -> list[Moment]:
         """See `worker.run_phases`."""

@@ -3,7 +3,7 @@
 Reads one JSON object per line on stdin and answers with one on stdout. The first is
 `{"llm": {...}}`, arguments of vllm.LLM; then each `{"requests": [...], "concurrency": c}` is a run, and each
 `{"requests": [...], "phases": [...], "seconds": s}` a load that changes. A run takes turns with those of other
-engines: `{"turn": "over"}` is an answer too, after which any command has it go on.
+engines: `{"turn": "over"}` is an answer too, after which `{"turn": "yours"}` has it go on.
 The engine core lives in this process, so that its times can be read.
 """
 
@@ -78,8 +78,10 @@ def serve(parent: Parent) -> None:
 
     def wait() -> None:
         parent.say({"turn": "over"})
-        if next(commands, None) is None:
+        command = next(commands, None)
+        if command is None:
             sys.exit()  # nobody asks any more
+        assert command == {"turn": "yours"}, command
 
     for command in commands:
         if "phases" in command:
@@ -199,7 +201,8 @@ def _run_timed(
     running, ended, prefilled, timing = 0, 0, False, False
     started = 0.0
     while queue or running:
-        clock.pause()
+        if core.batch_queue is None:  # under async scheduling a step is always under way
+            clock.pause()
         begun = clock()
         while queue and running < concurrency:
             i, request = queue.pop()

@@ -13,7 +13,7 @@ from engines import Script
 
 from clover_vllm.launch.process import JsonProcess
 
-LATE = {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"}
+LATE = {"KMP_BLOCKTIME", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"}
 """Variables that vLLM reads as an engine starts, not while it is imported."""
 
 

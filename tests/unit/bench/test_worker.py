@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from clover_vllm.bench import worker
-from clover_vllm.bench.worker import TURN, Clock, is_prefilling, run_requests
+from clover_vllm.bench.through_llm import BenchEngine
+from clover_vllm.bench.worker import TURN, Clock, Run, is_prefilling, run_requests, serve
 
 CHUNK = 4
 """Prompt tokens that the played scheduler computes per step and request."""
@@ -130,6 +132,33 @@ def test_the_clock_stands_still_while_others_have_their_turn(clock: list[float])
     assert run == run_requests(Played(clock), requests, 2)
     assert waits[0] == TURN
     assert len(waits) > 2
+
+
+def test_an_engine_ends_when_nobody_gives_it_another_turn(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.LLM", lambda **_: Played(clock))
+    said: list[dict[str, Any]] = []
+    run = {"requests": [request(1, 9), request(1, 9)], "concurrency": 1}
+    parent: Any = SimpleNamespace(commands=lambda: iter([{"llm": {}}, run]), say=said.append)
+    with pytest.raises(SystemExit):
+        serve(parent)
+    assert said == [{"ready": True}, {"turn": "over"}]
+
+
+def test_the_first_run_of_hindsight_is_a_turn_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, run = {"turn": "over"}, asdict(Run(seconds=1.0, outputs=[[7]]))
+    answers, asked = [over, run, over, run], []
+
+    def ask(_: Any, command: dict[str, Any]) -> dict[str, Any]:
+        asked.append(command)
+        return answers.pop(0)
+
+    monkeypatch.setattr(BenchEngine, "ask", ask)
+    engine = BenchEngine.__new__(BenchEngine)
+    engine._in_hindsight = True
+    assert list(engine.turns([request(1, 1)], 1)) == [None, Run(**run)]
+    assert [command.get("known") for command in asked] == [None, None, [[7]], None]
 
 
 def test_preempted_requests_are_prefilled_again() -> None:
