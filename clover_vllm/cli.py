@@ -140,10 +140,13 @@ def data(settings: DataSettings) -> None:
 def train(settings: TrainSettings) -> None:
     """Train a draft head for a frozen target.
 
-    Several GPUs: `torchrun --nproc-per-node 8 -m clover_vllm.cli train ...`. A killed run
-    continues from its last checkpoint when the same command is given again.
+    Several GPUs: `torchrun --nproc-per-node 8 -m clover_vllm.cli train ...`; several hosts: --ray-workers.
+    A killed run continues from its last checkpoint when the same command is given again.
     """
-    from clover_vllm.train.trainer import train as run
+    if settings.ray_workers is not None:
+        from clover_vllm.cluster.training import train_on_ray as run
+    else:
+        from clover_vllm.train.trainer import train as run
 
     summary = run(settings)
     if summary:

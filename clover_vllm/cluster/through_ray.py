@@ -69,7 +69,7 @@ def answered(
     import ray.data
 
     parse_flags(settings.flags)
-    ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": _environment()})
+    ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": environment()})
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"line": r.line, "text": r.text} for r in requests]
     blocks = max(1, -(-len(rows) // BLOCK))
@@ -86,7 +86,7 @@ def answered(
         yield int(row["line"]), str(row["answer"])
 
 
-def _environment() -> dict[str, str]:
-    """Variables that engines on other hosts should have too."""
-    names = ("VLLM_", "CLOVER_", "HF_", "TOKENIZERS_PARALLELISM")
+def environment(*more: str) -> dict[str, str]:
+    """Variables that processes on other hosts should have too; `more` are beginnings of their names."""
+    names = ("VLLM_", "CLOVER_", "HF_", "TOKENIZERS_PARALLELISM", *more)
     return {name: value for name, value in os.environ.items() if name.startswith(names)}

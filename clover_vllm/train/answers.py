@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +59,10 @@ class AnswerSet:
             counts += np.bincount(ids, minlength=vocab_size)
         return torch.from_numpy(counts)
 
-    def source_counts(self) -> Counter[str]:
-        """Answers per source."""
-        return Counter(self.rows["source"])
+    def source_counts(self, without: Collection[int] = ()) -> Counter[str]:
+        """Answers per source, but for some."""
+        sources = list(self.rows["source"])
+        return Counter(sources) - Counter(sources[i] for i in without)
 
 
 def read_answers(

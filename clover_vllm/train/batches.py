@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+SET_ASIDE = 20
+"""At most one sequence in this many is not trained on, for the validation loss."""
 
 
 def plan_batches(
@@ -15,6 +18,7 @@ def plan_batches(
     answer_tokens: int,
     epochs: float,
     seed: int,
+    left_out: Collection[int] = (),
 ) -> list[list[int]]:
     """The whole run's micro-batches, fixed before it starts, so that resuming is a matter of skipping.
 
@@ -28,19 +32,21 @@ def plan_batches(
         answer_tokens: answer tokens per micro-batch, about.
         epochs: passes over the sequences; a fraction cuts the last one short.
         seed: of the order.
+        left_out: sequences that are not trained on.
 
     Returns:
         sequence indices per micro-batch.
     """
     rng = np.random.default_rng(seed)
-    total = int(sum(answer_lengths))
+    among = np.delete(np.arange(len(lengths)), list(left_out))
+    total = sum(answer_lengths[i] for i in among)
     wanted = epochs * total
-    mean = max(1.0, total / max(1, len(lengths)))
+    mean = max(1.0, total / max(1, len(among)))
     window = max(1, round(32 * answer_tokens / mean))
     plan: list[list[int]] = []
     seen = 0
     while seen < wanted:
-        order = rng.permutation(len(lengths))
+        order = rng.permutation(among)
         epoch: list[list[int]] = []
         for start in range(0, len(order), window):
             part = sorted(order[start : start + window].tolist(), key=lambda i: lengths[i])
@@ -51,6 +57,20 @@ def plan_batches(
             plan.append(epoch[k])
             seen += sum(answer_lengths[i] for i in epoch[k])
     return plan
+
+
+def plan_validation(
+    lengths: Sequence[int], answer_lengths: Sequence[int], answer_tokens: int, most: int, seed: int
+) -> list[list[int]]:
+    """Micro-batches of sequences to set aside: drawn at random, and at most one in `SET_ASIDE`.
+
+    Args:
+        lengths, answer_lengths, answer_tokens, seed: as for `plan_batches`.
+        most: sequences.
+    """
+    count = min(most, len(lengths) // SET_ASIDE)
+    chosen = np.random.default_rng(seed).permutation(len(lengths))[:count].tolist()
+    return _cut(sorted(chosen, key=lambda i: lengths[i]), lengths, answer_lengths, answer_tokens)
 
 
 def _cut(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clover_vllm.base.command_line import LEFT_OVER, Parsed, numbers_or_none
+from clover_vllm.base.command_line import LEFT_OVER, Parsed, names, numbers_or_none
 from clover_vllm.heads.registry import HEADS, shaped_heads
 
 SHAPES_HEADS = {
@@ -104,6 +104,10 @@ class TrainSettings:
         scale_inputs: Bring both inputs to RMS 1; off, as published.
         max_length: Longest prompt plus answer, tokens.
         limit_tokens: Stop after this many answer tokens.
+        validation: Answers set aside, at most one in 20; their loss is measured at each checkpoint.
+        ray_workers: Train on this many workers of a Ray cluster, with a GPU each if there are so many; `output` and `data`
+            lie on a disk that its hosts share.
+        trackers: Where loss and accuracy go too, such as tensorboard or wandb; each a package of its own.
         cache_gib: Disk for hidden states, GiB; pays from the second epoch on.
         cache: Folder for them [in CLOVER_HOME].
         save_every: Steps between checkpoints.
@@ -160,6 +164,9 @@ class TrainSettings:
     scale_inputs: bool = True
     max_length: int = 2048
     limit_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    validation: Annotated[int, typer.Option(min=0)] = 128
+    ray_workers: Annotated[int | None, typer.Option(min=1)] = None
+    trackers: Annotated[list[str], Parsed(names)] = field(default_factory=list)
     cache_gib: float = 0.0
     cache: Path | None = None
     save_every: Annotated[int, typer.Option(min=1)] = 100

@@ -9,15 +9,18 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.files import (
@@ -34,7 +37,7 @@ from clover_vllm.heads.registry import head_kind, kind_of, shaped_heads
 from clover_vllm.heads.weights import check_target
 from clover_vllm.target.frozen import FrozenTarget
 from clover_vllm.train.answers import AnswerSet, read_answers
-from clover_vllm.train.batches import Batch, collate, plan_batches
+from clover_vllm.train.batches import Batch, collate, plan_batches, plan_validation
 from clover_vllm.train.card import write_card
 from clover_vllm.train.hidden import HiddenStates
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
@@ -72,7 +75,8 @@ class HeadTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._hidden_states = hidden_states
         self._teacher = teacher
-        self._window: list[dict[str, torch.Tensor]] = []
+        self._window: list[dict[str, torch.Tensor]] = []  # of the batches since the last log entry
+        self._validated: dict[str, list[torch.Tensor]] = {}  # of the validation's, of all ranks
         # The objective already averages over rows; Trainer then divides by the accumulation steps.
         self.model_accepts_loss_kwargs = False
 
@@ -92,26 +96,53 @@ class HeadTrainer(Trainer):
             target = self._hidden_states.target
             post_norm = target.norm(hidden[..., -target.config.hidden_size :])
         loss, metrics = model(batch, hidden, post_norm, self._teacher)
-        self._window.append(metrics)
+        if model.training:
+            self._window.append(metrics)
+        else:
+            # Some batches are repeated where they do not suffice for all ranks: `gather_function` leaves those out.
+            for name, values in metrics.items():
+                self._validated.setdefault(name, []).append(self.gather_function(values[None]))
         return (loss, metrics) if return_outputs else loss
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of a validation batch."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's means per depth. Checkpoints fall on log steps, so none is ever split."""
+        """Add the window's means per depth. Checkpoints and validation fall on log steps, so none is ever split."""
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
                 f"The loss is {logs['loss']} at step {self.state.global_step}: training has diverged; "
                 "start again in another --output with a lower --learning-rate."
             )
+        means: dict[str, torch.Tensor] = {}
         if self._window and "loss" in logs:
             for name in self._window[0]:
                 mean = torch.stack([m[name] for m in self._window]).mean(dim=0)
                 if self.args.world_size > 1:
                     mean = self.accelerator.reduce(mean, reduction="mean")
-                logs[name] = [round(x, 5) for x in mean.tolist()]  # type: ignore[assignment]
+                means[name] = mean
             self._window = []
-        super().log(logs, start_time)
+        if "eval_loss" in logs:
+            logs = {"eval_loss": logs["eval_loss"]}  # how long it took differs from start to start
+            means = {f"eval_{name}": torch.cat(own).mean(dim=0) for name, own in self._validated.items()}
+            self._validated = {}
+        by_depth = {name: [round(x, 5) for x in mean.tolist()] for name, mean in means.items()}
+        # Trackers take numbers only.
+        numbers = {f"{name}_{i + 1}": x for name, own in by_depth.items() for i, x in enumerate(own)}
+        super().log(logs | numbers, start_time)
+        kept = {name: value for name, value in self.state.log_history[-1].items() if name not in numbers}
         # Trainer counts passes over the plan, which holds all epochs: a misleading number.
-        self.state.log_history[-1].pop("epoch", None)
+        kept.pop("epoch", None)
+        self.state.log_history[-1] = kept | by_depth
 
 
 class _Checkpoints(TrainerCallback):
@@ -163,10 +194,9 @@ def agreed_checkpoint(folder: Path) -> Path | None:
     state = PartialState()
     found = [whole_checkpoint(folder) if state.is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
-    if checkpoint is not None and not checkpoint.is_dir():
+    if checkpoint is not None and not all(gather_object([checkpoint.is_dir()])):  # none goes on alone
         raise UserError(
-            f"{checkpoint} is on the first host but not on this one; give all hosts the same --output on a "
-            "shared disk."
+            f"{checkpoint} is on the first host but not on all; give them the same --output on a shared disk."
         )
     return checkpoint
 
@@ -176,8 +206,12 @@ def choose_draft_vocab(counts: torch.Tensor, size: int) -> torch.Tensor:
     return torch.sort(torch.argsort(counts, descending=True, stable=True)[:size]).values
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, made: dict[str, str] | None = None) -> dict[str, Any]:
     """Train a head; resumes by itself when `output` holds checkpoints of the same settings.
+
+    Args:
+        settings: of the run.
+        made: its provenance; by default this process's.
 
     Returns:
         the run's summary, also written to `output/summary.json`.
@@ -186,8 +220,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         UserError: anything that the user can mend, before training starts where possible.
     """
     started = time.monotonic()
-    made = provenance()
-    _check(settings)
+    made = made or provenance()
+    check_settings(settings)
     dtype = getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = _arguments(settings, device)  # sets up torch.distributed under torchrun
@@ -204,9 +238,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         answers = read_answers(
             settings.data, vocab_size, min(settings.max_length, context), settings.limit_tokens
         )
-    plan = plan_batches(
-        answers.lengths, answers.answer_lengths, settings.batch_tokens, settings.epochs, settings.seed
-    )
+    sizes = answers.lengths, answers.answer_lengths, settings.batch_tokens
+    validation = plan_validation(*sizes, settings.validation, settings.seed)
+    plan = plan_batches(*sizes, settings.epochs, settings.seed, [*chain.from_iterable(validation)])
     torch.manual_seed(settings.seed)
     draft_vocab = None
     if settings.draft_vocab is not None:
@@ -223,7 +257,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     head.to(target.device)
     per_step = settings.accumulate * arguments.world_size
     arguments.max_steps = max(1, len(plan) // per_step)
+    plan = plan[: arguments.max_steps * per_step]
     arguments.warmup_steps = round(settings.warmup * arguments.max_steps)
+    arguments.eval_strategy = IntervalStrategy.STEPS if validation else IntervalStrategy.NO
     with arguments.main_process_first():
         if arguments.process_index == 0:
             _same_run(settings, target, len(plan), arguments.world_size)
@@ -242,6 +278,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         args=arguments,
         optimizers=(optimizer, None),
         train_dataset=PlannedBatches(plan),
+        eval_dataset=PlannedBatches(validation) if validation else None,
         data_collator=_Collate(answers, head.num_heads),
         callbacks=[_Checkpoints(settings, head)],
         hidden_states=hidden_states,
@@ -253,7 +290,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.is_world_process_zero():
         return {}
-    return _finish(settings, trainer, head, answers, plan, made, time.monotonic() - started)
+    return _finish(settings, trainer, head, answers, plan, validation, made, time.monotonic() - started)
 
 
 def loss_weights(settings: TrainSettings) -> LossWeights:
@@ -277,7 +314,11 @@ def _plain(settings: TrainSettings) -> dict[str, Any]:
     return fields | {"weights": asdict(loss_weights(settings))}
 
 
-def _check(settings: TrainSettings) -> None:
+def check_settings(settings: TrainSettings) -> None:
+    """
+    Raises:
+        UserError: settings that cannot be trained with, whatever target and data are.
+    """
     if settings.save_every % settings.log_every:
         raise UserError(
             f"--save-every {settings.save_every} must be a multiple of --log-every {settings.log_every}, "
@@ -289,6 +330,13 @@ def _check(settings: TrainSettings) -> None:
         raise UserError(f"--learning-rate {settings.learning_rate} must lie between 0 and 1.")
     if settings.schedule not in SCHEDULES:
         raise UserError(f"--schedule {settings.schedule} is not known; use {', '.join(SCHEDULES)}.")
+    here = get_available_reporting_integrations()
+    for tracker in settings.trackers:
+        if tracker not in here:
+            raise UserError(
+                f"--trackers {tracker} is not installed here (there are: {', '.join(here) or 'none'}); install its "
+                "package or leave it out."
+            )
     if settings.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {settings.optimizer} is not known; use {' or '.join(OPTIMIZERS)}.")
     if settings.draft_vocab is not None and settings.draft_vocab < 1:
@@ -339,8 +387,11 @@ def _arguments(settings: TrainSettings, device: str) -> TrainingArguments:
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
+        eval_steps=settings.save_every,
+        per_device_eval_batch_size=1,
+        prediction_loss_only=True,
         logging_nan_inf_filter=False,
-        report_to=[],
+        report_to=settings.trackers,
         remove_unused_columns=False,
         seed=settings.seed,
         # A GPU waits for nothing that others can prepare; a CPU has no others.
@@ -401,7 +452,13 @@ def _teacher(head: Head, target: FrozenTarget) -> Teacher:
 def _same_run(settings: TrainSettings, target: FrozenTarget, batches: int, processes: int) -> None:
     """Refuse to resume a folder that other settings began."""
     fields = _plain(settings)
-    for name in ("output", "cache", "cache_gib", "save_every"):  # may change: they do not show in the result
+    for name in (
+        "output",
+        "cache",
+        "cache_gib",
+        "trackers",
+        "ray_workers",
+    ):  # may change: no result shows them
         del fields[name]
     fields |= {
         "target": target.fingerprint(),
@@ -425,6 +482,7 @@ def _finish(
     head: Head,
     answers: AnswerSet,
     plan: list[list[int]],
+    validation: list[list[int]],
     made: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
@@ -432,18 +490,22 @@ def _finish(
 
     head.save(settings.output / "head", settings.target)
     history = trainer.state.log_history
+    validated = [entry for entry in history if "eval_loss" in entry]
     write_json(settings.output / "log.json", history)
     plot_training(history, settings.output / "head" / "training.png")
     steps = trainer.state.global_step * settings.accumulate * trainer.args.world_size
+    aside = [*chain.from_iterable(validation)]
     visits = sum(answers.answer_lengths[i] for batch in plan[:steps] for i in batch)
     summary = {
         "method": settings.method,
-        "answers": len(answers),
+        "answers": len(answers) - len(aside),
         "answers_dropped": answers.dropped,
-        "answer_tokens": sum(answers.answer_lengths),
+        "answer_tokens": sum(answers.answer_lengths) - sum(answers.answer_lengths[i] for i in aside),
+        "answers_set_aside": len(aside),
         "answer_token_visits": visits,
         "steps": trainer.state.global_step,
-        "sources": dict(answers.source_counts()),
+        "validation_loss": round(validated[-1]["eval_loss"], 5) if validated else None,
+        "sources": dict(answers.source_counts(without=aside)),
         "seconds_of_last_start": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "peak_gpu_memory_gib": round(_peak_gpu_memory_gib(), 2),

@@ -1,11 +1,17 @@
-"""A batch through Ray Data loses no line when engines die. Engines are stand-ins here, so that it takes seconds."""
+"""On Ray, a batch loses no line when engines die (stand-ins, so that it takes seconds), and training goes on when a worker does."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pytest
 from engines import Json, run_script
+from length import FULL
+
+from clover_vllm.train.settings import TrainSettings
+from clover_vllm.train.trainer import train
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -26,3 +32,34 @@ def test_a_batch_answers_each_line_though_actors_die(tmp_path: Path) -> None:
     assert seen["batch_asked"] <= 100 + 2 * 60  # what an actor had under way, two blocks, is asked again
     assert seen["children"] > 2
     assert seen["orphans"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="takes minutes: in `make soak`")
+def test_training_goes_on_when_a_worker_is_killed(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path
+) -> None:
+    """Two workers train as one process that takes twice the batches per step."""
+    fields = {
+        "target": str(tiny_target),
+        "epochs": 6.0,
+        "batch_tokens": 32,
+        "learning_rate": 1e-3,
+        "log_every": 1,
+        "save_every": 2,
+        "dtype": "float32",
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(fields | {"data": [str(tiny_answers)]}))
+    seen = on_ray(tmp_path, "train")
+    assert seen["killed"] == 1
+    alone = TrainSettings(data=[tiny_answers], output=tmp_path / "alone", accumulate=2, **fields)  # type: ignore[arg-type]
+    summary = train(alone)
+    together = seen["summary"]
+    assert together["steps"] == summary["steps"]
+    assert together["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-2)
+    curves = [
+        [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+        for folder in (tmp_path / "run", tmp_path / "alone")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=2e-3)
+    assert "learning_rate" in seen["refused"]

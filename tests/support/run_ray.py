@@ -1,6 +1,6 @@
 """A Ray cluster of this machine, with stand-ins for engines; `engines.Script` starts it.
 
-`main` takes {"folder": for notes, "what": "batch", "kill", "scale" or "roll"} and returns what a test looks at.
+`main` takes {"folder": for notes, "what": "batch", "train", "kill", "scale" or "roll"} and returns what a test looks at.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 Json = dict[str, Any]
 
@@ -24,7 +27,13 @@ FATAL = {30: "kill", 70: "fatal"}
 
 
 def main(spec: Json) -> Json:
-    what = {"batch": batch, "kill": serve_and_kill, "scale": serve_and_scale, "roll": serve_and_roll}
+    what = {
+        "batch": batch,
+        "train": train,
+        "kill": serve_and_kill,
+        "scale": serve_and_scale,
+        "roll": serve_and_roll,
+    }
     return what[spec["what"]](Path(spec["folder"]))
 
 
@@ -67,6 +76,35 @@ def batch(folder: Path) -> Json:
         "children": len(children),
         "orphans": left(children),
     }
+
+
+def train(folder: Path) -> Json:
+    """A head, as `folder/settings.json` says, by two workers, one of which is killed behind the first checkpoint."""
+    start_ray()
+    from clover_vllm.base.errors import UserError
+    from clover_vllm.cluster.training import train_on_ray
+    from clover_vllm.train.settings import TrainSettings
+
+    fields = json.loads((folder / "settings.json").read_text())
+    data, output = [Path(path) for path in fields.pop("data")], folder / "run"
+    settings = TrainSettings(data=data, output=output, ray_workers=2, **fields)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(output.glob("checkpoint-*/complete")):
+            time.sleep(0.01)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+        killed.append(workers[-1].pid)
+        workers[-1].kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    summary = train_on_ray(settings)
+    try:
+        train_on_ray(replace(settings, learning_rate=0.5))
+        refused = ""
+    except UserError as error:
+        refused = str(error)
+    return {"summary": summary, "killed": len(killed), "refused": refused}
 
 
 class StandIns:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clover_vllm.heads.clover2 import Clover2DraftModel
 from clover_vllm.target.frozen import FrozenTarget
-from clover_vllm.train.batches import Batch, collate, plan_batches, trained_rows
+from clover_vllm.train.batches import Batch, collate, plan_batches, plan_validation, trained_rows
 from clover_vllm.train.loss import VocabularyTargets, vocabulary_loss
 from clover_vllm.train.objective import DraftObjective, LossWeights, Teacher
 
@@ -157,3 +157,19 @@ def test_plan_visits_every_answer_once_per_epoch(
     assert visited >= epochs * sum(answers) - 1e-6
     for batch in plan:
         assert sum(answers[i] for i in batch) <= max(1.5 * budget + 60, max(answers[i] for i in batch))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    answers=st.lists(st.integers(1, 60), min_size=1, max_size=200),
+    budget=st.integers(1, 200),
+    most=st.integers(0, 12),
+)
+def test_answers_set_aside_are_in_no_plan(answers: list[int], budget: int, most: int) -> None:
+    lengths = [a + 3 for a in answers]
+    batches = plan_validation(lengths, answers, budget, most, 1)
+    assert batches == plan_validation(lengths, answers, budget, most, 1)
+    aside = [i for batch in batches for i in batch]
+    assert len(set(aside)) == len(aside) == min(most, len(answers) // 20)
+    trained = {i for batch in plan_batches(lengths, answers, budget, 1.0, 0, aside) for i in batch}
+    assert trained == set(range(len(answers))) - set(aside)

@@ -19,6 +19,7 @@ from engines import Script
 from length import length
 from safetensors.torch import load_file
 from small import one_sentence, tiny_llama
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import load_head
@@ -44,6 +45,10 @@ def losses(output: Path) -> list[float]:
     return [r["loss"] for r in json.loads((output / "log.json").read_text()) if "loss" in r]
 
 
+def validations(output: Path) -> list[dict[str, Any]]:
+    return [r for r in json.loads((output / "log.json").read_text()) if "eval_loss" in r]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_lowers_the_loss_and_writes_everything(
     optimizer: str, tiny_target: Path, tiny_answers: Path, tmp_path: Path
@@ -62,6 +67,36 @@ def test_training_lowers_the_loss_and_writes_everything(
     head = load_head(tmp_path / "run" / "head")
     assert head.config.target == "target"
     assert head.config.hidden_scale != 1.0
+
+
+def test_the_loss_of_answers_set_aside_is_measured_at_each_checkpoint_and_told_to_trackers(
+    tiny_target: Path, tiny_answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = tmp_path / "events"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(events))
+    changes: dict[str, Any] = {"epochs": 3.0, "save_every": 4}
+    summary = train(
+        settings(tiny_target, tiny_answers, tmp_path / "run", trackers=["tensorboard"], **changes)
+    )
+    assert summary["answers_set_aside"] == 3
+    assert summary["answers"] == 57
+    validated = validations(tmp_path / "run")
+    steps = summary["steps"]
+    assert [entry["step"] for entry in validated] == sorted({*range(4, steps + 1, 4), steps})
+    assert validated[-1]["eval_loss"] < validated[0]["eval_loss"]
+    assert set(validated[0]) == {"eval_loss", "step", "eval_accuracy", "eval_vocabulary", "eval_regression"}
+    assert summary["validation_loss"] == round(validated[-1]["eval_loss"], 5)
+    told = EventAccumulator(str(events)).Reload()
+    assert [event.value for event in told.Scalars("eval/accuracy_1")] == pytest.approx(
+        [entry["eval_accuracy"][0] for entry in validated]
+    )
+    assert len(told.Scalars("train/loss")) == steps
+
+    train(settings(tiny_target, tiny_answers, tmp_path / "none", validation=0, **changes))
+    assert not validations(tmp_path / "none")
+    with pytest.raises(UserError, match="--trackers nowhere is not installed") as caught:
+        train(settings(tiny_target, tiny_answers, tmp_path / "two", trackers=["nowhere"]))
+    one_sentence(caught.value)
 
 
 def test_eagle1_trains_and_is_saved_as_vllm_expects(
@@ -172,6 +207,7 @@ def test_kills_at_random_moments_leave_the_same_curve_and_head(
     with Script("run_train", broken) as script:
         script.answer()
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert validations(tmp_path / "broken") == validations(tmp_path / "whole") != []
     one = load_file(tmp_path / "whole" / "head" / "model.safetensors")
     two = load_file(tmp_path / "broken" / "head" / "model.safetensors")
     for name, tensor in one.items():
@@ -211,8 +247,14 @@ def muon_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tin
 
 def _equals_accumulation(two: Path, one: Path, target: Path, answers: Path, **more: Any) -> None:
     """Two ranks trained as one process with twice the steps between updates."""
-    train(settings(target, answers, one, batch_tokens=32, accumulate=2, learning_rate=1e-3, **more))
+    changes = {"batch_tokens": 32, "accumulate": 2, "learning_rate": 1e-3, "save_every": 5} | more
+    train(settings(target, answers, one, **changes))
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    for seen, expected in zip(
+        validations(two), validations(one), strict=True
+    ):  # batches that two ranks cannot share evenly
+        assert seen["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)
+        assert seen["eval_accuracy"] == pytest.approx(expected["eval_accuracy"], abs=0.02)
     alone, together = (load_head(folder / "head").state_dict() for folder in (one, two))
     for name, tensor in alone.items():  # bfloat16 in the file
         torch.testing.assert_close(together[name], tensor, atol=1e-3, rtol=1e-2)
@@ -269,6 +311,7 @@ def test_two_ranks_resume_as_if_never_killed(
             rank.answer()
         assert f"Resuming from {checkpoint}" in ranks[0].log(None)
     assert losses(output) == losses(muon_by_two)
+    assert validations(output) == validations(muon_by_two) != []
     never, again = (load_file(run / "head" / "model.safetensors") for run in (muon_by_two, output))
     for name, tensor in never.items():
         assert torch.equal(tensor, again[name]), name
