@@ -452,13 +452,8 @@ def _teacher(head: Head, target: FrozenTarget) -> Teacher:
 def _same_run(settings: TrainSettings, target: FrozenTarget, batches: int, processes: int) -> None:
     """Refuse to resume a folder that other settings began."""
     fields = _plain(settings)
-    for name in (
-        "output",
-        "cache",
-        "cache_gib",
-        "trackers",
-        "ray_workers",
-    ):  # may change: no result shows them
+    # These may change, since no result shows them.
+    for name in ("output", "cache", "cache_gib", "trackers", "ray_workers"):
         del fields[name]
     fields |= {
         "target": target.fingerprint(),
