@@ -11,7 +11,15 @@ from rich.table import Table
 from clover_vllm.base.progress import Work
 from clover_vllm.base.provenance import environment_settings, write_result
 from clover_vllm.base.show import print_table
-from clover_vllm.bench.compare import engine_settings, fitting_prompts, prompt_file, split_prompts
+from clover_vllm.bench.compare import (
+    LENGTHS,
+    engine_settings,
+    fitting_prompts,
+    longest_answer,
+    prompt_file,
+    requests_of,
+    split_prompts,
+)
 from clover_vllm.bench.methods import select
 from clover_vllm.bench.settings import BenchSettings, ClimbSettings
 from clover_vllm.bench.through_llm import BenchEngine
@@ -36,13 +44,9 @@ def climb(settings: ClimbSettings) -> None:
     engine = BenchSettings(
         concurrency=[settings.highest], dtype=settings.dtype, max_model_len=settings.max_model_len
     )
-    room = settings.max_model_len - settings.max_tokens
+    room = settings.max_model_len - longest_answer(settings.max_tokens, LENGTHS[1])
     prompts, _ = split_prompts(fitting_prompts(prompt_file(settings.prompts), 1000, room, target))
-    params: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-    requests = [
-        {"prompt": prompt, "params": params | ({"seed": i} if settings.temperature else {})}
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = requests_of(prompts, settings.max_tokens, settings.temperature)
     prepare()
     moments: dict[str, list[list[Moment]]] = {plain.name: [], clover.name: []}
     with Work("climbs", 2 * settings.repetitions) as work:

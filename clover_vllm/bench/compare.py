@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -29,6 +30,12 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 32
 """Longest answer of a request that is not measured."""
+
+LENGTHS = (0.5, 1.5)
+"""Longest answers of a run's requests, over `max_tokens`: with one length for all, requests of an engine that does not
+speculate would begin and end evenly apart, as no real ones do, and never wait for each other's prompts."""
+
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 DEVELOPMENT = 8
 """One distinct prompt in this many is for choosing settings, never for figures."""
@@ -87,6 +94,7 @@ def bench(settings: BenchSettings) -> None:
             "development": len(development) if swept else 0,
         },
         "max_tokens": settings.max_tokens,
+        "longest_answers": [longest_answer(settings.max_tokens, at) for at in LENGTHS],
         "temperature": settings.temperature,
     }
     print(f"Written: {report.write(comparison, settings.output, header)}, and plots beside it.")
@@ -130,7 +138,7 @@ def _prompts(settings: BenchSettings, source: Path, target: str) -> tuple[Prompt
     """
     widest = max(settings.concurrency)
     wanted = widest + settings.repetitions * sum(map(settings.per_run, settings.concurrency))
-    room = settings.max_model_len - settings.max_tokens
+    room = settings.max_model_len - longest_answer(settings.max_tokens, LENGTHS[1])
     count = -(-wanted * DEVELOPMENT // (DEVELOPMENT - 1))
     if settings.sweep:  # the development split keeps the concurrency too, if there are so many
         count = max(count, 2 * widest * DEVELOPMENT)
@@ -180,9 +188,16 @@ def _loads(settings: BenchSettings, prompts: Prompts, repetitions: int) -> list[
     for concurrency in settings.concurrency:
         # Twice the concurrency: a batch of that size both starts and is topped up.
         warm_up = [spare[i % len(spare)] for i in range(2 * concurrency)]
-        runs = [_requests(next(remaining), settings, settings.max_tokens) for _ in range(repetitions)]
+        runs = [
+            requests_of(next(remaining), settings.max_tokens, settings.temperature)
+            for _ in range(repetitions)
+        ]
         loads.append(
-            Load(concurrency, _requests(warm_up, settings, min(WARM_UP_TOKENS, settings.max_tokens)), runs)
+            Load(
+                concurrency,
+                requests_of(warm_up, min(WARM_UP_TOKENS, settings.max_tokens), settings.temperature),
+                runs,
+            )
         )
     return loads
 
@@ -204,11 +219,28 @@ def share_out(prompts: Prompts, sizes: Sequence[int]) -> tuple[list[Prompts], Pr
     return portions, prompts[first:] or prompts
 
 
-def _requests(prompts: Prompts, settings: BenchSettings, max_tokens: int) -> list[Request]:
-    params = {"temperature": settings.temperature, "max_tokens": max_tokens}
-    seeds = [{"seed": i} if settings.temperature else {} for i in range(len(prompts))]
+def longest_answer(usual: int, share: float) -> int:
+    """Tokens of an answer at most, where `usual` is the mean."""
+    return max(1, round(usual * share))
+
+
+def requests_of(prompts: Prompts, max_tokens: int, temperature: float) -> list[Request]:
+    """Requests whose longest answers are spread evenly over `LENGTHS`, neighbours far apart.
+
+    Args:
+        prompts: one per request.
+        max_tokens: mean of those lengths.
+        temperature: 0 is greedy; else every request has a seed.
+    """
+    low, high = LENGTHS
+    shares = [low + (high - low) * ((0.5 + i * GOLDEN) % 1.0) for i in range(len(prompts))]
     return [
-        {"prompt": prompt, "params": {**params, **seed}} for prompt, seed in zip(prompts, seeds, strict=True)
+        {
+            "prompt": prompt,
+            "params": {"temperature": temperature, "max_tokens": longest_answer(max_tokens, share)}
+            | ({"seed": i} if temperature else {}),
+        }
+        for i, (prompt, share) in enumerate(zip(prompts, shares, strict=True))
     ]
 
 

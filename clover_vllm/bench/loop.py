@@ -48,7 +48,7 @@ class Result:
     @property
     def rates(self) -> list[float]:
         """Tokens per second of each repetition."""
-        return [run.tokens / run.seconds for run in self.runs]
+        return [run.rate for run in self.runs]
 
 
 def run_loads(

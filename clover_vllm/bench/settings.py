@@ -29,7 +29,7 @@ class BenchSettings:
         prompts: families, text-heavy or prompt-heavy, or JSON lines with prompt_ids, messages or prompt; by default
             held out of the training answers.
         num_prompts: Prompts per run [at least 8, four times the concurrency].
-        max_tokens: Longest answer, tokens.
+        max_tokens: Longest answer, tokens: the mean, evenly spread from half of it to one and a half times.
         temperature: 0 is greedy; else every request has a seed.
         dtype: auto, bfloat16, float16 or float32.
         enforce_eager: Without torch.compile.
@@ -91,7 +91,7 @@ class ClimbSettings:
         target: Target; by default smollm2-135m.
         head: Clover-2 head; by default the shipped one.
         prompts: As for `bench`.
-        max_tokens: Longest answer, tokens.
+        max_tokens: Longest answer, tokens: the mean, as for `bench`.
         temperature: 0 is greedy; else every request has a seed.
         dtype: auto, bfloat16, float16 or float32.
         max_model_len: Longest prompt plus answer, tokens.

@@ -52,7 +52,12 @@ class BenchServer:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 data = Path(folder) / "prompts.jsonl"
-                data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+                lengths = [request["params"]["max_tokens"] for request in requests]
+                rows = [
+                    {"prompt": text, "output_tokens": length}
+                    for text, length in zip(texts, lengths, strict=True)
+                ]
+                data.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 run = serve_load(self._server, self._model, data, requests, concurrency)
         finally:
             self._server.pause()
@@ -93,15 +98,14 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
     Raises:
         UserError: the load generator failed, or requests were not answered.
     """
-    params, count = requests[0]["params"], len(requests)
-    max_tokens, temperature = params["max_tokens"], params["temperature"]
+    temperature, count = requests[0]["params"]["temperature"], len(requests)
     before = server.counters()
     result = data.with_name("result.json")
     flags = [
         "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", server.url,
         "--model", server.name, "--tokenizer", model,
         "--dataset-name", "custom", "--dataset-path", str(data), "--skip-chat-template",
-        "--disable-shuffle", "--custom-output-len", str(max_tokens), "--num-prompts", str(count),
+        "--disable-shuffle", "--custom-output-len", "-1", "--num-prompts", str(count),
         "--max-concurrency", str(concurrency), "--temperature", str(temperature), "--disable-tqdm",
         "--save-result", "--save-detailed", "--result-dir", str(data.parent), "--result-filename", result.name,
     ]  # fmt: skip

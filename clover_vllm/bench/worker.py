@@ -51,9 +51,11 @@ class Run:
 
     seconds: float = 0.0
     tokens: int = 0
+    answered: int = 0  # tokens of the answers that began meanwhile, whole; 0 where that is not known
     steps: int = 0
     decode_steps: int = 0  # those that compute no token of a prompt
     decode_seconds: float = 0.0
+    decode_tokens: int = 0
     drafts: int = 0  # drafts verified, one per request and step
     draft_tokens: int = 0
     accepted: int = 0
@@ -66,6 +68,18 @@ class Run:
         default_factory=list
     )  # predicted over observed seconds of steps, Clover only
     outputs: list[list[int]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second: for every prompt that was timed, its whole answer.
+
+        The clock cuts answers at both ends, so that some methods' time holds more tokens for its prompts than others'.
+        Tokens that are missing or left over count at the speed of steps that only decode.
+        """
+        if not self.answered or not self.decode_tokens:
+            return self.tokens / self.seconds
+        missing = self.answered - self.tokens
+        return self.answered / (self.seconds + missing * self.decode_seconds / self.decode_tokens)
 
 
 def serve(parent: Parent) -> None:
@@ -104,6 +118,7 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     timed: int = 0  # tokens while the clock ran
     at_first: int = 0  # of these, those that came at `first`
+    began: bool = False  # while the clock ran
 
 
 def run_requests(
@@ -117,8 +132,8 @@ def run_requests(
 
     The first requests, as many as run at a time, are given answers of different lengths, so that later ones begin one
     by one. The clock runs from the end of as many requests as run at a time until no request is left to fill a free place. So all that is
-    timed happens at the stated concurrency, and for every answer timed a prompt is; neither the batch that
-    fills nor the one that drains is part of it. What still runs then is finished, so that `outputs` are whole.
+    timed happens at the stated concurrency; neither the batch that fills nor the one that drains is part of it. What
+    still runs then is finished, so that `outputs` are whole. See `Run.rate` for answers that the clock cuts.
 
     Args:
         llm: a vllm.LLM with its engine core in this process.
@@ -214,8 +229,10 @@ def _run_timed(
             add_request(llm, name, request["prompt"], params, whole=False)
             running += 1
         prefills = is_prefilling(core.scheduler)
+        came = 0
         for output in engine.step():
             answer = answers[output.request_id]
+            came += len(output.outputs[0].token_ids)
             _take(answer, output.outputs[0].token_ids, left[0], run if timing else None)
             running -= output.finished
             ended += output.finished
@@ -231,6 +248,7 @@ def _run_timed(
         if not prefills and not (prefilled and core.batch_queue is not None):
             run.decode_steps += 1
             run.decode_seconds += clock() - begun
+            run.decode_tokens += came
         prefilled = prefills
         if not queue and running < concurrency:
             timing = False
@@ -241,6 +259,7 @@ def _run_timed(
     if not started:
         raise ValueError(f"{len(requests)} requests do not keep {concurrency} running")
     run.tokens = sum(a.timed for a in answers.values())
+    run.answered = sum(len(a.tokens) for a in answers.values() if a.began)
     run.tpot = [(a.last - a.first) / (a.timed - a.at_first) for a in answers.values() if a.timed > a.at_first]
     run.outputs = [a.tokens for a in answers.values()]
     return run
@@ -338,7 +357,8 @@ def _take(answer: _Answer, tokens: Sequence[int], now: float, run: Run | None) -
             run.itl.append(now - answer.last)
         else:
             answer.first, answer.at_first = now, len(tokens)
-            if not answer.tokens:
+            answer.began = not answer.tokens
+            if answer.began:
                 run.ttft.append(now - answer.arrived)
         answer.last = now
         answer.timed += len(tokens)

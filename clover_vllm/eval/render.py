@@ -221,7 +221,10 @@ def _decoding(found: Json) -> str:
     """Model, dtype, sampling and length of a benchmark."""
     sampling = "greedy" if not found["temperature"] else f"temperature {found['temperature']}"
     model, dtype = found["engine"]["model"], found["engine"]["dtype"]
-    return f"{model}, {dtype}, {sampling}, at most {found['max_tokens']} tokens an answer"
+    # Earlier results have one length for all.
+    low, high = found.get("longest_answers", [found["max_tokens"]] * 2)
+    length = f"{low}" if low == high else f"{low} to {high}"
+    return f"{model}, {dtype}, {sampling}, at most {length} tokens an answer"
 
 
 def speedups_table(found: Json) -> str:

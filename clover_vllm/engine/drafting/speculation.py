@@ -294,7 +294,8 @@ class Speculation:
             return {}
         budget = forest.budget(prices)
         if looked_up:
-            sizer.retrieving.learn(forest.saved_by_retrieval(budget) / len(wanted), looked_up / len(wanted))
+            texts = len(wanted)
+            sizer.retrieving.learn(forest.saved_by_retrieval(budget) / texts, looked_up / texts, texts)
         self._proposed = forest, [done.names[w.r] for w in wanted]
         trees = forest.trees(budget.nodes)
         return {w.r: tree for w, tree in zip(wanted, trees, strict=True) if len(tree)}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,7 +23,14 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import Work
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import _prompts as prompts_for
-from clover_vllm.bench.compare import fitting_prompts, keeps, nearest, share_out, split_prompts
+from clover_vllm.bench.compare import (
+    fitting_prompts,
+    keeps,
+    nearest,
+    requests_of,
+    share_out,
+    split_prompts,
+)
 from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
 from clover_vllm.bench.plots import digest as digest_of
@@ -225,6 +233,19 @@ def test_development_prompts_are_in_no_figure() -> None:
     assert sorted([*figures, *development]) == [[i] for i in range(90)]
     assert len(development) == 11
     assert split_prompts([[1]]) == ([[1]], [])
+
+
+def test_answers_of_a_run_end_at_different_lengths_evenly_spread() -> None:
+    requests = requests_of([[1, i] for i in range(64)], 96, 0.0)
+    lengths = [request["params"]["max_tokens"] for request in requests]
+    assert (min(lengths), max(lengths)) == (49, 143)
+    assert abs(np.mean(lengths) - 96) < 2
+    assert all(abs(a - b) > 20 for a, b in pairwise(lengths))
+    for part in (lengths[:8], lengths[32:40]):
+        assert abs(np.mean(part) - 96) < 8
+    assert [request["prompt"] for request in requests] == [[1, i] for i in range(64)]
+    assert {request["params"]["max_tokens"] for request in requests_of([[1]] * 9, 1, 0.8)} <= {1, 2}
+    assert [r["params"]["seed"] for r in requests_of([[1]] * 3, 8, 0.8)] == [0, 1, 2]
 
 
 def test_server_clock_runs_while_every_place_is_taken() -> None:

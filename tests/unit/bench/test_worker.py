@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +102,26 @@ def test_the_clock_runs_while_every_place_is_taken_by_a_later_request(clock: lis
     assert [len(tokens) for tokens in run.outputs] == [2, 4, 4, 4, 4, 4]
     assert run.tpot == [1.0] * 4
     assert run.ttft == [1.0] * 3  # of those that began meanwhile
+
+
+def test_a_window_that_cuts_answers_is_evened_out() -> None:
+    """Ten answers of 100 tokens were begun, and 900 tokens came; where only decoding is done, 50 come in a second."""
+    run = Run(seconds=40.0, tokens=900, answered=1000, decode_seconds=10.0, decode_tokens=500)
+    assert run.rate == 1000 / 42.0
+    assert replace(run, tokens=1100).rate == 1000 / 38.0
+    assert replace(run, tokens=1000).rate == 1000 / 40.0
+    assert replace(run, decode_seconds=0.0, decode_tokens=0).rate == 900 / 40.0  # prompts in every step
+
+
+def test_answers_count_whole_that_begin_while_the_clock_runs(clock: list[float]) -> None:
+    """Two places; the clock runs from 4 s to 10 s. Answers begin at 4 s, 6 s and 8 s, and of the third two tokens come too
+    late: as many as come of one that began before."""
+    run = run_requests(Played(clock), [request(1, 4) for _ in range(6)], 2)
+    assert run.answered == 3 * 4
+    assert run.rate == run.tokens / run.seconds
+    longer = [request(1, 4) for _ in range(5)] + [request(1, 40)]
+    run = run_requests(Played(clock), longer, 2)
+    assert (run.tokens, run.answered) == (12, 4 + 4 + 40)
 
 
 def test_one_at_a_time_is_timed_from_the_second_to_the_end(clock: list[float]) -> None:
