@@ -12,19 +12,19 @@ from clover_vllm.base.progress import Work
 from clover_vllm.base.provenance import environment_settings, write_result
 from clover_vllm.base.show import print_table
 from clover_vllm.bench.compare import (
-    LENGTHS,
     engine_settings,
     fitting_prompts,
-    longest_answer,
     prompt_file,
     requests_of,
+    span_of,
     split_prompts,
 )
+from clover_vllm.bench.loop import take_turns
 from clover_vllm.bench.methods import select
-from clover_vllm.bench.settings import BenchSettings, ClimbSettings
+from clover_vllm.bench.settings import LENGTHS, BenchSettings, ClimbSettings, longest_answer
 from clover_vllm.bench.through_llm import BenchEngine
-from clover_vllm.bench.worker import Moment
-from clover_vllm.launch.environment import prepare
+from clover_vllm.bench.worker import TURN, Moment
+from clover_vllm.launch.environment import is_cpu_build, prepare
 from clover_vllm.target.make import make_target
 
 WINDOW = 5.0
@@ -55,16 +55,17 @@ def climb(settings: ClimbSettings) -> None:
             work.doing(f"starting {method.name}")
             engines[method.name] = BenchEngine(method, engine_settings(engine, target))
         try:
-            for started in engines.values():
-                started.climb(requests, phases, min(2.0, settings.seconds))  # warms every size up
+            for started in engines.values():  # every size is warmed up
+                take_turns([started.climb(requests, phases, min(2.0, settings.seconds))])
             for repetition in range(settings.repetitions):
                 order = list(engines) if repetition % 2 == 0 else list(engines)[::-1]
                 first = repetition * len(requests) // settings.repetitions
                 turned = [*requests[first:], *requests[:first]]
-                for name in order:
-                    work.doing(name)
-                    moments[name].append(engines[name].climb(turned, phases, settings.seconds))
-                    work.advance()
+                work.doing(" and ".join(order))
+                ran = take_turns([engines[name].climb(turned, phases, settings.seconds) for name in order])
+                for name, made in zip(order, ran, strict=True):
+                    moments[name].append(made)
+                work.advance(len(order))
         finally:
             for started in engines.values():
                 started.close()
@@ -80,8 +81,10 @@ def climb(settings: ClimbSettings) -> None:
             "environment": environment_settings(),
             "prompts": prompt_file(settings.prompts).name,
             "temperature": settings.temperature,
+            "longest_answers": span_of(requests),
             "repetitions": settings.repetitions,
             "seconds_per_phase": settings.seconds,
+            "turn_seconds": TURN if is_cpu_build() else None,
             "phases": rows,
             "windows": windows,
             "by_second": {name: by_second(runs) for name, runs in moments.items()},
@@ -102,9 +105,10 @@ def phases_of(highest: int) -> list[int]:
 
 
 def rate(moments: Sequence[Moment], begin: float, end: float) -> float:
-    """Tokens per second of the steps that ended in a stretch of time."""
-    own = [m for m in moments if begin <= m.second < end]
-    return sum(m.tokens for m in own) / (end - begin)
+    """Tokens per second in a stretch of time; those of a step come evenly while it runs."""
+    seconds = [0.0, *(m.second for m in moments)]
+    known = np.interp([begin, end], seconds, np.cumsum([0, *(m.tokens for m in moments)]))
+    return float(known[1] - known[0]) / (end - begin)
 
 
 def phase_rows(
@@ -118,7 +122,7 @@ def phase_rows(
     for i, running in enumerate(phases):
         begin, end = i * seconds, (i + 1) * seconds
         base, own = (float(np.mean([rate(run, begin, end) for run in runs])) for runs in (plain, clover))
-        steps = [m for run in clover for m in run if begin <= m.second < end]
+        steps = [m for run in clover for m in run if begin < m.second <= end]
         rows.append(
             {
                 "running": running,
@@ -153,7 +157,7 @@ def by_second(runs: Sequence[Sequence[Moment]]) -> list[dict[str, float]]:
     last = int(max((run[-1].second for run in runs if run), default=0.0))
     found = []
     for second in range(last):
-        steps = [m for run in runs for m in run if second <= m.second < second + 1]
+        steps = [m for run in runs for m in run if second < m.second <= second + 1]
         found.append(
             {
                 "tokens": sum(m.tokens for m in steps) / len(runs),

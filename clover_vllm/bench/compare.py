@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from clover_vllm.bench import report
 from clover_vllm.bench.loop import Contender, Load, Request, count_runs, run_loads, sweep
 from clover_vllm.bench.methods import Method, select
 from clover_vllm.bench.prompts import PROMPT_SETS, prompt_set
-from clover_vllm.bench.settings import BenchSettings
+from clover_vllm.bench.settings import LENGTHS, BenchSettings, longest_answer
 from clover_vllm.bench.through_llm import BenchEngine
 from clover_vllm.bench.through_server import BenchServer
 from clover_vllm.bench.worker import TURN
@@ -29,13 +29,7 @@ from clover_vllm.target.make import make_target
 logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 32
-"""Longest answer of a request that is not measured."""
-
-LENGTHS = (0.5, 1.5)
-"""Longest answers of a run's requests, over `max_tokens`: with one length for all, requests of an engine that does not
-speculate would begin and end evenly apart, as no real ones do, and never wait for each other's prompts."""
-
-GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+"""Longest answers of requests that are not measured, on average."""
 
 DEVELOPMENT = 8
 """One distinct prompt in this many is for choosing settings, never for figures."""
@@ -94,7 +88,7 @@ def bench(settings: BenchSettings) -> None:
             "development": len(development) if swept else 0,
         },
         "max_tokens": settings.max_tokens,
-        "longest_answers": [longest_answer(settings.max_tokens, at) for at in LENGTHS],
+        "longest_answers": span_of(request for load in loads for run in load.runs for request in run),
         "temperature": settings.temperature,
     }
     print(f"Written: {report.write(comparison, settings.output, header)}, and plots beside it.")
@@ -219,21 +213,19 @@ def share_out(prompts: Prompts, sizes: Sequence[int]) -> tuple[list[Prompts], Pr
     return portions, prompts[first:] or prompts
 
 
-def longest_answer(usual: int, share: float) -> int:
-    """Tokens of an answer at most, where `usual` is the mean."""
-    return max(1, round(usual * share))
-
-
-def requests_of(prompts: Prompts, max_tokens: int, temperature: float) -> list[Request]:
-    """Requests whose longest answers are spread evenly over `LENGTHS`, neighbours far apart.
+def requests_of(prompts: Prompts, max_tokens: int, temperature: float, seed: int = 0) -> list[Request]:
+    """Requests whose longest answers are evenly spread over `LENGTHS`, in any order.
 
     Args:
         prompts: one per request.
         max_tokens: mean of those lengths.
         temperature: 0 is greedy; else every request has a seed.
+        seed: of the order.
     """
     low, high = LENGTHS
-    shares = [low + (high - low) * ((0.5 + i * GOLDEN) % 1.0) for i in range(len(prompts))]
+    count = len(prompts)
+    shares = [low + (high - low) * (i + 0.5) / count for i in range(count)]
+    random.Random(seed).shuffle(shares)
     return [
         {
             "prompt": prompt,
@@ -242,6 +234,12 @@ def requests_of(prompts: Prompts, max_tokens: int, temperature: float) -> list[R
         }
         for i, (prompt, share) in enumerate(zip(prompts, shares, strict=True))
     ]
+
+
+def span_of(requests: Iterable[Request]) -> list[int]:
+    """The shortest and the longest of their longest answers, tokens."""
+    lengths = [request["params"]["max_tokens"] for request in requests]
+    return [min(lengths), max(lengths)]
 
 
 def fitting_prompts(path: Path, count: int, longest: int, target: str) -> Prompts:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from clover_vllm.base.progress import Work
 from clover_vllm.bench.methods import Method
 from clover_vllm.bench.worker import Run
+
+T = TypeVar("T")
 
 Request = dict[str, Any]
 """{"prompt": token ids, "params": SamplingParams arguments}."""
@@ -78,12 +80,12 @@ def run_loads(
                     stack = all_started.enter_context(ExitStack())
                     started[method] = (stack.enter_context(start(method)), stack)
                 work.doing(f"warming up {method.name} at {load.concurrency}")
-                _take_turns([started[method][0].turns(load.warm_up, load.concurrency)])
+                take_turns([started[method][0].turns(load.warm_up, load.concurrency)])
                 work.advance()
             found = [Result(m.name, load.concurrency, settings=m.settings) for m in chosen]
             for order, requests in zip(orders(len(chosen), len(load.runs)), load.runs, strict=True):
                 work.doing(f"{', '.join(m.name for m in chosen)} at {load.concurrency}")
-                ran = _take_turns([started[chosen[i]][0].turns(requests, load.concurrency) for i in order])
+                ran = take_turns([started[chosen[i]][0].turns(requests, load.concurrency) for i in order])
                 for i, run in zip(order, ran, strict=True):
                     found[i].runs.append(run)
                 work.advance(len(order))
@@ -91,13 +93,13 @@ def run_loads(
     return results
 
 
-def _take_turns(contenders: Sequence[Iterator[Run | None]]) -> list[Run]:
+def take_turns(contenders: Sequence[Iterator[T | None]]) -> list[T]:
     """What each has measured, once all have."""
-    found: dict[int, Run] = {}
+    found: dict[int, T] = {}
     while len(found) < len(contenders):
         for i, turns in enumerate(contenders):
-            if i not in found and (run := next(turns)) is not None:
-                found[i] = run
+            if i not in found and (measured := next(turns)) is not None:
+                found[i] = measured
     return [found[i] for i in range(len(contenders))]
 
 

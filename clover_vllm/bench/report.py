@@ -61,6 +61,7 @@ class Comparison:
             "tokens_per_second_interval": bootstrap_interval(rates),
             "speedup": statistics.mean(ups),
             "speedup_interval": bootstrap_interval(ups),
+            "tokens_over_answers": tokens_over_answers(result.runs),
             "acceptance_length": acceptance_length(result.runs),
             "acceptance_by_depth": acceptance_by_depth(result.runs),
             "nodes_per_draft": _ratio(
@@ -79,6 +80,11 @@ class Comparison:
 def acceptance_length(runs: Sequence[Run]) -> float:
     """1 + accepted / drafts, as vLLM counts; 1 without speculation."""
     return 1 + _ratio(sum(r.accepted for r in runs), sum(r.drafts for r in runs))
+
+
+def tokens_over_answers(runs: Sequence[Run]) -> float:
+    """Tokens while the clock ran over those of the answers that began then: what `Run.rate` evens out."""
+    return _ratio(sum(r.tokens for r in runs), sum(r.answered for r in runs))
 
 
 def acceptance_by_depth(runs: Sequence[Run]) -> list[float]:

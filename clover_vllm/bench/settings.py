@@ -11,6 +11,10 @@ import typer
 from clover_vllm.base.command_line import Parsed, names, numbers
 from clover_vllm.base.errors import UserError
 
+LENGTHS = (0.5, 1.5)
+"""Longest answers of a run's requests, over `max_tokens`: with one length for all, requests of an engine that does not
+speculate would begin and end evenly apart, as no real ones do, and never wait for each other's prompts."""
+
 
 @dataclass
 class BenchSettings:
@@ -29,7 +33,7 @@ class BenchSettings:
         prompts: families, text-heavy or prompt-heavy, or JSON lines with prompt_ids, messages or prompt; by default
             held out of the training answers.
         num_prompts: Prompts per run [at least 8, four times the concurrency].
-        max_tokens: Longest answer, tokens: the mean, evenly spread from half of it to one and a half times.
+        max_tokens: Longest answers, tokens, on average: each request's is between half and one and a half times that.
         temperature: 0 is greedy; else every request has a seed.
         dtype: auto, bfloat16, float16 or float32.
         enforce_eager: Without torch.compile.
@@ -78,6 +82,7 @@ class BenchSettings:
         if self.temperature < 0:
             raise UserError("--temperature must be 0 or more.")
         check_dtype(self.dtype, "auto")
+        check_room(self.max_tokens, self.max_model_len)
 
 
 @dataclass
@@ -91,7 +96,7 @@ class ClimbSettings:
         target: Target; by default smollm2-135m.
         head: Clover-2 head; by default the shipped one.
         prompts: As for `bench`.
-        max_tokens: Longest answer, tokens: the mean, as for `bench`.
+        max_tokens: Longest answers, tokens, on average, as for `bench`.
         temperature: 0 is greedy; else every request has a seed.
         dtype: auto, bfloat16, float16 or float32.
         max_model_len: Longest prompt plus answer, tokens.
@@ -123,6 +128,7 @@ class ClimbSettings:
         if self.temperature < 0:
             raise UserError("--temperature must be 0 or more.")
         check_dtype(self.dtype, "auto")
+        check_room(self.max_tokens, self.max_model_len)
 
 
 @dataclass
@@ -188,6 +194,25 @@ class KernelsCompiledSettings:
         """
         if unknown := sorted(set(self.capabilities) - {80, 89, 90, 100}):
             raise UserError(f"--capabilities has {unknown[0]}; choose from 80, 89, 90 and 100.")
+
+
+def longest_answer(usual: int, share: float) -> int:
+    """Tokens of an answer at most, where `usual` is the mean."""
+    return max(1, round(usual * share))
+
+
+def check_room(max_tokens: int, max_model_len: int) -> None:
+    """Refuse answers that leave no room for prompts.
+
+    Raises:
+        UserError: they do.
+    """
+    longest = longest_answer(max_tokens, LENGTHS[1])
+    if longest >= max_model_len:
+        raise UserError(
+            f"--max-tokens is {max_tokens}: answers get up to {longest} tokens, which leaves no room for a prompt within "
+            f"--max-model-len {max_model_len}."
+        )
 
 
 def check_dtype(dtype: str, *more: str) -> None:

@@ -51,10 +51,13 @@ class BenchEngine(JsonProcess):
             answer = self.ask({"turn": "yours"})
         yield answer
 
-    def climb(self, requests: Sequence[Request], phases: Sequence[int], seconds: float) -> list[Moment]:
-        """See `worker.run_phases`."""
-        found = self.ask({"requests": list(requests), "phases": list(phases), "seconds": seconds})
-        return [Moment(**moment) for moment in found["moments"]]
+    def climb(
+        self, requests: Sequence[Request], phases: Sequence[int], seconds: float
+    ) -> Iterator[list[Moment] | None]:
+        """See `worker.run_phases`: None after each turn, what was measured at the end."""
+        asked = {"requests": list(requests), "phases": list(phases), "seconds": seconds}
+        for answer in self._answers(asked):
+            yield None if "turn" in answer else [Moment(**moment) for moment in answer["moments"]]
 
     def __enter__(self) -> BenchEngine:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -117,8 +118,12 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
     if found["completed"] != count:
         raise UserError(f"Only {found['completed']} of {count} requests were answered.")
     after = server.counters()
-    seconds, tokens = steady_part(found, concurrency)
-    run = Run(seconds=seconds, tokens=round(tokens))
+    seconds, tokens, answered = steady_part(found, concurrency)
+    gaps = [gap for own in found["itls"] for gap in own]
+    run = Run(seconds=seconds, tokens=round(tokens), answered=answered)
+    if gaps:  # half of the gaps between pieces or more hold no prompt
+        run.decode_seconds = statistics.median(gaps)
+        run.decode_tokens = concurrency * (sum(found["output_lens"]) - count) / len(gaps)
     for name, counter in COUNTERS.items():
         setattr(run, name, int(after.get(counter, 0) - before.get(counter, 0)))
     by_depth = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
@@ -163,8 +168,8 @@ def _bench_serve(flags: list[str]) -> None:
             gc.unfreeze()  # it freezes all that there is, each time
 
 
-def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:
-    """Seconds at the stated concurrency, and tokens in them.
+def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float, int]:
+    """Seconds at the stated concurrency, tokens in them, and tokens of the answers that began in them.
 
     The clock starts when as many requests have ended as run at a time, and stops when the first request ends after the
     last has begun: as in `worker.run_requests`, neither the batch that fills nor the one that drains is part of it.
@@ -175,15 +180,16 @@ def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float]:
         concurrency: requests at a time.
 
     Returns:
-        seconds, and tokens; of an answer that is cut, as large a share of its tokens as of its pieces.
+        seconds; tokens, of an answer that is cut as large a share as of its pieces; and tokens of whole answers.
     """
     begins = found["start_times"]
     ends = sorted(begin + latency for begin, latency in zip(begins, found["latencies"], strict=True))
     start, stop = ends[concurrency - 1], ends[-concurrency]
-    tokens = 0.0
+    tokens, answered = 0.0, 0
     for begin, ttft, itl, count in zip(
         begins, found["ttfts"], found["itls"], found["output_lens"], strict=True
     ):
         pieces = [begin + at for at in accumulate(itl, initial=ttft)]
         tokens += count * sum(start < at <= stop for at in pieces) / len(pieces)
-    return stop - start, tokens
+        answered += count if start < pieces[0] <= stop else 0
+    return stop - start, tokens, answered

@@ -2,7 +2,7 @@
 
 Reads one JSON object per line on stdin and answers with one on stdout. The first is
 `{"llm": {...}}`, arguments of vllm.LLM; then each `{"requests": [...], "concurrency": c}` is a run, and each
-`{"requests": [...], "phases": [...], "seconds": s}` a load that changes. A run takes turns with those of other
+`{"requests": [...], "phases": [...], "seconds": s}` a load that changes. Both take turns with those of other
 engines: `{"turn": "over"}` is an answer too, after which `{"turn": "yours"}` has it go on.
 The engine core lives in this process, so that its times can be read.
 """
@@ -55,7 +55,7 @@ class Run:
     steps: int = 0
     decode_steps: int = 0  # those that compute no token of a prompt
     decode_seconds: float = 0.0
-    decode_tokens: int = 0
+    decode_tokens: float = 0.0
     drafts: int = 0  # drafts verified, one per request and step
     draft_tokens: int = 0
     accepted: int = 0
@@ -71,15 +71,15 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Tokens per second: for every prompt that was timed, its whole answer.
+        """Tokens per second, had every answer that began while the clock ran come whole in that time, and no token of others.
 
-        The clock cuts answers at both ends, so that some methods' time holds more tokens for its prompts than others'.
-        Tokens that are missing or left over count at the speed of steps that only decode.
+        The clock cuts answers at both ends. Tokens that came too late add the time that they take in a step that only
+        decodes; tokens of answers begun before take it off.
         """
-        if not self.answered or not self.decode_tokens:
-            return self.tokens / self.seconds
-        missing = self.answered - self.tokens
-        return self.answered / (self.seconds + missing * self.decode_seconds / self.decode_tokens)
+        usual = self.seconds / self.tokens
+        price = min(usual, self.decode_seconds / self.decode_tokens) if self.decode_tokens else usual
+        answered = self.answered or self.tokens
+        return answered / (self.seconds + (answered - self.tokens) * price)
 
 
 def serve(parent: Parent) -> None:
@@ -99,7 +99,7 @@ def serve(parent: Parent) -> None:
 
     for command in commands:
         if "phases" in command:
-            made = run_phases(llm, command["requests"], command["phases"], command["seconds"])
+            made = run_phases(llm, command["requests"], command["phases"], command["seconds"], Clock(wait))
             parent.say({"moments": [asdict(moment) for moment in made]})
         else:
             run = run_requests(
@@ -277,7 +277,11 @@ class Moment:
 
 
 def run_phases(
-    llm: Any, requests: list[dict[str, Any]], phases: Sequence[int], seconds: float
+    llm: Any,
+    requests: list[dict[str, Any]],
+    phases: Sequence[int],
+    seconds: float,
+    clock: Clock | None = None,
 ) -> list[Moment]:
     """Keep as many requests running as each phase says, one phase after the other, by the clock.
 
@@ -289,8 +293,11 @@ def run_phases(
         requests: as for `run_requests`; they go round.
         phases: requests at a time.
         seconds: length of a phase.
+        clock: by which phases are timed, and which may pause the load.
     """
+    clock = clock or Clock()
     _forget(llm)
+    core = core_of(llm)
     engine = llm.llm_engine
     runner = runner_of(llm)
     sizer = getattr(getattr(runner, "speculation", None), "sizer", None)
@@ -298,9 +305,9 @@ def run_phases(
     watch = _nodes_of(runner, nodes)
     running: list[str] = []
     moments: list[Moment] = []
-    asked, started = 0, time.perf_counter()
+    asked, started = 0, clock()
     with watch:
-        while (now := time.perf_counter() - started) < seconds * len(phases):
+        while (now := clock() - started) < seconds * len(phases):
             wanted = phases[int(now / seconds)]
             while len(running) > wanted:
                 engine.abort_request([running.pop()])
@@ -316,7 +323,9 @@ def run_phases(
                     running.remove(output.request_id)
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             asleep = sizer is not None and sizer.asleep
-            moments.append(Moment(time.perf_counter() - started, wanted, tokens, nodes[0], asleep))
+            moments.append(Moment(clock() - started, wanted, tokens, nodes[0], asleep))
+            if core.batch_queue is None:
+                clock.pause()
         for name in running:
             engine.abort_request([name])
         for _ in until_idle(llm):

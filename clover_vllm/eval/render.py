@@ -188,7 +188,7 @@ def climb_table(found: Json) -> str:
     return "\n\n".join(
         [
             markdown(heads, lines),
-            f"One phase of {found['seconds_per_phase']:g} s after the other, means over {count} repetition{'s' * (count > 1)}. In "
+            f"One phase of {found['seconds_per_phase']:g} s after the other, means over {count} repetition{'s' * (count > 1)}{_turns(found)}. In "
             f"windows of at most 5 s Clover-2 had {windows[0]:.2f} to {windows[-1]:.2f} of plain's speed, {windows[len(windows) // 2]:.2f} "
             f"in the median. Prompts of `{found['prompts'].split('.')[0]}`.",
             _origin(found["provenance"]),

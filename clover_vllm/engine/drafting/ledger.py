@@ -24,8 +24,8 @@ FIRST_REST, LONGEST_REST = 256, 8192
 
 
 TEXTS = 1024
-"""Looks at a text over which it is judged whether looking pays, roughly: one text is full of repetitions, the next ten have
-none, and a look takes a thousandth of what a hit saves."""
+"""Texts looked at, in one step or many, over which it is judged whether looking pays, roughly: one is full of repetitions,
+the next ten have none, and a look takes a small part of what a hit saves."""
 
 QUICKEST = 0.05
 """Weight of a step in that, at most, however many texts were looked at in it."""

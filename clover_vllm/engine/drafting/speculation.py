@@ -102,9 +102,7 @@ class Speculation:
         self.going: list[int] = []  # requests of the last step that can use a draft
         self._kinds: dict[str, int] = {}
         self._begun = self._ended = 0.0
-        # Milliseconds before the step under way, of drafting and of looking up; None: nobody was asked.
-        self._drafting: float | None = None
-        self._looking: float | None = None
+        self._drafting: float | None = None  # milliseconds before the step under way; None: nobody was asked
         self._due: Scored | None = None
         self._proposed: tuple[Forest, list[str]] | None = None  # for the step under way, of these requests
 
@@ -243,13 +241,17 @@ class Speculation:
         )
         sizer.costs.learn_step(size, 1e3 * taken)
         verified, accepted = count_sources(step.trees, step.accepted)
-        asked = (("head", sizer.ledger, self._drafting), ("retrieved", sizer.found, self._looking))
-        for source, ledger, spent in asked:
-            if spent is not None:
-                place = SOURCES.index(source)
-                count, came = int(verified[place]), int(accepted[place])
+        for source, ledger, spent in (
+            ("head", sizer.ledger, self._drafting),
+            ("retrieved", sizer.found, 0.0),
+        ):
+            place = SOURCES.index(source)
+            count, came = int(verified[place]), int(accepted[place])
+            if spent is not None and (
+                spent or count
+            ):  # whether looking pays is for `sizer.retrieving` to say
                 sizer.settle(ledger, size, sum(map(bool, done.sampled)), count, came, spent)
-        self._drafting = self._looking = None
+        self._drafting = None
         if self._proposed is not None:
             forest, names = self._proposed
             self._proposed = None
@@ -272,7 +274,6 @@ class Speculation:
         prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
         looked_up = self._retrieve(sizer, wanted, done.names, forest, prices) if looks else 0.0
-        self._looking = looked_up if looks else None
         begun = time.perf_counter()
         places = sizer.choose(wanted, forest, prices)
         asked = [wanted[i].r for i in places]

@@ -29,6 +29,7 @@ from clover_vllm.bench.compare import (
     nearest,
     requests_of,
     share_out,
+    span_of,
     split_prompts,
 )
 from clover_vllm.bench.loop import Load, Request, Result, count_runs, orders, run_loads, sweep
@@ -238,13 +239,15 @@ def test_development_prompts_are_in_no_figure() -> None:
 def test_answers_of_a_run_end_at_different_lengths_evenly_spread() -> None:
     requests = requests_of([[1, i] for i in range(64)], 96, 0.0)
     lengths = [request["params"]["max_tokens"] for request in requests]
-    assert (min(lengths), max(lengths)) == (49, 143)
-    assert abs(np.mean(lengths) - 96) < 2
-    assert all(abs(a - b) > 20 for a, b in pairwise(lengths))
-    for part in (lengths[:8], lengths[32:40]):
-        assert abs(np.mean(part) - 96) < 8
+    assert span_of(requests) == [49, 143]
+    assert abs(np.mean(lengths) - 96) < 1
+    assert lengths != sorted(lengths)
+    assert max(b - a for a, b in pairwise(sorted(lengths))) <= 2
     assert [request["prompt"] for request in requests] == [[1, i] for i in range(64)]
-    assert {request["params"]["max_tokens"] for request in requests_of([[1]] * 9, 1, 0.8)} <= {1, 2}
+    again = requests_of([[1, i] for i in range(64)], 96, 0.0, seed=1)
+    assert sorted(lengths) == sorted(request["params"]["max_tokens"] for request in again)
+    assert requests != again
+    assert span_of(requests_of([[1]] * 9, 1, 0.8)) == [1, 1]
     assert [r["params"]["seed"] for r in requests_of([[1]] * 3, 8, 0.8)] == [0, 1, 2]
 
 
@@ -257,8 +260,8 @@ def test_server_clock_runs_while_every_place_is_taken() -> None:
         "itls": [[1.0], [1.0] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3],
         "output_lens": [4, 8, 8, 8, 8],
     }
-    assert steady_part(found, 2) == (4.0, 4 + 8 + 4)
-    assert steady_part(found, 1) == (8.0, 4 + 8 + 8 + 8)
+    assert steady_part(found, 2) == (4.0, 4 + 8 + 4, 8 + 8)
+    assert steady_part(found, 1) == (8.0, 4 + 8 + 8 + 8, 8 + 8 + 8)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no answer"), SystemExit(2)])
@@ -345,6 +348,7 @@ def test_no_prompt_is_asked_twice_while_there_are_enough() -> None:
     [
         (["--temperature", "-1"], "--temperature"),
         (["--dtype", "int8"], "--dtype"),
+        (["--max-tokens", "1536"], "--max-tokens"),
         (["--methods", "clover-99"], "clover-99"),
         (["--concurrency", "0"], "--concurrency"),
         (["--repetitions", "0"], "--repetitions"),

@@ -13,7 +13,7 @@ from clover_vllm.bench.worker import Moment
 
 def moments(seconds: float, tokens: int, nodes: int = 0, asleep: bool = False) -> list[Moment]:
     """Four steps a second that give `tokens` each."""
-    return [Moment(i / 4 + 0.1, 1, tokens, nodes, asleep) for i in range(int(4 * seconds))]
+    return [Moment((i + 1) / 4, 1, tokens, nodes, asleep) for i in range(int(4 * seconds))]
 
 
 def test_the_load_doubles_to_the_highest_power_of_two_and_halves_again() -> None:
@@ -22,18 +22,19 @@ def test_the_load_doubles_to_the_highest_power_of_two_and_halves_again() -> None
     assert phases_of(8) == phases_of(15) == [1, 2, 4, 8, 4, 2, 1]
 
 
-def test_a_rate_counts_the_steps_that_end_in_its_time() -> None:
-    steps = [Moment(0.5, 1, 3, 0, False), Moment(1.0, 1, 5, 0, False), Moment(2.0, 1, 7, 0, False)]
-    assert rate(steps, 0.0, 1.0) == 3.0
-    assert rate(steps, 1.0, 2.0) == 5.0
-    assert rate(steps, 0.0, 4.0) == 15.0 / 4.0
+def test_tokens_of_a_step_come_evenly_while_it_runs() -> None:
+    steps = [Moment(0.5, 1, 3, 0, False), Moment(1.5, 1, 8, 0, False), Moment(2.0, 1, 7, 0, False)]
+    assert rate(steps, 0.0, 0.5) == 6.0
+    assert rate(steps, 0.0, 1.0) == 3.0 + 4.0
+    assert rate(steps, 1.0, 2.0) == 4.0 + 7.0
+    assert rate(steps, 0.0, 4.0) == 18.0 / 4.0
     assert rate([], 0.0, 1.0) == 0.0
 
 
 def test_rows_are_means_over_repetitions_by_phase() -> None:
     """Three phases of two seconds; in the last clover sleeps."""
     plain = [moments(6.0, 1), moments(6.0, 3)]
-    fast = [*moments(4.0, 4, nodes=6), *(m for m in moments(6.0, 2, asleep=True) if m.second >= 4.0)]
+    fast = [*moments(4.0, 4, nodes=6), *(m for m in moments(6.0, 2, asleep=True) if m.second > 4.0)]
     rows = phase_rows(plain, [fast, fast], [1, 2, 1], 2.0)
     assert [row["running"] for row in rows] == [1, 2, 1]
     assert [row["plain"] for row in rows] == [8.0, 8.0, 8.0]
@@ -45,7 +46,7 @@ def test_rows_are_means_over_repetitions_by_phase() -> None:
 
 def test_windows_show_a_slow_stretch_that_phases_hide() -> None:
     plain = [moments(3 * WINDOW, 2)]
-    slow = [Moment(m.second, 1, 1 if WINDOW <= m.second < 2 * WINDOW else 4, 0, False) for m in plain[0]]
+    slow = [Moment(m.second, 1, 1 if WINDOW < m.second <= 2 * WINDOW else 4, 0, False) for m in plain[0]]
     assert window_ratios(plain, [slow], 3 * WINDOW) == [2.0, 0.5, 2.0]
 
 
@@ -66,9 +67,9 @@ def test_a_phase_without_a_step_is_no_division_by_zero() -> None:
 
 def test_seconds_are_those_of_all_runs() -> None:
     found = by_second([moments(2.0, 1, nodes=2), moments(3.0, 3, nodes=4, asleep=True)])
-    assert [row["tokens"] for row in found] == [8.0, 8.0]
-    assert [row["nodes_per_step"] for row in found] == [3.0, 3.0]
-    assert [row["asleep"] for row in found] == [0.5, 0.5]
+    assert [row["tokens"] for row in found] == [8.0, 8.0, 6.0]
+    assert [row["nodes_per_step"] for row in found] == [3.0, 3.0, 4.0]
+    assert [row["asleep"] for row in found] == [0.5, 0.5, 1.0]
     assert by_second([[]]) == []
 
 

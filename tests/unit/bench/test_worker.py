@@ -11,10 +11,14 @@ import pytest
 
 from clover_vllm.bench import worker
 from clover_vllm.bench.through_llm import BenchEngine
-from clover_vllm.bench.worker import TURN, Clock, Run, is_prefilling, run_requests, serve
+from clover_vllm.bench.worker import TURN, Clock, Run, is_prefilling, run_phases, run_requests, serve
 
 CHUNK = 4
 """Prompt tokens that the played scheduler computes per step and request."""
+
+
+class PlayedRunner:
+    def execute_model(self) -> None: ...
 
 
 class Played:
@@ -25,7 +29,7 @@ class Played:
         self.requests: dict[str, Any] = {}
         self.drafting = 0.0  # seconds of a step after its outputs are there
         self.batches: list[int] = []
-        worker = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace()))
+        worker = SimpleNamespace(worker=SimpleNamespace(model_runner=PlayedRunner()))
         core = SimpleNamespace(
             scheduler=SimpleNamespace(requests=self.requests),
             batch_queue=[] if asynchronous else None,
@@ -45,6 +49,13 @@ class Played:
         self.requests[name] = SimpleNamespace(
             num_computed_tokens=0, num_prompt_tokens=len(prompt["prompt_token_ids"]), left=params.max_tokens
         )
+
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            del self.requests[name]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
 
     def step(self) -> list[Any]:
         self.clock[0] += 1
@@ -110,7 +121,11 @@ def test_a_window_that_cuts_answers_is_evened_out() -> None:
     assert run.rate == 1000 / 42.0
     assert replace(run, tokens=1100).rate == 1000 / 38.0
     assert replace(run, tokens=1000).rate == 1000 / 40.0
-    assert replace(run, decode_seconds=0.0, decode_tokens=0).rate == 900 / 40.0  # prompts in every step
+    # With prompts in every step, or a single slow one without, it is the speed of the whole.
+    for price in ((0.0, 0), (5.0, 1)):
+        assert replace(run, decode_seconds=price[0], decode_tokens=price[1]).rate == pytest.approx(900 / 40.0)
+    assert replace(run, tokens=4000, answered=100, decode_tokens=1).rate > 0
+    assert replace(run, answered=0).rate == 900 / 40.0  # not known
 
 
 def test_answers_count_whole_that_begin_while_the_clock_runs(clock: list[float]) -> None:
@@ -122,6 +137,8 @@ def test_answers_count_whole_that_begin_while_the_clock_runs(clock: list[float])
     longer = [request(1, 4) for _ in range(5)] + [request(1, 40)]
     run = run_requests(Played(clock), longer, 2)
     assert (run.tokens, run.answered) == (12, 4 + 4 + 40)
+    assert (run.decode_seconds, run.decode_tokens) == (3.0, 6)
+    assert run.rate == 2.0
 
 
 def test_one_at_a_time_is_timed_from_the_second_to_the_end(clock: list[float]) -> None:
@@ -152,6 +169,21 @@ def test_the_clock_stands_still_while_others_have_their_turn(clock: list[float])
     assert run == run_requests(Played(clock), requests, 2)
     assert waits[0] == TURN
     assert len(waits) > 2
+
+
+def test_a_load_that_changes_has_as_many_requests_as_its_phase_whoever_has_a_turn(clock: list[float]) -> None:
+    def wait() -> None:
+        clock[0] += 100.0
+
+    for paused in (None, wait):
+        clock[0] = 0.0
+        engine = Played(clock)
+        moments = run_phases(engine, [request(1, 3), request(1, 50)], [1, 2, 1], 4.0, Clock(paused))
+        assert engine.batches == [1] * 4 + [2] * 4 + [1] * 4
+        assert [m.running for m in moments] == engine.batches
+        assert [m.second for m in moments] == [float(i + 1) for i in range(12)]
+        assert [m.tokens for m in moments] == engine.batches
+        assert not engine.requests
 
 
 def test_an_engine_ends_when_nobody_gives_it_another_turn(

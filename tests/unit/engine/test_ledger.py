@@ -84,3 +84,6 @@ def test_looking_rests_where_nothing_is_ever_found_and_comes_back() -> None:
     for _ in range(40):
         habit.learn(5.0, 0.02, 1)
     assert not habit.resting
+    before = habit.saved
+    habit.learn(0.0, 0.02, 10_000)
+    assert 0.9 * before < habit.saved < before

@@ -23,6 +23,17 @@ def test_every_part_is_timed(drafts: bool) -> None:
     assert (found.catch_up > 0) != drafts
 
 
+def test_looking_in_vain_is_no_loss_of_nodes_that_were_never_verified() -> None:
+    """Whether looks pay is for one judge; the other would rest after some dozen of them, for hundreds of steps."""
+    with overhead.warm_stand(2, drafts=True) as stand:
+        sizer = stand.runner.speculation.sizer
+        for _ in range(200):
+            stand.step()
+        assert all(sizer.looks(2) for _ in range(10))
+        assert all(not account.steps for account in sizer.found._accounts.values())
+        assert any(account.steps for account in sizer.ledger._accounts.values())
+
+
 @pytest.mark.parametrize(("drafts", "most"), [(True, 200), (False, 30)])
 def test_a_further_request_costs_few_calls(drafts: bool, most: int) -> None:
     """What Python does per request and step, counted, since no test asserts a time. A loop over nodes that calls something would show."""

@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
     comparison = Comparison([Result("plain", 4, plain), Result("clover", 4, trees, "tree of 5")])
     header: dict[str, Any] = {"swept": [2], "engine": {"model": "m", "dtype": "bfloat16"}}
     header["prompts"] = {"file": "families.jsonl.gz"}
-    write(comparison, results, header | {"temperature": 0, "max_tokens": 96})
+    write(comparison, results, header | {"temperature": 0, "max_tokens": 96, "longest_answers": [48, 144]})
     torture.write(torture.TortureOutcome(requests=1100, compared=1000, tokens=20_000), results)
     replays = [Replay("kind", 12, 4, [3, 2]), Replay("kind", 10, 5, [2, 1])]
     write_report([Evaluation("head", "tree of 8", replays)], results)
@@ -55,6 +55,7 @@ def test_blocks_are_filled_from_what_the_commands_write(root: Path) -> None:
     assert stale(root) == render(root) == []
     bench, torture_page, evaluation = (page.read_text() for page in pages(root))
     assert "163 [150, 176], **1.55** [1.50, 1.60] (tree of 5)" in bench
+    assert "at most 48 to 144 tokens an answer" in bench
     assert provenance()["torch"] in bench
     assert "1,000 of 1,100" in torture_page
     assert "| tree of 8 | 2.44 ± 0.35 |" in evaluation
