@@ -76,6 +76,8 @@ class Run:
         The clock cuts answers at both ends. Tokens that came too late add the time that they take in a step that only
         decodes; tokens of answers begun before take it off.
         """
+        if not self.tokens:
+            return 0.0
         usual = self.seconds / self.tokens
         price = min(usual, self.decode_seconds / self.decode_tokens) if self.decode_tokens else usual
         answered = self.answered or self.tokens

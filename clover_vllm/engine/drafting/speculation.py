@@ -241,16 +241,14 @@ class Speculation:
         )
         sizer.costs.learn_step(size, 1e3 * taken)
         verified, accepted = count_sources(step.trees, step.accepted)
-        for source, ledger, spent in (
-            ("head", sizer.ledger, self._drafting),
-            ("retrieved", sizer.found, 0.0),
-        ):
-            place = SOURCES.index(source)
-            count, came = int(verified[place]), int(accepted[place])
-            if spent is not None and (
-                spent or count
-            ):  # whether looking pays is for `sizer.retrieving` to say
-                sizer.settle(ledger, size, sum(map(bool, done.sampled)), count, came, spent)
+        emitting = sum(map(bool, done.sampled))
+        head, found = SOURCES.index("head"), SOURCES.index("retrieved")
+        if self._drafting is not None:
+            sizer.settle(
+                sizer.ledger, size, emitting, int(verified[head]), int(accepted[head]), self._drafting
+            )
+        if verified[found]:  # whether looking pays is for `sizer.retrieving` to say
+            sizer.settle(sizer.found, size, emitting, int(verified[found]), int(accepted[found]), 0.0)
         self._drafting = None
         if self._proposed is not None:
             forest, names = self._proposed

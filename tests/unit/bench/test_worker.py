@@ -126,6 +126,7 @@ def test_a_window_that_cuts_answers_is_evened_out() -> None:
         assert replace(run, decode_seconds=price[0], decode_tokens=price[1]).rate == pytest.approx(900 / 40.0)
     assert replace(run, tokens=4000, answered=100, decode_tokens=1).rate > 0
     assert replace(run, answered=0).rate == 900 / 40.0  # not known
+    assert replace(run, tokens=0).rate == 0.0
 
 
 def test_answers_count_whole_that_begin_while_the_clock_runs(clock: list[float]) -> None:
