@@ -66,7 +66,7 @@ test-fast: setup $(TRITON_STAMP)
 
 # The tests of `make test` at full length, for hours.
 soak: lint $(TRITON_STAMP)
-	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL)
+	CLOVER_TEST_LENGTH=full $(BIN)/pytest $(PARALLEL) --timeout 7200
 
 # On a machine with a GPU and vLLM's CUDA build, in whose environment this package is installed; needs no network.
 gpu-check:

@@ -387,12 +387,11 @@ def trees(
 def demo(
     prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
     tokens: Annotated[int, typer.Option(min=16, max=1024, help="Longest answer, tokens.")] = 128,
-    nodes: Annotated[int, typer.Option(min=1, max=63, help="Tree nodes per step.")] = 8,
 ) -> None:
     """Serve the shipped target and head with `vllm serve`, and chat with it beside plain vLLM."""
     from clover_vllm.demo.run import run_demo
 
-    run_demo(prompts, tokens, nodes)
+    run_demo(prompts, tokens)
 
 
 def main() -> None:

@@ -17,8 +17,6 @@ QUESTIONS = (
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=8, help="most tree nodes per request and step")
-    parser.add_argument("--tree", default="adaptive", help="chain on a GPU")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer, tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     return parser.parse_args(arguments)
@@ -32,11 +30,7 @@ def main() -> None:
 
     llm = LLM(
         str(make_target("smollm2-135m")),
-        speculative_config={
-            "model": str(shipped_head()),
-            "num_speculative_tokens": options.nodes,
-            "tree": options.tree,
-        },
+        speculative_config={"model": str(shipped_head())},
         enforce_eager=True,  # starts faster; leave it out where speed matters
     )
     params = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens, seed=0)

@@ -160,7 +160,7 @@ def by_second(runs: Sequence[Sequence[Moment]]) -> list[dict[str, float]]:
         steps = [m for run in runs for m in run if second < m.second <= second + 1]
         found.append(
             {
-                "tokens": sum(m.tokens for m in steps) / len(runs),
+                "tokens": float(np.mean([rate(run, second, second + 1) for run in runs])),
                 "nodes_per_step": float(np.mean([m.nodes for m in steps])) if steps else 0.0,
                 "asleep": float(np.mean([m.asleep for m in steps])) if steps else 0.0,
             }

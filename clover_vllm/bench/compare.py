@@ -183,8 +183,8 @@ def _loads(settings: BenchSettings, prompts: Prompts, repetitions: int) -> list[
         # Twice the concurrency: a batch of that size both starts and is topped up.
         warm_up = [spare[i % len(spare)] for i in range(2 * concurrency)]
         runs = [
-            requests_of(next(remaining), settings.max_tokens, settings.temperature)
-            for _ in range(repetitions)
+            requests_of(next(remaining), settings.max_tokens, settings.temperature, seed=repetition)
+            for repetition in range(repetitions)
         ]
         loads.append(
             Load(

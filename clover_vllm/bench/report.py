@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from clover_vllm.base.errors import UserError
 from clover_vllm.base.provenance import environment_settings, write_result
 from clover_vllm.bench.loop import Result
 from clover_vllm.bench.worker import Run
@@ -18,6 +19,9 @@ PARTS = ("verify", "draft", "sample", "move", "python")
 """Parts of a step that Clover's runner times; the rest is vLLM's scheduler and output handling."""
 
 RESAMPLES = 10_000
+
+FEWEST = 5
+"""Repetitions from which on a bootstrap interval is called that; before, it is about the range of what was seen."""
 
 
 class Comparison:
@@ -32,8 +36,17 @@ class Comparison:
         return next(r for r in self.results if (r.method, r.concurrency) == (method, concurrency))
 
     def speedups(self, result: Result) -> list[float]:
-        """Tokens per second over the baseline's, repetition by repetition."""
+        """Tokens per second over the baseline's, repetition by repetition.
+
+        Raises:
+            UserError: the baseline had none.
+        """
         base = self.of(self.baseline, result.concurrency)
+        if not all(base.rates):
+            raise UserError(
+                f"{self.baseline} gave no token while the clock ran with {result.concurrency} requests at once; "
+                "raise --num-prompts."
+            )
         return [own / plain for own, plain in zip(result.rates, base.rates, strict=True)]
 
     def equal_share(self, result: Result) -> float:
@@ -62,6 +75,10 @@ class Comparison:
             "speedup": statistics.mean(ups),
             "speedup_interval": bootstrap_interval(ups),
             "tokens_over_answers": tokens_over_answers(result.runs),
+            "runs": [
+                {"seconds": run.seconds, "tokens": run.tokens, "answered": run.answered, "rate": run.rate}
+                for run in result.runs
+            ],
             "acceptance_length": acceptance_length(result.runs),
             "acceptance_by_depth": acceptance_by_depth(result.runs),
             "nodes_per_draft": _ratio(
@@ -224,7 +241,7 @@ def write(comparison: Comparison, output: Path, header: dict[str, Any]) -> Path:
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
     """95% percentile bootstrap interval of the mean.
 
-    With few repetitions it is narrow rather than wide; with one it is that one value.
+    Of two or three values that is their range, too narrow (see `FEWEST`); of one, that value.
 
     Returns:
         [low, high].

@@ -118,12 +118,7 @@ def serve_load(server: Server, model: str, data: Path, requests: Sequence[Reques
     if found["completed"] != count:
         raise UserError(f"Only {found['completed']} of {count} requests were answered.")
     after = server.counters()
-    seconds, tokens, answered = steady_part(found, concurrency)
-    gaps = [gap for own in found["itls"] for gap in own]
-    run = Run(seconds=seconds, tokens=round(tokens), answered=answered)
-    if gaps:  # half of the gaps between pieces or more hold no prompt
-        run.decode_seconds = statistics.median(gaps)
-        run.decode_tokens = concurrency * (sum(found["output_lens"]) - count) / len(gaps)
+    run = steady_part(found, concurrency)
     for name, counter in COUNTERS.items():
         setattr(run, name, int(after.get(counter, 0) - before.get(counter, 0)))
     by_depth = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
@@ -168,28 +163,36 @@ def _bench_serve(flags: list[str]) -> None:
             gc.unfreeze()  # it freezes all that there is, each time
 
 
-def steady_part(found: dict[str, Any], concurrency: int) -> tuple[float, float, int]:
-    """Seconds at the stated concurrency, tokens in them, and tokens of the answers that began in them.
+def steady_part(found: dict[str, Any], concurrency: int) -> Run:
+    """What happened at the stated concurrency, as far as a load generator can tell.
 
     The clock starts when as many requests have ended as run at a time, and stops when the first request ends after the
-    last has begun: as in `worker.run_requests`, neither the batch that fills nor the one that drains is part of it.
+    last has begun: as in `worker.run_requests`, neither the batch that fills nor the one that drains is part of it. Of an
+    answer that is cut as large a share of its tokens counts as of its pieces. A step that only decodes is taken to last
+    as long as the median of the gaps between pieces; where most steps read prompts too, that is too long.
 
     Args:
         found: a detailed result of `vllm bench serve`: lists `start_times`, `ttfts`, `itls` (seconds between
             the pieces of an answer), `latencies` and `output_lens`, a value per request.
         concurrency: requests at a time.
-
-    Returns:
-        seconds; tokens, of an answer that is cut as large a share as of its pieces; and tokens of whole answers.
     """
     begins = found["start_times"]
     ends = sorted(begin + latency for begin, latency in zip(begins, found["latencies"], strict=True))
     start, stop = ends[concurrency - 1], ends[-concurrency]
-    tokens, answered = 0.0, 0
+    run, tokens = Run(seconds=stop - start), 0.0
+    gaps: list[float] = []
+    behind = 0.0  # tokens that came with them
     for begin, ttft, itl, count in zip(
         begins, found["ttfts"], found["itls"], found["output_lens"], strict=True
     ):
         pieces = [begin + at for at in accumulate(itl, initial=ttft)]
         tokens += count * sum(start < at <= stop for at in pieces) / len(pieces)
-        answered += count if start < pieces[0] <= stop else 0
-    return stop - start, tokens, answered
+        run.answered += count if start < pieces[0] <= stop else 0
+        timed = [gap for gap, at in zip(itl, pieces[1:], strict=True) if start < at <= stop]
+        gaps += timed
+        behind += (count - 1) * len(timed) / max(1, len(itl))
+    run.tokens = round(tokens)
+    if gaps:
+        run.decode_seconds = statistics.median(gaps)
+        run.decode_tokens = concurrency * behind / len(gaps)
+    return run

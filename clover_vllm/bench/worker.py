@@ -182,10 +182,10 @@ def _leaving(core: Any, clock: Clock) -> Iterator[list[float]]:
 def _foretelling(runner: Any) -> Iterator[list[float]]:
     """Predicted over observed seconds of the steps from now on; nothing where nobody predicts."""
     found: list[float] = []
-    counters: Any = getattr(runner, "counters", None)
-    if not hasattr(counters, "count_reckoning"):
+    if not _is_clovers(runner):
         yield found
         return
+    counters: Any = runner.counters
     original = counters.count_reckoning
 
     def count_reckoning(expected: float, observed: float, asleep: float) -> None:
@@ -302,7 +302,7 @@ def run_phases(
     core = core_of(llm)
     engine = llm.llm_engine
     runner = runner_of(llm)
-    sizer = getattr(getattr(runner, "speculation", None), "sizer", None)
+    sizer = runner.speculation.sizer if _is_clovers(runner) else None
     nodes = [0]
     watch = _nodes_of(runner, nodes)
     running: list[str] = []
@@ -403,8 +403,8 @@ def _counters(llm: Any) -> dict[str, Any]:
 
 def _parts(llm: Any) -> dict[str, float]:
     """Seconds by part of a step from Clover's runner, nothing from others."""
-    timer = getattr(runner_of(llm), "timer", None)
-    return dict(timer.seconds) if timer is not None else {}
+    runner = runner_of(llm)
+    return dict(runner.timer.seconds) if _is_clovers(runner) else {}
 
 
 def _forget(llm: Any) -> None:
@@ -414,9 +414,13 @@ def _forget(llm: Any) -> None:
     cache = getattr(getattr(runner, "drafter", None), "suffix_cache", None)
     if cache is not None:
         runner.drafter.suffix_cache = type(cache)(cache.max_tree_depth, cache.max_cached_requests)
-    speculation = getattr(runner, "speculation", None)
-    if speculation is not None:
-        speculation.begin_retrieval()
+    if _is_clovers(runner):
+        runner.speculation.begin_retrieval()
+
+
+def _is_clovers(runner: Any) -> bool:
+    """Whether it is our V1 runner, which learns and counts more than vLLM's and our V2 runner."""
+    return "CloverRunner" in {kind.__name__ for kind in type(runner).__mro__}
 
 
 if __name__ == "__main__":

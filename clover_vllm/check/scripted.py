@@ -23,8 +23,6 @@ def drive(llm: Any, requests: list[Json]) -> Json:
         {"outputs": [[{"tokens", "text", "finish", "stop", "logprobs", "prompt_logprobs"} per sequence] per
         request], "stats": {"steps", "preempted", "cached_tokens", "leaked_blocks"}}.
     """
-    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
-
     engine, core = llm.llm_engine, core_of(llm)
     waiting, step = set(range(len(requests))), 0
     aborts = {str(i): r["abort"] for i, r in enumerate(requests) if r.get("abort") is not None}
@@ -36,13 +34,7 @@ def drive(llm: Any, requests: list[Json]) -> Json:
             if request.get("step", 0) > step and engine.has_unfinished_requests():
                 continue
             waiting.discard(i)
-            params = dict(request["params"])
-            if "logit_bias" in params:
-                params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
-            if "structured_outputs" in params:
-                params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
-            if "repetition_detection" in params:
-                params["repetition_detection"] = RepetitionDetectionParams(**params["repetition_detection"])
+            params = sampling_arguments(request["params"])
             add_request(llm, str(i), request["prompt"], params, priority=request.get("priority", 0))
         for name in [name for name, at in aborts.items() if at <= step]:
             del aborts[name]
@@ -70,6 +62,20 @@ def drive(llm: Any, requests: list[Json]) -> Json:
         "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
     }
     return {"outputs": outputs, "stats": stats}
+
+
+def sampling_arguments(params: Json) -> Json:
+    """Arguments of vLLM's `SamplingParams` from what JSON can hold."""
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
+    made = dict(params)
+    if "logit_bias" in made:
+        made["logit_bias"] = {int(token): bias for token, bias in made["logit_bias"].items()}
+    if "structured_outputs" in made:
+        made["structured_outputs"] = StructuredOutputsParams(**made["structured_outputs"])
+    if "repetition_detection" in made:
+        made["repetition_detection"] = RepetitionDetectionParams(**made["repetition_detection"])
+    return made
 
 
 def _logprobs(found: Any) -> list[list[tuple[int, float, int]]] | None:

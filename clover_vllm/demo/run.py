@@ -77,7 +77,7 @@ def parting(plain: Sequence[Position], other: Sequence[int]) -> Parting | None:
     return None
 
 
-def run_demo(num_prompts: int, max_tokens: int, nodes: int) -> None:
+def run_demo(num_prompts: int, max_tokens: int) -> None:
     """Start servers in turn, ask the same questions, and compare: speed in bfloat16, texts in float32 too.
 
     Raises:
@@ -86,7 +86,7 @@ def run_demo(num_prompts: int, max_tokens: int, nodes: int) -> None:
     console = Console(highlight=False)
     console.print("[bold]1. Target[/bold]  SmolLM2-135M-Instruct (made on first use)")
     target, head = str(make_target(NAME)), str(shipped_head())
-    clover = {"method": "clover2", "model": head, "num_speculative_tokens": nodes}
+    clover = {"method": "clover2", "model": head}
     shown = escape(json.dumps({**clover, "model": Path(head).name}))
     prompts = PROMPTS[:num_prompts]
     console.print(f"[bold]2. Plain vLLM, bfloat16[/bold]  vllm serve {NAME}")
@@ -102,7 +102,7 @@ def run_demo(num_prompts: int, max_tokens: int, nodes: int) -> None:
         references["float32"] = _reference(server, prompts, max_tokens)
     with _serving(console, target, clover, EXACT) as server:
         answers["float32"] = _timed(server, prompts, max_tokens, None).answers
-    print_table(_speed(plain, fast, len(prompts), nodes))
+    print_table(_speed(plain, fast, len(prompts)))
     print_table(exactness({dtype: (references[dtype], answers[dtype]) for dtype in ("float32", "bfloat16")}))
     console.print(
         "Every token is the model's own choice. bfloat16 rounds differently with the number of rows in a step, so where "
@@ -111,11 +111,11 @@ def run_demo(num_prompts: int, max_tokens: int, nodes: int) -> None:
     )
 
 
-def _speed(plain: Chat, fast: Chat, count: int, nodes: int) -> Table:
+def _speed(plain: Chat, fast: Chat, count: int) -> Table:
     found = Table(title=f"{count} chat requests, one after the other, greedy, streamed, bfloat16")
     for name in ("", "tokens", "tokens/s", "tokens per step", "speed-up"):
         found.add_column(name, justify="left" if not name else "right")
-    for title, chat in (("plain vLLM", plain), (f"Clover-2, {nodes} nodes", fast)):
+    for title, chat in (("plain vLLM", plain), ("Clover-2", fast)):
         found.add_row(
             title,
             str(chat.tokens),

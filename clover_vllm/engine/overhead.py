@@ -252,7 +252,7 @@ class Stand:
         _timed(timer, speculation.backlog, "note", "note")
         _timed(timer, speculation.backlog, "take", "read")
         _timed(timer, speculation.backlog, "sweep", "read")
-        _timed(timer, speculation, "_retrieve", "look up")
+        _timed(timer, speculation, "_look_up", "look up")
         _timed(timer, runner, "_remember", "remember")
         self._begin()
 

@@ -151,6 +151,9 @@ class TreeScorer(nn.Module):
         everyone: Sequence[int] = range(requests)
         processors = list(sampling_metadata.logitsprocs.all)
         may_narrow = can_narrow(sampling_metadata)
+        asking = set(
+            sampling_metadata.logprob_token_ids or ()
+        )  # the table of logprobs is as wide as the widest
         current = [ROOT] * requests
         histories = step.histories or [None] * requests
         logprobs: list[LogprobsTensors] = []
@@ -158,7 +161,7 @@ class TreeScorer(nn.Module):
         for r in live:
             output[r] = []
         while True:
-            rows_of = live if may_narrow else everyone
+            rows_of = sorted(asking.union(live)) if may_narrow else everyone
             rows = [step.sampled_rows[r] + current[r] + 1 for r in rows_of]
             sampled = self.sampler(
                 logits[torch.tensor(rows, device=logits.device)], narrow(sampling_metadata, rows_of, live)
@@ -255,10 +258,7 @@ def active_requests(processor: LogitsProcessor) -> set[int] | None:
 
 def can_narrow(metadata: SamplingMetadata) -> bool:
     """Whether some requests of the batch can be sampled without the others."""
-    return (
-        all(active_requests(processor) is not None for processor in metadata.logitsprocs.all)
-        and not metadata.logprob_token_ids  # its table is as wide as its widest request
-    )
+    return all(active_requests(processor) is not None for processor in metadata.logitsprocs.all)
 
 
 def narrow_processors(processors: LogitsProcessors, chosen: Sequence[int], requests: int) -> LogitsProcessors:
@@ -322,7 +322,7 @@ def narrow(metadata: SamplingMetadata, chosen: Sequence[int], live: Sequence[int
         bad_words_token_ids=remap(metadata.bad_words_token_ids),
         logitsprocs=narrow_processors(metadata.logitsprocs, chosen, requests),
         thinking_budget_state_holder=budgets,
-        logprob_token_ids=None,  # such batches are not narrowed
+        logprob_token_ids=remap(metadata.logprob_token_ids or {}) or None,
         spec_token_ids=[[] for _ in chosen],
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.triton_utils import HAS_TRITON
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.registry import TREE_HEADS, HeadKind
@@ -29,6 +30,7 @@ def prefers_v2() -> bool:
     return HAS_TRITON if chosen is None else bool(chosen)
 
 
+OTHER_ATTENTION = "attention other than vLLM's CPU, Triton and FlashAttention backends"
 USE_CHAIN = 'set the speculative option "tree" to "chain"'
 
 
@@ -205,7 +207,7 @@ REFUSALS = (  # cheap checks first; the last one of those that always hold impor
         _other_worker,
     ),
     _trees(
-        "attention other than vLLM's CPU, Triton and FlashAttention backends",
+        OTHER_ATTENTION,
         "no other kernel takes tree masks",
         None,
         in_worker=True,
@@ -351,6 +353,31 @@ def check_step(config: VllmConfig) -> None:
         raise refuse(what, f"({rows} and {spec.num_speculative_tokens})")
 
 
+def check_cache(config: VllmConfig, cache: KVCacheConfig) -> None:
+    """Refuse trees over caches whose rows cannot be moved, for runners, which know theirs.
+
+    Raises:
+        UserError: the first refusal that applies.
+    """
+    refuse_found(
+        {
+            "several kinds of attention": len(cache.kv_cache_groups) != 1,
+            "M-RoPE": config.model_config.uses_mrope,
+            "a KV connector": config.kv_transfer_config is not None,
+        }
+    )
+
+
+def check_shapes(caches: Sequence[torch.Tensor]) -> None:
+    """Refuse trees over layers whose caches are not alike.
+
+    Raises:
+        UserError: they are not.
+    """
+    if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
+        raise refuse_trees("layers whose caches differ in shape")
+
+
 def refuse(what: str, detail: str = "") -> UserError:
     """The sentence of a refusal in the table, for checks outside this module.
 
@@ -368,6 +395,22 @@ def refuse_trees(what: str, detail: str = "") -> UserError:
     """As `refuse`, for what only trees do not work with."""
     assert _BY_NAME[what].trees_only, f"{what} is refused with chains too"
     return refuse(what, detail)
+
+
+def refuse_found(problems: Mapping[str, bool]) -> None:
+    """Refuse trees for the first problem that was found. All names are looked up, found or not.
+
+    Args:
+        problems: by `Refusal.what`, whether it is there.
+
+    Raises:
+        UserError: one is.
+        KeyError: the table has no such entry.
+    """
+    errors = {what: refuse_trees(what) for what in problems}
+    for what, found in problems.items():
+        if found:
+            raise errors[what]
 
 
 def refusal_table() -> str:

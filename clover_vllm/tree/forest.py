@@ -77,7 +77,7 @@ class Forest:
 
     Attributes:
         nodes: [N], of dtype `NODE`. Those that were retrieved come before the head's.
-        spoiled: requests for which the head gave something that is no number.
+        spoiled: requests for which the head gave NaN or infinity.
     """
 
     def __init__(

@@ -123,6 +123,7 @@ class CurrentStep:
         self._step: Step | None = None
 
     def begin(self, step: Step) -> None:
+        assert self._step is None, "the step before is still under way"
         self._step = step
 
     def end(self) -> None:

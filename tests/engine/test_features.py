@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from documented import documented
 from engines import Json, assert_only_drafts_are_scored, assert_same, run_engine, tokens_of
 from pairs import speculative
 from safetensors.torch import save_file
@@ -84,17 +83,6 @@ def both(settings: Json, head: Path, requests: list[Json], **more: Any) -> tuple
     assert trees["stats"]["steps"] < plain["stats"]["steps"]
     assert trees["stats"]["leaked_blocks"] == 0
     return plain, trees
-
-
-@cache
-def documented() -> dict[str, str]:
-    """What is drafted, "tree" or "chain", by sampling parameter and by test, as the docs have it."""
-    text = (Path(__file__).parents[2] / "docs/compatibility.md").read_text()
-    rows = text.partition("| request feature |")[2].partition("\n\n")[0].splitlines()[2:]
-    cells = [row.strip("| ").split(" | ") for row in rows]
-    return {
-        name: draft for asked, draft, tests in cells for name in re.findall(r"`(\w+)`", f"{asked} {tests}")
-    }
 
 
 def assert_drafted(

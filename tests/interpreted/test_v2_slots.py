@@ -7,12 +7,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 import vllm.v1.worker.cpu_worker  # noqa: F401  (vLLM's copies to the device are then its CPU build's)
+from documented import documented
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from clover_vllm.attention.triton.inputs import CAUSAL
+from clover_vllm.check.features import FEATURES, KINDS
+from clover_vllm.check.scripted import sampling_arguments
 from clover_vllm.engine.backends.gpu import StepRows
 from clover_vllm.engine.v2.layout import HeadRows, ScoredSlots, head_lengths
 from clover_vllm.engine.v2.trees import NO_SLOT, SlotTrees, needs_history
@@ -65,6 +69,13 @@ def test_requests_with_a_history_get_their_likeliest_chain() -> None:
     assert not needs_history(
         SamplingParams(temperature=0.8, top_p=0.5, min_p=0.1, logit_bias={3: 1.0}, seed=1)
     )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_docs_say_who_gets_chains(feature: str) -> None:
+    params = SamplingParams(**sampling_arguments(KINDS["seeded"] | FEATURES[feature]))
+    drafts = {documented("on a GPU")[name] for name in {**KINDS["seeded"], **FEATURES[feature]}}
+    assert needs_history(params) == ("chain" in drafts)
 
 
 def test_requests_that_a_users_processor_changes_get_their_likeliest_chain() -> None:

@@ -37,7 +37,12 @@ IMPORTED = [
     "vllm.lora.resolver",
     "vllm.distributed.elastic_ep.elastic_execute",
     "vllm.model_executor.models.llama",
+    "vllm.entrypoints.launchers.cli_args",
     "compressed_tensors",
+    "clover_vllm.engine.worker",
+    "clover_vllm.engine.backends.cpu",
+    "clover_vllm.engine.models.clover2",
+    "clover_vllm.heads.clover2",
 ]
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 READ_LATE = {"VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", *RANKS}

@@ -30,7 +30,7 @@ from clover_vllm.attention.cpu.tree_attention import (
     tree_attention,
 )
 from clover_vllm.base.timing import StepTimer
-from clover_vllm.engine.support import is_tree_cache_dtype, refuse_trees
+from clover_vllm.engine.support import is_tree_cache_dtype, refuse_found, refuse_trees
 from clover_vllm.tree.draft import causal_masks
 from clover_vllm.tree.step import CurrentStep, Step
 
@@ -212,17 +212,16 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         Raises:
             UserError: the layer attends in a way that the tree kernel does not know.
         """
-        problems = {
-            "ALiBi": self.alibi_slopes is not None,
-            "soft-capped scores": bool(self.logits_soft_cap),
-            "attention sinks": self.sinks is not None,
-            "sliding-window attention": self.sliding_window != -1,
-            "layers that share their KV cache": self.kv_sharing_target_layer_name is not None,
-            "attention that is not a decoder's": self.attn_type != AttentionType.DECODER,
-        }
-        for problem, found in problems.items():
-            if found:
-                raise refuse_trees(problem)
+        refuse_found(
+            {
+                "ALiBi": self.alibi_slopes is not None,
+                "soft-capped scores": bool(self.logits_soft_cap),
+                "attention sinks": self.sinks is not None,
+                "sliding-window attention": self.sliding_window != -1,
+                "layers that share their KV cache": self.kv_sharing_target_layer_name is not None,
+                "attention that is not a decoder's": self.attn_type != AttentionType.DECODER,
+            }
+        )
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from clover_vllm.attention.triton.inputs import CAUSAL, PagedTrees
-from clover_vllm.engine.support import is_tree_cache_dtype, refuse_trees
+from clover_vllm.engine.support import is_tree_cache_dtype, refuse_found, refuse_trees
 
 if TYPE_CHECKING:
     from clover_vllm.attention.triton.tree_attention import SplitContexts
@@ -158,18 +158,18 @@ class TreeAttentionImpl:
         """
         if not is_tree_cache_dtype(self.kv_cache_dtype, dtype):
             raise refuse_trees("the KV cache type", self.kv_cache_dtype)
-        problems = {
-            "ALiBi": getattr(self, "alibi_slopes", None) is not None,
-            "soft-capped scores": bool(getattr(self, "logits_soft_cap", 0)),
-            "attention sinks": getattr(self, "sinks", None) is not None,
-            "chunked local attention": getattr(self, "chunk_lookback", -1) != -1,
-            "layers that share their KV cache": getattr(self, "kv_sharing_target_layer_name", None)
-            is not None,
-            "attention that is not a decoder's": getattr(self, "attn_type", None) != AttentionType.DECODER,
-        }
-        for problem, found in problems.items():
-            if found:
-                raise refuse_trees(problem)
+        refuse_found(
+            {
+                "ALiBi": getattr(self, "alibi_slopes", None) is not None,
+                "soft-capped scores": bool(getattr(self, "logits_soft_cap", 0)),
+                "attention sinks": getattr(self, "sinks", None) is not None,
+                "chunked local attention": getattr(self, "chunk_lookback", -1) != -1,
+                "layers that share their KV cache": getattr(self, "kv_sharing_target_layer_name", None)
+                is not None,
+                "attention that is not a decoder's": getattr(self, "attn_type", None)
+                != AttentionType.DECODER,
+            }
+        )
 
 
 class TreeTritonMetadataBuilder(TreeMetadataBuilder, TritonAttentionMetadataBuilder):

@@ -24,8 +24,8 @@ FIRST_REST, LONGEST_REST = 256, 8192
 
 
 TEXTS = 1024
-"""Texts looked at, in one step or many, over which it is judged whether looking pays, roughly: one is full of repetitions,
-the next ten have none, and a look takes a small part of what a hit saves."""
+"""Texts over which it is judged whether looking pays, roughly, each counted in every step that looks: one is full of
+repetitions, the next ten have none, and a look takes a small part of what a hit saves."""
 
 QUICKEST = 0.05
 """Weight of a step in that, at most, however many texts were looked at in it."""
@@ -105,8 +105,8 @@ class Habit:
         return self._waited == 0
 
     def learn(self, saved: float, taken: float, texts: int) -> None:
-        """What looking at some texts in a step saved and took, each on average."""
-        weight = min(QUICKEST, texts / TEXTS)
+        """What looking at some texts in a step saved and took, each on average. A try stands for the steps that rested."""
+        weight = min(QUICKEST, texts * (RETRIEVE_EVERY if self.resting else 1) / TEXTS)
         self.saved += weight * (saved - self.saved)
         self.taken += weight * (min(taken, 4.0 * self.taken) - self.taken)
         self.resting = self.saved < self.taken * (1.5 if self.resting else 1.0)

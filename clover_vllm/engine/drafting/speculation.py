@@ -21,7 +21,7 @@ from clover_vllm.engine.drafting.sizing import Sizer, Wanted
 from clover_vllm.engine.scorer import GREEDY_TEMPERATURE
 from clover_vllm.tree import Tree
 from clover_vllm.tree.costs import StepSize
-from clover_vllm.tree.forest import Forest, Prices
+from clover_vllm.tree.forest import Forest, Retrieved
 from clover_vllm.tree.kinds import SOURCES
 from clover_vllm.tree.outcomes import count_sources
 from clover_vllm.tree.step import NEVER, Step
@@ -269,9 +269,18 @@ class Speculation:
             agree(((), ()))
             return {}
         wanted = self._wanted(backlog, done)
+        texts = len(wanted)
+        found, looked_up = self._look_up(sizer, wanted, done.names) if looks else ({}, 0.0)
+        if looks and not found and sizer.rests(len(done.going)):
+            sizer.retrieving.learn(0.0, looked_up / texts, texts)
+            agree(((), ()))
+            return {}
         prices = sizer.prices(wanted, *self._next_step(done))
         forest = sizer.forest(wanted)
-        looked_up = self._retrieve(sizer, wanted, done.names, forest, prices) if looks else 0.0
+        begun = time.perf_counter()
+        forest.retrieve(found)
+        looked_up += 1e3 * (time.perf_counter() - begun) if found else 0.0
+        prices.spent += looked_up
         begun = time.perf_counter()
         places = sizer.choose(wanted, forest, prices)
         asked = [wanted[i].r for i in places]
@@ -289,12 +298,12 @@ class Speculation:
                 if places:
                     taken = 1e3 * (time.perf_counter() - begun)
                     sizer.learn_draft(forest, places, len(accepted.positions), taken)
-        if not len(forest.nodes) and not looked_up:
+        budget = forest.budget(prices) if len(forest.nodes) else None
+        if looks:
+            saved = forest.saved_by_retrieval(budget) if budget is not None else 0.0
+            sizer.retrieving.learn(saved / texts, looked_up / texts, texts)
+        if budget is None:
             return {}
-        budget = forest.budget(prices)
-        if looked_up:
-            texts = len(wanted)
-            sizer.retrieving.learn(forest.saved_by_retrieval(budget) / texts, looked_up / texts, texts)
         self._proposed = forest, [done.names[w.r] for w in wanted]
         trees = forest.trees(budget.nodes)
         return {w.r: tree for w, tree in zip(wanted, trees, strict=True) if len(tree)}
@@ -307,10 +316,10 @@ class Speculation:
             mine = [r for r in asked if r in accepted.complete]
             self._runner.drafter.follow_forest(accepted, mine, done.common)
 
-    def _retrieve(
-        self, sizer: Sizer, wanted: Sequence[Wanted], names: Sequence[str], forest: Forest, prices: Prices
-    ) -> float:
-        """Look the requests' texts up. Milliseconds that it took."""
+    def _look_up(
+        self, sizer: Sizer, wanted: Sequence[Wanted], names: Sequence[str]
+    ) -> tuple[dict[int, Retrieved], float]:
+        """What the requests' texts went on with before, by place among the wanted, and milliseconds that looking took."""
         assert self.retrieval is not None
         begun = time.perf_counter()
         states = self._runner.requests
@@ -320,10 +329,7 @@ class Speculation:
             own = self.retrieval.look_up(name, states[name], min(sizer.limit, w.room))
             if own is not None:
                 found[i] = own
-        forest.retrieve(found)
-        taken = 1e3 * (time.perf_counter() - begun)
-        prices.spent += taken
-        return taken
+        return found, 1e3 * (time.perf_counter() - begun)
 
     def _wanted(self, backlog: Backlog, done: Scored) -> list[Wanted]:
         endings, sampled = done.step.endings, done.sampled

@@ -27,7 +27,7 @@ from clover_vllm.engine.backends.gpu import StepRows, TreeAttentionImpl, TreeMet
 from clover_vllm.engine.drafting.ranks import leads
 from clover_vllm.engine.hooks import making_graphs, making_speculator
 from clover_vllm.engine.metrics import AcceptanceWatch, Counters
-from clover_vllm.engine.support import check_step, refuse_trees
+from clover_vllm.engine.support import OTHER_ATTENTION, check_cache, check_shapes, check_step, refuse_trees
 from clover_vllm.engine.v2.graphs import TargetGraphs
 from clover_vllm.engine.v2.layout import ScoredSlots
 from clover_vllm.engine.v2.scorer import DeviceScorer
@@ -98,13 +98,7 @@ class CloverV2Runner(GPUModelRunner):
         Raises:
             UserError: trees are not supported for this target on this platform.
         """
-        for problem, found in (
-            ("several kinds of attention", len(self.kv_cache_config.kv_cache_groups) != 1),
-            ("M-RoPE", self.model_config.uses_mrope),
-            ("a KV connector", self.vllm_config.kv_transfer_config is not None),
-        ):
-            if found:
-                raise refuse_trees(problem)
+        check_cache(self.vllm_config, self.kv_cache_config)
         drafts = self.speculator.draft_attn_layer_names
         layers = self.compilation_config.static_forward_context
         caches: list[torch.Tensor] = []
@@ -112,12 +106,13 @@ class CloverV2Runner(GPUModelRunner):
         for group in (group for groups in self.attn_groups for group in groups):
             builder = group.get_metadata_builder()
             if not isinstance(builder, TreeMetadataBuilder):
-                raise refuse_trees("attention other than vLLM's CPU, Triton and FlashAttention backends")
+                raise refuse_trees(OTHER_ATTENTION)
             builder.step = step
             for name in group.layer_names:
                 if name not in drafts:
                     impl, cache = layers[name].impl, layers[name].kv_cache
-                    assert isinstance(impl, TreeAttentionImpl)
+                    if not isinstance(impl, TreeAttentionImpl):
+                        raise refuse_trees(OTHER_ATTENTION)
                     impl.check_trees(self.dtype)
                     if impl.num_heads not in contexts:
                         contexts[impl.num_heads] = SplitContexts(
@@ -132,8 +127,7 @@ class CloverV2Runner(GPUModelRunner):
                         )
                     impl.contexts = contexts[impl.num_heads]
                     caches.append(cache)
-        if len({(cache.shape, cache.stride()) for cache in caches}) > 1:
-            raise refuse_trees("layers whose caches differ in shape")
+        check_shapes(caches)
         return CacheRows(caches)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:

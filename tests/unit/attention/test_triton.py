@@ -45,6 +45,7 @@ def test_kernels_are_right_in_the_interpreter() -> None:
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_kernels_compile_without_a_gpu_and_spill_nothing(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

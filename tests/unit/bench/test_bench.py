@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.progress import Work
 from clover_vllm.base.show import print_table
+from clover_vllm.bench.compare import _loads as loads_of
 from clover_vllm.bench.compare import _prompts as prompts_for
 from clover_vllm.bench.compare import (
     fitting_prompts,
@@ -260,8 +261,40 @@ def test_server_clock_runs_while_every_place_is_taken() -> None:
         "itls": [[1.0], [1.0] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3],
         "output_lens": [4, 8, 8, 8, 8],
     }
-    assert steady_part(found, 2) == (4.0, 4 + 8 + 4, 8 + 8)
-    assert steady_part(found, 1) == (8.0, 4 + 8 + 8 + 8, 8 + 8 + 8)
+    run = steady_part(found, 2)
+    assert (run.seconds, run.tokens, run.answered) == (4.0, 4 + 8 + 4, 8 + 8)
+    assert (run.decode_seconds, run.decode_tokens) == (1.0, 2 * 7 / 3)  # of a step
+    run = steady_part(found, 1)
+    assert (run.seconds, run.tokens, run.answered) == (8.0, 4 + 8 + 8 + 8, 8 + 8 + 8)
+
+
+def test_a_server_s_pace_is_that_of_the_steady_part() -> None:
+    """The first two answers come quickly, a token at a time; later ones two tokens a second."""
+    found = {
+        "start_times": [0.0, 0.0, 10.0, 10.0, 20.0, 20.0],
+        "latencies": [10.0] * 6,
+        "ttfts": [1.0, 1.0, 7.0, 7.0, 7.0, 7.0],
+        "itls": [[0.5] * 18] * 2 + [[1.0] * 3] * 4,
+        "output_lens": [19, 19, 7, 7, 7, 7],
+    }
+    run = steady_part(found, 2)
+    assert (run.seconds, run.tokens, run.answered) == (20.0, 28, 28)
+    assert (run.decode_seconds, run.decode_tokens) == (1.0, 2 * 2)  # of a step
+
+
+def test_the_order_of_lengths_is_another_in_each_repetition() -> None:
+    settings = BenchSettings(concurrency=[2], repetitions=3)
+    (load,) = loads_of(settings, [[1, i] for i in range(200)], 3)
+    orders = [[request["params"]["max_tokens"] for request in run] for run in load.runs]
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_a_baseline_without_a_token_is_one_sentence() -> None:
+    found = Comparison([Result("plain", 1, [Run(seconds=1.0)])])
+    with pytest.raises(UserError, match="gave no token") as caught:
+        found.rows()
+    one_sentence(caught.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no answer"), SystemExit(2)])

@@ -28,6 +28,7 @@ class Played:
         self.clock = clock
         self.requests: dict[str, Any] = {}
         self.drafting = 0.0  # seconds of a step after its outputs are there
+        self.reading = 0.0  # more seconds of one that reads a prompt
         self.batches: list[int] = []
         worker = SimpleNamespace(worker=SimpleNamespace(model_runner=PlayedRunner()))
         core = SimpleNamespace(
@@ -59,6 +60,8 @@ class Played:
 
     def step(self) -> list[Any]:
         self.clock[0] += 1
+        if any(own.num_computed_tokens < own.num_prompt_tokens for own in self.requests.values()):
+            self.clock[0] += self.reading
         self.engine_core.engine_core.post_step(True)
         self.clock[0] += self.drafting
         self.batches.append(len(self.requests))
@@ -139,7 +142,11 @@ def test_answers_count_whole_that_begin_while_the_clock_runs(clock: list[float])
     run = run_requests(Played(clock), longer, 2)
     assert (run.tokens, run.answered) == (12, 4 + 4 + 40)
     assert (run.decode_seconds, run.decode_tokens) == (3.0, 6)
-    assert run.rate == 2.0
+    engine = Played(clock)
+    engine.reading = 1.0
+    run = run_requests(engine, longer, 2)
+    assert (run.seconds, run.tokens, run.answered) == (9.0, 12, 48)
+    assert run.rate == 48 / (9.0 + 36 * 3.0 / 6)
 
 
 def test_one_at_a_time_is_timed_from_the_second_to_the_end(clock: list[float]) -> None:

@@ -62,7 +62,7 @@ def test_the_demo_compares_texts_in_both_dtypes(
     monkeypatch.setattr(demo, "_serving", serving)
     monkeypatch.setattr(demo, "_timed", timed)
     monkeypatch.setattr(demo, "_reference", lambda _, prompts, __: [PLAIN for _ in prompts])
-    demo.run_demo(2, 16, 8)
+    demo.run_demo(2, 16)
     assert sorted(served) == [
         (dtype, clover) for dtype in ("bfloat16", "float32") for clover in (False, True)
     ]

@@ -260,10 +260,7 @@ def test_python_in_pages_compiles() -> None:
 
 
 def test_examples_take_their_arguments() -> None:
-    offline = example("offline").parse(["--nodes", "5", "--tree", "chain"])
-    assert offline.nodes == 5
-    CloverOptions(tree=offline.tree)
-    CloverOptions(tree=example("offline").parse([]).tree)
+    assert example("offline").parse(["--max-tokens", "5"]).max_tokens == 5
     assert example("client").parse(["Why?"]).question == "Why?"
 
 

@@ -29,6 +29,7 @@ from clover_vllm.target.frozen import FrozenTarget
 
 
 def test_installed_vllm_is_as_expected() -> None:
+    assert seams.differences() == []
     assert seams.complaints(vllm.__version__) == []
 
 
@@ -61,7 +62,8 @@ def test_whatever_v2_uses_of_vllm_is_listed() -> None:
 )
 def test_changed_symbols_are_named(monkeypatch: pytest.MonkeyPatch, symbol: seams.Symbol, words: str) -> None:
     monkeypatch.setattr(seams, "HOOKS", (symbol,))
-    (found,) = seams.complaints(vllm.__version__)
+    (found,) = seams.differences()
+    assert seams.complaints("0.99.1") == ["vLLM is 0.99.1", found]
     assert words in found
     assert symbol.name in found
 

@@ -166,6 +166,7 @@ SAMPLES = 40_000
 LIMIT = 4.5  # 56 cells: one in 3,000 runs of a right sampler goes above
 
 
+@pytest.mark.slow
 def test_unseeded_sampling_has_the_targets_distribution() -> None:
     torch.manual_seed(0)
     assert largest_z(first_two_tokens(new_scorer(), SAMPLES)) < LIMIT
@@ -343,7 +344,9 @@ def test_requests_that_score_chosen_tokens_share_a_batch() -> None:
     logits = torch.cat([rows_of(tree) for tree in trees])
     wanted = {0: [1, 2], 1: [1, 2, 3, 4], 3: [5]}
     sampling = metadata(4, greedy=True, logprob_token_ids=wanted)
-    sampled = run(new_scorer(), Step.of_trees(list(trees)), logits, sampling)
+    sampler = CountingSampler()
+    sampled = run(TreeScorer(sampler, CurrentStep()), Step.of_trees(list(trees)), logits, sampling)
+    assert set(sampler.rows) == {3}  # the fourth is scored in one pass
     assert sampled.logprobs_tensors is not None
     assert sampled.logprobs_tensors.logprobs.shape == (4 * sampled.sampled_token_ids.shape[1], 5)
     plain = score(new_scorer(), trees, logits, metadata(4, greedy=True))

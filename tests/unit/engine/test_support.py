@@ -18,6 +18,7 @@ from clover_vllm.engine.support import (
     check_step,
     check_supported,
     refusal_table,
+    refuse_found,
     refuse_trees,
 )
 
@@ -40,6 +41,8 @@ def test_what_is_not_in_the_table_cannot_be_refused() -> None:
         refuse_trees("bad weather")
     with pytest.raises(AssertionError):
         refuse_trees("pipeline parallelism")
+    with pytest.raises(KeyError):
+        refuse_found({"ALiBi": False, "bad weather": False})
 
 
 def test_each_refusal_can_be_found_somewhere() -> None:

@@ -43,8 +43,9 @@ class VllmRunner(GPUModelRunner):
     """vLLM's runner, as far as the initialisation of its cache goes."""
 
     def __init__(self) -> None:
-        self.uses_mrope = False
-        self.vllm_config = SimpleNamespace(kv_transfer_config=None)
+        self.vllm_config = SimpleNamespace(
+            kv_transfer_config=None, model_config=SimpleNamespace(uses_mrope=False)
+        )
         self.compilation_config = SimpleNamespace(static_forward_context={})
         self.input_batch = SimpleNamespace(thinking_budget_state_holder=None)
 

@@ -88,10 +88,13 @@ def bench_rows(
     ("method", "ups", "repetitions", "verdict"),
     [
         ("clover", {1: (2.2, 1.9, 2.5), 4: (1.1, 0.9, 1.2), 8: (0.9, 0.8, 0.95)}, 3,
-         "`clover` was faster with 1, slower with 8, not measurably different with 4 requests at once."),
+         "`clover` was faster with 1, slower with 8, not different by more than 3% with 4 requests at once."),
         ("clover", {2: (2.2, 1.9, 2.5)}, 2, "`clover` was faster with 2 requests at once."),
+        ("clover", {8: (1.02, 1.01, 1.02), 16: (1.03, 1.02, 1.04), 32: (0.98, 0.97, 0.99)}, 2,
+         "`clover` was nowhere faster, not different by more than 3% with 8, 16 and 32 requests at once."),
         ("clover-8", {1: (0.9, 0.85, 0.95), 16: (0.7, 0.6, 0.8)}, 2, "`clover-8` was nowhere faster, slower with 1 and 16 requests at once."),
-        ("clover-chain", {64: (1.0, 0.9, 1.1)}, 2, "`clover-chain` was nowhere faster, not measurably different with 64 requests at once."),
+        ("clover-chain", {64: (1.0, 0.9, 1.1)}, 2, "`clover-chain` was nowhere faster, not different by more than 3% with 64 requests at once."),
+        ("clover", {1: (1.5, 1.4, 1.6)}, 6, "`clover` was faster with 1 requests at once."),
         ("clover", {1: (1.5, 1.5, 1.5)}, 1, "`clover` was run once, so that nothing is known of the spread."),
     ],
 )  # fmt: skip
@@ -108,10 +111,12 @@ def test_speedups_are_told_for_any_loads_and_methods(
     assert verdict in text
     assert f"| requests at once | {' | '.join(map(str, ups))} |" in text
     cells = [
-        f"{f'**{mean:.2f}**' if low > 1 else f'{mean:.2f}'} [{low:.2f}, {high:.2f}]"
+        f"{f'**{mean:.2f}**' if low > 1.03 else f'{mean:.2f}'} [{low:.2f}, {high:.2f}]"
         for mean, low, high in ups.values()
     ]
     assert f"| `{method}` over plain | {' | '.join(cells)} |" in text
+    spread = "the range of" if repetitions < 5 else "95% bootstrap intervals over"
+    assert f"in brackets {spread} {repetitions} repetition" in text
     assert f"| plain, tokens/s | {' | '.join(['100'] * len(ups))} |" in text
     assert f"token for token: `{method}` {'38 to ' if len(ups) > 1 else ''}{28 + 10 * len(ups)}%." in text
 

@@ -69,6 +69,7 @@ def test_training_lowers_the_loss_and_writes_everything(
     assert head.config.hidden_scale != 1.0
 
 
+@pytest.mark.slow
 def test_the_loss_of_answers_set_aside_is_measured_at_each_checkpoint_and_told_to_trackers(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def test_earlier_methods_train_towards_the_tokens_of_the_text(
     assert kind_of(tmp_path / "run" / "head").method == method
 
 
+@pytest.mark.slow
 def test_cached_hidden_states_change_nothing(tiny_target: Path, tiny_answers: Path, tmp_path: Path) -> None:
     train(settings(tiny_target, tiny_answers, tmp_path / "fly"))
     for name, gib in (("whole", 1.0), ("part", 300 * 128 * 4 / 2**30)):
