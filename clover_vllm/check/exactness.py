@@ -359,7 +359,7 @@ class Seen:
         if batch.num_draft_tokens == 0:
             return made
         self.counts["mixed_steps"] += bool(batch.has_prefill)
-        paths = self._runner.rejection_sampler.path.tolist()
+        paths = self._runner.speculator.scored.path.tolist()
         drafts = batch.num_draft_tokens_per_req.tolist()
         for path, count, own, above, given in zip(
             paths, made[1].tolist(), tokens.tolist(), parents.tolist(), drafts, strict=True

@@ -109,7 +109,7 @@ class Tally:
         made = self._sample(hidden, batch, grammar)
         if batch.num_draft_tokens == 0:
             return made
-        kept, paths = self._runner.trees.kept, self._runner.rejection_sampler.path.tolist()
+        kept, paths = self._runner.trees.kept, self._runner.speculator.scored.path.tolist()
         temperatures = self._runner.sampler.sampling_states.temperature.np
         for r, slot in enumerate(batch.idx_mapping_np):
             given = int(batch.num_draft_tokens_per_req[r])

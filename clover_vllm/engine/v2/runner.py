@@ -62,7 +62,7 @@ class CloverV2Runner(GPUModelRunner):
         self.trees = self.speculator.trees = SlotTrees(self.req_states)
         self._step: StepRows | None = None  # where trees may branch
         self._rows: CacheRows | None = None  # of the target's layers, where trees may branch
-        self._slots: torch.Tensor | None = None  # int64, cache slots of the step's rows
+        self._slots: torch.Tensor | None = None  # int64, cache slots of the rows of the step under way
         self.counters = Counters(self.num_speculative_steps)
         if leads():
             engine = str(self.parallel_config.data_parallel_index)
@@ -150,6 +150,7 @@ class CloverV2Runner(GPUModelRunner):
     def prepare_dummy_attn(
         self, input_batch: InputBatch, *args: Any, **kwargs: Any
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        self._slots = None
         if self._step is not None:
             self._step.verifies = False
         return super().prepare_dummy_attn(input_batch, *args, **kwargs)
@@ -163,12 +164,14 @@ class CloverV2Runner(GPUModelRunner):
         """As the base class; then accepted rows of the cache move behind their roots."""
         made = super().sample(hidden_states, input_batch, grammar_output)
         sampled, num_sampled = made[0].sampled_token_ids, made[1]
-        path = self.rejection_sampler.path if input_batch.num_draft_tokens else None
+        path = self.rejection_sampler.take_path() if input_batch.num_draft_tokens else None
+        slots, self._slots = self._slots, None
         self.speculator.scored = ScoredSlots(sampled, path)
         self._counted = None if path is None else self._count(input_batch, path, num_sampled)
-        if path is not None and self._rows is not None and self._slots is not None:
+        if path is not None and self._rows is not None:
+            assert slots is not None, "the step was not prepared"
             roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
-            self._rows.move_accepted(self._slots, roots, path, num_sampled)
+            self._rows.move_accepted(slots, roots, path, num_sampled)
         return made
 
     def _count(self, batch: InputBatch, path: torch.Tensor, num_sampled: torch.Tensor) -> np.ndarray:

@@ -35,7 +35,7 @@ class DeviceScorer(RejectionSampler):
         self._slots: torch.Tensor  # int64 [L of a chunk], request slot of each row
         # Of a step: most logprobs of likely tokens, and of tokens that requests have named; None: no logprobs.
         self._widths: tuple[int, int] | None = None
-        self.path: torch.Tensor | None = None  # of the last step, see `ScoredSlots`
+        self._path: torch.Tensor | None = None  # of the step that was scored, see `ScoredSlots`
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class DeviceScorer(RejectionSampler):
             get_max_chunk_logits(logits.shape[1]),
             sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np),
         )
-        self.path = torch.cat(self._paths) if len(self._paths) > 1 else self._paths[0]
+        self._path = torch.cat(self._paths) if len(self._paths) > 1 else self._paths[0]
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_sampled,
             input_batch.seq_lens,
@@ -84,6 +84,12 @@ class DeviceScorer(RejectionSampler):
             num_rejected=num_rejected,
             sampling_mask_tensors=masks,
         )
+
+    def take_path(self) -> torch.Tensor:
+        """Which nodes the step has accepted, once; see `ScoredSlots`."""
+        path, self._path = self._path, None
+        assert path is not None, "no step was scored"
+        return path
 
     def _verify(
         self,
