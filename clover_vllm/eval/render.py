@@ -132,7 +132,7 @@ def bench_table(found: Json) -> str:
 def _choice(swept: Sequence[int], concurrencies: Sequence[int]) -> str:
     """How the methods' settings came about."""
     if not swept:
-        return "as given, no method's swept"
+        return "untuned"
     most = max(swept)
     beyond = f", with more than {most} requests those for {most}" if max(concurrencies) > most else ""
     return f"chosen on other prompts{beyond}"
@@ -269,7 +269,7 @@ def speedups_table(found: Json) -> str:
 
 
 def _swept(found: Json) -> str:
-    return "" if found["swept"] else "No method's settings were swept. "
+    return "" if found["swept"] else "All methods ran untuned. "
 
 
 def _speedup_cell(row: Json) -> str:
@@ -291,7 +291,7 @@ def _verdict(rows: Sequence[Json], name: str) -> str:
     """At which loads a method is faster and slower by more than engines that are started anew differ."""
     if rows[0]["repetitions"] == 1:
         return f"`{name}` was run once, so that nothing is known of the spread."
-    alike = f"not different by more than {ALIKE:.0%}"
+    alike = f"within {ALIKE:.0%} of plain"
     kinds: dict[str, list[str]] = {"faster": [], "slower": [], alike: []}
     for row in rows:
         low, high = row["speedup_interval"]
@@ -299,7 +299,7 @@ def _verdict(rows: Sequence[Json], name: str) -> str:
         kinds[kind].append(str(row["concurrency"]))
     said = [] if kinds["faster"] else ["nowhere faster"]
     said += [f"{kind} with {_listed(counts)}" for kind, counts in kinds.items() if counts]
-    return f"`{name}` was {', '.join(said)} requests at once."
+    return f"`{name}` was {_listed(said)} requests at once."
 
 
 def _listed(parts: Sequence[str]) -> str:

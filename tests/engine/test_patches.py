@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import vllm
@@ -39,27 +38,23 @@ def test_what_is_patched_needs_no_hooks(tmp_path: Path) -> None:
     assert len(PATCHES) == 5
     copy = patched_copy(tmp_path / "site")
     first = {"PYTHONPATH": os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    check = (
-        "import vllm; from vllm.engine.arg_utils import EngineArgs; from clover_vllm.engine import hooks, plugin;"
-        f"assert vllm.__file__.startswith({str(copy)!r}), vllm.__file__; plugin.register(); plugin.register();"
-        "assert not hasattr(EngineArgs.create_speculative_config, 'clover_original');"
-        "from vllm import SamplingParams;"
-        "from vllm.v1.worker import cpu_worker; runner = cpu_worker.CPUModelRunner\n"
-        "with hooks.making_runner(object): assert cpu_worker.CPUModelRunner is runner\n"
-        "assert not hasattr(SamplingParams._validate_spec_decode, 'clover_original');"
-        "from vllm.config import VllmConfig;"
-        "assert not hasattr(VllmConfig.num_lookahead_tokens.fget, 'clover_original');"
-        "from vllm.config.speculative import speculative_config_factories as found; assert len(found) == 1"
-    )
-    subprocess.run([sys.executable, "-c", check], env={**os.environ, **first}, check=True)
     target, head = make_pair(tmp_path, "llama tied")
     settings = llm(target, speculative_config=speculative(head), logits_processors=["processors:PerRequest"])
     requests = random_requests(12, min_p=0.1, temperature=0.8, seed=1, logit_bias={7: 3.0})
     for request in requests[6:]:
         request["params"]["extra_args"] = {"every_other": True}
-    hooked = run_engine(settings, requests)
-    patched = run_engine(settings, requests, env=first)
-    assert (hooked["stats"]["hooked"], patched["stats"]["hooked"]) == (True, False)
+    hooked = run_engine(settings, requests, check_seams=True)
+    patched = run_engine(settings, requests, env=first, check_seams=True)
+    assert hooked["stats"]["seams"]["replaced"] == [
+        "create_speculative_config",
+        "_validate_spec_decode",
+        "num_lookahead_tokens",
+    ]
+    assert hooked["stats"]["seams"]["runner"]
+    assert hooked["stats"]["seams"]["registered"] == 0
+    seams = patched["stats"]["seams"]
+    assert seams.pop("vllm").startswith(str(copy))
+    assert seams == {"replaced": [], "runner": False, "registered": 1}
     assert patched["stats"]["worker"] == "CloverCPUWorker"
     assert differing(hooked, patched) == 0
     for sequences in tokens_of(patched)[6:]:

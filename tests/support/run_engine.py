@@ -11,6 +11,7 @@ depends on nothing but the requests. Keys of what `main` takes:
         random shapes and sizes.
     restless: seed: adaptive drafting sleeps, wakes and sizes trees at random.
     wrong_scorer: a rule of `wrong_scorers.py` by which drafts are accepted instead.
+    check_seams: say how Clover is tied to vLLM.
     check_head: folder of the head: compare all that it computes with the reference model.
     check_trees: folder of a head of any method: compare the trees that it drafts with the reference model's.
     threads: that compute; by default as many as the process has cores.
@@ -86,6 +87,8 @@ def main(spec: Json) -> Json:
     stats["compiled"] = not runner.model_config.enforce_eager and runner.compilation_config.mode != 0
     stats["threads"] = torch.get_num_threads()
     stats["hooked"] = hasattr(EngineArgs.create_speculative_config, "clover_original")
+    if spec.get("check_seams"):
+        stats["seams"] = seams()
     stats["trees"] = scripted and {"nodes": scripted.nodes, "branching": scripted.branching}
     stats["worker"] = type(
         llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -99,6 +102,33 @@ def main(spec: Json) -> Json:
         stats["cache_rows"] = probe.rows
         stats["layouts"] = sorted({layer.isa for layer in probe.layers})
     return result
+
+
+def seams() -> Json:
+    """How Clover is tied to the vLLM of this process: what it replaces, and what the patches let it register."""
+    import vllm.config.speculative
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker import cpu_worker
+
+    from clover_vllm.engine import hooks, plugin
+
+    plugin.register()  # harmless if called again
+    runner = cpu_worker.CPUModelRunner
+    with hooks.making_runner(object):
+        changed = cpu_worker.CPUModelRunner is not runner
+    replaced = {
+        "create_speculative_config": EngineArgs.create_speculative_config,
+        "_validate_spec_decode": SamplingParams._validate_spec_decode,
+        "num_lookahead_tokens": VllmConfig.num_lookahead_tokens.fget,
+    }
+    return {
+        "replaced": [name for name, one in replaced.items() if hasattr(one, "clover_original")],
+        "runner": changed,
+        "registered": len(getattr(vllm.config.speculative, "speculative_config_factories", [])),
+        "vllm": vllm.__file__,
+    }
 
 
 def fallbacks(runner: Any) -> dict[str, float]:

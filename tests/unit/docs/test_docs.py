@@ -22,7 +22,7 @@ from length import FULL
 
 from clover_vllm.check.tiny import make_tiny_pair
 from clover_vllm.cli import app
-from clover_vllm.engine.options import CloverOptions, split_options
+from clover_vllm.engine.options import split_options
 from clover_vllm.eval.render import BLOCK
 
 ROOT = Path(__file__).parents[3]
@@ -196,7 +196,7 @@ def test_gpu_users_are_told_how_little_has_run_there() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     before, after = readme.split("[cuda,train]")
     assert "GPU support is experimental" in before
-    assert "how fast trees are was not measured" in after[:200]
+    assert "its speed was never measured" in after[:200]
     assert "On GPUs its speed is unknown" in after
     assert "4 of its 288 tokens" in after
 
