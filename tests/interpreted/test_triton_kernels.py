@@ -80,7 +80,7 @@ def rows_without_tree(case: PagedCase) -> torch.Tensor:
     return torch.tensor([request.tree is None for request in case.requests for _ in range(request.rows)])
 
 
-@pytest.mark.parametrize("seed", range(length(8, 1500)))
+@pytest.mark.parametrize("seed", range(length(5, 1500)))
 def test_tree_attention_equals_float64(seed: int) -> None:
     """Random trees, decodes, chunks and padding; layouts, heads, head sizes, splits, windows."""
     rng = random.Random(seed)
@@ -313,7 +313,7 @@ def random_drafts(
     return trees, tokens, parents
 
 
-@pytest.mark.parametrize("seed", range(length(5, 400)))
+@pytest.mark.parametrize("seed", range(length(3, 400)))
 def test_the_walk_on_the_device_is_the_walk(seed: int) -> None:
     """Whole trees, trees that the scheduler cut, requests without drafts or without a sampled row."""
     rng = random.Random(seed)

@@ -23,7 +23,7 @@ from clover_vllm.base.prompts import Prompt, read_prompts
 from clover_vllm.train.generate import engine_options, generate
 from clover_vllm.train.settings import DataSettings
 
-KILLS = length(2, 10)
+KILLS = length(1, 10)
 LIMIT = 18 * KILLS
 
 WORDS = [f"w{i}" for i in range(208)]

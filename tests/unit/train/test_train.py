@@ -186,7 +186,7 @@ def test_kills_at_random_moments_leave_the_same_curve_and_head(
     total = json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"]
     broken = arguments | {"output": str(tmp_path / "broken"), "cache": str(tmp_path / "c2")}
     rng = random.Random(7)
-    kills = length(2, 10)
+    kills = length(1, 10)
     startup = 0.0
     for kill in range(kills):
         done, started = _steps(tmp_path / "broken"), time.monotonic()
