@@ -231,7 +231,7 @@ def test_half_precision_differs_at_near_ties_only(
 def test_tokens_per_step_equal_those_of_the_evaluator(smollm2: Path) -> None:
     """The engine loses none of the head's quality: same target, same answers, same tree, float32."""
     options = CloverOptions()
-    requests = greedy(length(4, 16))
+    requests = greedy(length(5, 16))
     # The head reads the end of a prompt here, and all of it in the evaluator: longer answers even that out.
     for request in requests:
         request["params"]["max_tokens"] = 128
