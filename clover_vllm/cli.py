@@ -269,7 +269,7 @@ def bench(settings: BenchSettings) -> None:
     Starts one engine (or server) per method. Engines take turns of two seconds, servers of a run each, and use no
     processor time while they wait. A run is timed while as many requests run as stated. With --sweep, each method's settings are
     chosen per concurrency on a development split, and the figures come from other prompts. Prints speed
-    with a 95% bootstrap interval, tokens per step, latencies, how often greedy output equals
+    with its spread, tokens per step, latencies, how often greedy output equals
     plain decoding, and where a step's time goes.
     """
     from clover_vllm.bench.compare import bench as run

@@ -139,7 +139,10 @@ def foretold(runs: Sequence[Run]) -> dict[str, float] | None:
 
 def table(comparison: Comparison) -> Table:
     """Speed, tokens per verified draft, latencies and equality, by concurrency and method."""
-    title = f"Output tokens per second and speed-up over {comparison.baseline}, with 95% bootstrap intervals"
+    title = (
+        f"Output tokens per second and speed-up over {comparison.baseline}, with "
+        f"{interval_name(len(comparison.results[0].runs))}"
+    )
     found = Table(title=title)
     for name in (
         "at once",
@@ -249,6 +252,13 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
     drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
     low, high = np.percentile(drawn.mean(axis=1), [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def interval_name(repetitions: int) -> str:
+    """What `bootstrap_interval` of so many repetitions is called."""
+    if repetitions < FEWEST:
+        return f"the range of {repetitions} repetition{'s' * (repetitions > 1)}"
+    return f"95% bootstrap intervals over {repetitions} repetitions"
 
 
 def _ratio(a: float, b: float) -> float:

@@ -151,9 +151,7 @@ class TreeScorer(nn.Module):
         everyone: Sequence[int] = range(requests)
         processors = list(sampling_metadata.logitsprocs.all)
         may_narrow = can_narrow(sampling_metadata)
-        asking = set(
-            sampling_metadata.logprob_token_ids or ()
-        )  # the table of logprobs is as wide as the widest
+        asking = set(sampling_metadata.logprob_token_ids or ())  # the widest sets the width of the table
         current = [ROOT] * requests
         histories = step.histories or [None] * requests
         logprobs: list[LogprobsTensors] = []

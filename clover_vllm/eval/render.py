@@ -14,7 +14,7 @@ from typing import Any
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_climb, plot_speedups, source_of
-from clover_vllm.bench.report import FEWEST, clovers_method, with_interval
+from clover_vllm.bench.report import clovers_method, interval_name, with_interval
 from clover_vllm.cluster.settings import ReplicasSettings
 from clover_vllm.cluster.sizing import plan
 from clover_vllm.engine.options import options_table
@@ -23,7 +23,7 @@ from clover_vllm.eval.comparison_plot import plot_compare
 Json = dict[str, Any]
 
 ALIKE = 0.03
-"""What two engines of the same method differ by, as a share of their speed, if both are started anew on the same machine."""
+"""A smaller difference is called none: engines of the same method that were started anew differed by about as much of their speed."""
 
 BLOCK = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<text>.*?)<!-- /generated -->", re.DOTALL)
 
@@ -121,7 +121,7 @@ def bench_table(found: Json) -> str:
     return "\n\n".join(
         [
             markdown(["", *heads], lines),
-            f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets {_intervals(rows)} "
+            f"Output tokens per second, and in bold the speed-up over {found['baseline']}; in brackets {interval_name(rows[0]['repetitions'])} "
             f"in alternating order{_turns(found)}. Settings {split}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`. {_besides_speed(found)}",
             _origin(found["provenance"]),
@@ -209,18 +209,6 @@ def _turns(found: dict[str, Any]) -> str:
     return f", engines in turns of {seconds:g} s" if seconds else ""
 
 
-def _repetitions(rows: Sequence[Json]) -> str:
-    count = rows[0]["repetitions"]
-    return f"{count} repetition{'s' * (count > 1)}"
-
-
-def _intervals(rows: Sequence[Json]) -> str:
-    """What stands in brackets."""
-    if rows[0]["repetitions"] < FEWEST:
-        return f"the range of {_repetitions(rows)}"
-    return f"95% bootstrap intervals over {_repetitions(rows)}"
-
-
 def _decoding(found: Json) -> str:
     """Model, dtype, sampling and length of a benchmark."""
     sampling = "greedy" if not found["temperature"] else f"temperature {found['temperature']}"
@@ -259,7 +247,7 @@ def speedups_table(found: Json) -> str:
         [
             markdown(["requests at once", *map(str, loads)], lines),
             "",
-            f"{_verdict(rows, name)} Ratios of tokens per second are means; in brackets {_intervals(rows)}, in bold what is "
+            f"{_verdict(rows, name)} Ratios of tokens per second are means; in brackets {interval_name(rows[0]['repetitions'])}, in bold what is "
             f"faster. {_swept(found)}{settings}Answers that equal {baseline} vLLM's token for token: "
             f"{_equal(all_rows, baseline)}. {_decoding(found)}, prompts of "
             f"`{found['prompts']['file'].split('.')[0]}`, {made['cores']} cores of {made['cpu']}, vLLM "
@@ -292,10 +280,13 @@ def _verdict(rows: Sequence[Json], name: str) -> str:
     if rows[0]["repetitions"] == 1:
         return f"`{name}` was run once, so that nothing is known of the spread."
     alike = f"within {ALIKE:.0%} of plain"
-    kinds: dict[str, list[str]] = {"faster": [], "slower": [], alike: []}
+    unknown = "not measurably different"
+    kinds: dict[str, list[str]] = {"faster": [], "slower": [], alike: [], unknown: []}
     for row in rows:
         low, high = row["speedup_interval"]
-        kind = "faster" if low > 1 + ALIKE else "slower" if high < 1 - ALIKE else alike
+        kind = "faster" if low > 1 + ALIKE else "slower" if high < 1 - ALIKE else unknown
+        if kind == unknown and max(abs(low - 1), abs(high - 1)) <= ALIKE:
+            kind = alike
         kinds[kind].append(str(row["concurrency"]))
     said = [] if kinds["faster"] else ["nowhere faster"]
     said += [f"{kind} with {_listed(counts)}" for kind, counts in kinds.items() if counts]
