@@ -204,8 +204,10 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
     try:
         found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
     except Exception:  # no such model, no network, not a model: vLLM's own methods explain that
-        if "/" in model and "://" not in model and Path(model).parent.is_dir():
-            _check_local(model)  # a folder's name and a name on the hub look alike
+        # A folder's name and a name on the hub look alike. With dots in it, a word can be a proposer of the user's own.
+        is_word = re.fullmatch(r"[\w-]+", model) is not None and model != "ngram"
+        if is_word or ("/" in model and "://" not in model and Path(model).parent.is_dir()):
+            _check_local(model)
         return False
     return found.get("model_type") in TREE_HEADS
 

@@ -114,12 +114,14 @@ class CloverRunner(GPUModelRunner):
 
     def _set_positions(self, step: Step) -> None:
         """Rotary position of a node: its root's plus its depth. Cache slots stay as they are."""
-        depths = np.array([depth for tree in step.trees if tree is not None for depth in tree.depths])
-        counts = np.array(step.nodes)
-        nodes = np.arange(len(depths)) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = np.repeat(step.root_rows, counts) + 1 + nodes
-        shifts = torch.from_numpy(depths - 1 - nodes).to(self.device)
-        self.positions[torch.from_numpy(rows).to(self.device)] += shifts
+        rows: list[int] = []
+        shifts: list[int] = []  # against the positions of a chain
+        for root, tree in zip(step.root_rows, step.trees, strict=True):
+            if tree is not None:
+                rows += range(root + 1, root + 1 + len(tree))
+                shifts += [depth - place for place, depth in enumerate(tree.depths, 1)]
+        moved, by = torch.tensor([rows, shifts], device=self.device)
+        self.positions.index_add_(0, moved, by)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)

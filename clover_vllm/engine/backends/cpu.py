@@ -101,11 +101,11 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         for rows, tree in zip(step.rows, step.trees, strict=True):
             if rows > MAX_ROWS:
                 values += [0] * rows
-            elif tree is None or tree.is_chain:
-                values += _causal_masks(rows)
-            else:
-                assert rows == len(tree.tokens) + 1, "a branching tree's root is its first row"
+            elif tree is not None and rows == len(tree.tokens) + 1:
                 values += tree.masks
+            else:
+                assert tree is None or tree.is_chain, "a branching tree's root is its first row"
+                values += _causal_masks(rows)
         masks = torch.zeros(plain.num_actual_tokens, dtype=torch.int64)
         masks[: len(values)] = torch.from_numpy(np.array(values, dtype=np.int64))
         count = len(step.rows)

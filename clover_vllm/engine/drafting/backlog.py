@@ -9,9 +9,10 @@ sees nothing before it: a request's view of its text begins at a block of the ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,16 +60,44 @@ def _note(hidden: torch.Tensor, numbers: Ints, step: Step, computed: np.ndarray,
     return _Note(hidden, numbers, first, computed, computed + rows - step.nodes + accepted, step.moves())
 
 
+class _Latest:
+    """Where the hidden states of positions lie that the latest step gave some requests: a short way for few rows."""
+
+    def __init__(self, note: _Note, requests: Sequence[int], begins: Sequence[int]) -> None:
+        """
+        Args:
+            note: of that step.
+            requests: [R], of its batch.
+            begins: [R], the first position of each request; none before the step's.
+        """
+        self._note = note
+        self.rows = range(len(note.hidden))
+        firsts, befores, ends = note.first.tolist(), note.begin.tolist(), note.end.tolist()
+        self._spans = [
+            (begin, firsts[r] + begin - befores[r], firsts[r] + ends[r] - befores[r])
+            for r, begin in zip(requests, begins, strict=True)
+        ]
+
+    def spans(self) -> Iterable[tuple[int, int, int]]:
+        """As `_Missed.spans`."""
+        return self._spans
+
+    def hidden(self, parts: Sequence[Iterable[int]]) -> torch.Tensor:
+        """As `_Missed.hidden`."""
+        rows = [*chain.from_iterable(parts)]
+        sources, destinations = self._note.moved
+        if sources:
+            actual = dict(zip(destinations, sources, strict=True))
+            rows = [actual.get(row, row) for row in rows]
+        hidden = self._note.hidden
+        return hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+
+
 class _Missed:
     """Where the hidden states of positions lie that some requests have not read."""
 
     def __init__(
-        self,
-        notes: Sequence[_Note],
-        numbers: Sequence[int],
-        begins: Sequence[int],
-        ends: Sequence[int],
-        since: Sequence[int],
+        self, notes: Sequence[_Note], numbers: Sequence[int], begins: Ints, ends: Ints, since: Sequence[int]
     ) -> None:
         """
         Args:
@@ -78,11 +107,11 @@ class _Missed:
             since: [R], by request, the first of the notes that counts.
         """
         self._notes = notes
-        self._begins = np.array(begins)
-        counts = np.maximum(np.array(ends) - self._begins, 0)
-        self._starts = np.concatenate(([0], np.cumsum(counts)))
+        self._begins = begins
+        self._counts = np.maximum(ends - begins, 0)
+        self._starts = np.cumsum(self._counts) - self._counts
         self._offsets = np.cumsum([0, *(len(note.hidden) for note in notes)])  # of each note's first row
-        self._rows = np.full(self._starts[-1], -1)
+        self.rows = np.full(self._counts.sum(), -1)  # of all notes, by request and position; -1 in a gap
         place = {number: i for i, number in enumerate(numbers)}
         known: dict[int, Ints] = {}  # notes of the same batch share their numbers
         for note in notes:
@@ -93,32 +122,31 @@ class _Missed:
         begin = np.concatenate([note.begin for note in notes])
         end = np.concatenate([note.end for note in notes])
         of_note = np.repeat(np.arange(len(notes)), [len(note.first) for note in notes])
-        low, high = np.maximum(begin, self._begins[owner]), np.minimum(end, np.array(ends)[owner])
+        low, high = np.maximum(begin, begins[owner]), np.minimum(end, ends[owner])
         used = np.flatnonzero((owner >= 0) & (low < high) & (of_note >= np.array(since)[owner]))
         owner, first, begin, low, high = (part[used] for part in (owner, first, begin, low, high))
         counts = high - low
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = np.repeat(self._starts[owner] + low - self._begins[owner], counts) + within
-        self._rows[places] = np.repeat(first + low - begin, counts) + within  # in order: the latest wins
+        places = np.repeat(self._starts[owner] + low - begins[owner], counts) + within
+        self.rows[places] = np.repeat(first + low - begin, counts) + within  # in order: the latest wins
 
     @property
     def is_whole(self) -> bool:
         """Whether all positions were found."""
-        return bool((self._rows >= 0).all())
+        return bool((self.rows >= 0).all())
 
-    def of_requests(self) -> list[tuple[int, Ints]]:
-        """By request, the first position from which on there is no gap, and the rows from there."""
-        found = []
-        gaps = np.flatnonzero(self._rows < 0)
-        for begin, (first, last) in zip(self._begins.tolist(), pairwise(self._starts.tolist()), strict=True):
-            own = gaps[(gaps >= first) & (gaps < last)] if len(gaps) else gaps
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """By request, the first position from which on there is no gap, and where its rows stand in `rows`."""
+        gaps = np.flatnonzero(self.rows < 0)
+        found = zip(self._begins.tolist(), self._starts.tolist(), self._counts.tolist(), strict=True)
+        for begin, first, count in found:
+            own = gaps[(gaps >= first) & (gaps < first + count)] if len(gaps) else gaps
             skip = int(own[-1]) + 1 - first if len(own) else 0
-            found.append((begin + skip, self._rows[first + skip : last]))
-        return found
+            yield begin + skip, first + skip, first + count
 
-    def hidden(self, rows: Ints) -> torch.Tensor:
-        """Hidden states of rows, [len(rows), W], in one pass."""
-        notes, offsets = self._notes, self._offsets
+    def hidden(self, parts: Sequence[Ints]) -> torch.Tensor:
+        """Hidden states of parts of `rows`, [N, W], in one pass."""
+        rows, notes, offsets = np.concatenate(parts), self._notes, self._offsets
         if any(note.moved[0] for note in notes):
             actual = np.arange(offsets[-1])
             for note, base in zip(notes, offsets, strict=False):
@@ -290,51 +318,59 @@ class Backlog:
         asked = [r for r in requests if names[r] in self._read]
         if not asked or not most:
             return None
-        missed = self._missed([names[r] for r in asked], self._notes[-1].end[asked].tolist())
+        missed = self._missed(asked, [names[r] for r in asked])
         chosen: list[int] = []
         complete: set[int] = set()
-        rows: list[Ints] = []
+        parts: list[Any] = []
         tokens: list[int] = []
         froms: list[int] = []
         counts: list[int] = []
-        for r, (begin, own) in zip(asked, missed.of_requests(), strict=True):
+        for r, (begin, first, last) in zip(asked, missed.spans(), strict=True):
             name = names[r]
             if begin > self._read[name]:
                 self._first[name] = self._read[name] = self._block_from(begin)
             read = self._read[name]
-            own = own[read - begin :]
-            if not len(own) or not most:
+            first += read - begin
+            if last <= first or not most:
                 continue
-            if len(own) <= most:
+            if last - first <= most:
                 complete.add(r)
                 self._since[name] = self._dropped + len(self._notes)
-            rows.append(own[:most])
+            last = min(last, first + most)
+            parts.append(missed.rows[first:last])
             chosen.append(r)
             froms.append(read)
-            counts.append(len(rows[-1]))
+            counts.append(last - first)
             tokens += self._tokens(states[name], read + 1, read + 1 + counts[-1])
             self._read[name] = read + counts[-1]
             most -= counts[-1]
         if not chosen:
             return None
-        hidden = missed.hidden(np.concatenate(rows))
+        hidden = missed.hidden(parts)
         return self._layout(
             chosen, [names[r] for r in chosen], complete, hidden, tokens, froms, counts, table
         )
 
-    def _missed(self, names: Sequence[str], ends: Sequence[int]) -> _Missed:
-        """What some requests have not read up to these positions and would see."""
-        reads = [self._read[name] for name in names]
-        begins = [max(read, self._view_from(read, end)) for read, end in zip(reads, ends, strict=True)]
+    def _missed(self, requests: Sequence[int], names: Sequence[str]) -> _Latest | _Missed:
+        """What some requests of the latest note, all known, have not read and would see."""
+        latest = self._notes[-1]
+        ends = latest.end.tolist()
+        begins = [
+            max(read, self._view_from(read, ends[r]))
+            for r, read in zip(requests, map(self._read.__getitem__, names), strict=True)
+        ]
+        befores = latest.begin.tolist()
+        if all(begin >= befores[r] for r, begin in zip(requests, begins, strict=True)):
+            return _Latest(latest, requests, begins)
         since = [max(0, self._since[name] - self._dropped) for name in names]
         numbers = [self._numbers[name] for name in names]
         kept = max(1, len(self._notes) - min(since))
         # A step gives a request a position or more, but for steps that were without it.
-        look = min(kept, max(1, *(end - begin for begin, end in zip(begins, ends, strict=True))))
+        look = min(kept, max(1, *(ends[r] - begin for r, begin in zip(requests, begins, strict=True))))
         while True:
             notes = [*islice(reversed(self._notes), look)][::-1]
             after = [place - len(self._notes) + look for place in since]
-            found = _Missed(notes, numbers, begins, ends, after)
+            found = _Missed(notes, numbers, np.array(begins), latest.end[requests], after)
             if look == kept or found.is_whole:
                 return found
             look = kept
@@ -364,20 +400,21 @@ class Backlog:
     ) -> AcceptedRows:
         sizes, firsts = np.array(counts), [self._first[name] for name in names]
         starts = [0, *accumulate(counts)]
-        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes) + np.repeat(read, sizes)
-        owners = np.repeat(np.array(chosen), sizes)
-        blocks = table[owners, positions // self._block_size].astype(np.int64)
+        positions = np.arange(starts[-1]) + np.repeat(np.array(read) - starts[:-1], sizes)
+        of_text, inside = np.divmod(positions, self._block_size)
+        blocks = table[np.repeat(chosen, sizes), of_text].astype(np.int64)
         if len(self._whole):
-            self._whole[blocks[positions % self._block_size == self._block_size - 1]] = True
+            self._whole[blocks[inside == self._block_size - 1]] = True
         ids, device = np.array(tokens), hidden.device
-        ids[(ids < 0) | (ids >= self._vocab_size)] = 0
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            ids[(ids < 0) | (ids >= self._vocab_size)] = 0
         return AcceptedRows(
             requests=chosen,
             complete=complete,
             hidden=hidden,
             next_tokens=torch.from_numpy(ids).to(device),
             positions=torch.from_numpy(positions).to(device),
-            slots=torch.from_numpy(blocks * self._block_size + positions % self._block_size).to(device),
+            slots=torch.from_numpy(blocks * self._block_size + inside).to(device),
             starts=starts,
             skipped=[first // self._block_size for first in firsts],
             seq_lens=[a + c - f for a, c, f in zip(read, counts, firsts, strict=True)],

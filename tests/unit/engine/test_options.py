@@ -101,7 +101,10 @@ def test_a_missing_folder_beside_others_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "heads").mkdir()
     with pytest.raises(UserError, match="'heads/missing', which does not exist"):
         asks_for_clover({"model": "heads/missing"})
-    assert not asks_for_clover({"model": "organisation/missing"})
+    with pytest.raises(UserError, match="'missing-head', which does not exist"):
+        asks_for_clover({"model": "missing-head"})
+    for others in ("organisation/missing", "ngram", "[ngram]", "module.Proposer"):
+        assert not asks_for_clover({"model": others})
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
