@@ -20,7 +20,7 @@ SOURCE = "Source"
 
 
 def plot_speedups(results: Path, path: Path) -> None:
-    """Speed-up over load, with 95% intervals.
+    """Speed-up over load, with intervals.
 
     Args:
         results: of `bench`; a digest of it is kept in the picture (`source_of`).

@@ -85,9 +85,9 @@ class Comparison:
                 sum(r.draft_tokens for r in result.runs), sum(r.drafts for r in result.runs)
             ),
             "ms_per_decode_step": decode_step(result.runs),
-            "ttft_ms": _median_ms([x for r in result.runs for x in r.ttft]),
-            "tpot_ms": _median_ms([x for r in result.runs for x in r.tpot]),
-            "itl_ms": _median_ms([x for r in result.runs for x in r.itl]),
+            **_milliseconds("ttft_ms", [x for r in result.runs for x in r.ttft]),
+            **_milliseconds("tpot_ms", [x for r in result.runs for x in r.tpot]),
+            **_milliseconds("itl_ms", [x for r in result.runs for x in r.itl]),
             "equal_to_baseline": self.equal_share(result),
             "ms_by_part": split(result.runs),
             "foretold": foretold(result.runs),
@@ -265,5 +265,7 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
 
 
-def _median_ms(values: Sequence[float]) -> float:
-    return 1e3 * statistics.median(values) if values else 0.0
+def _milliseconds(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """The median under this name, and the 90th percentile."""
+    median, high = np.percentile(seconds, [50, 90]).tolist() if seconds else (0.0, 0.0)
+    return {name: 1e3 * median, f"{name}_p90": 1e3 * high}

@@ -17,7 +17,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,6 +76,9 @@ class TortureOutcome:
     cached_tokens: int = 0
     drafts: float = 0.0
     accepted: float = 0.0
+    slept: int = 0  # steps in which adaptive trees slept at random
+    verified: dict[str, float] = field(default_factory=dict)  # nodes of adaptive trees, by source
+    kept: dict[str, float] = field(default_factory=dict)  # of those, the accepted ones
     seconds: float = 0.0
     # Resident memory after each wave, less malloc's free pages, per engine: (minutes since the start, MiB), and
     # after how many requests of that engine. Plain vLLM's is for comparison.
@@ -468,6 +471,10 @@ def _one_engine(
                 break
         outcome.accepted += stats["accepted"]
         outcome.drafts += stats["drafts"]
+        outcome.slept += stats["slept"]
+        for total, own in ((outcome.verified, stats["verified"]), (outcome.kept, stats["kept"])):
+            for source, count in own.items():
+                total[source] = total.get(source, 0.0) + count
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')} (run: {again}).") from None
     finally:
@@ -480,6 +487,12 @@ def _growth(memory: list[tuple[float, float]], served: list[int]) -> float | Non
         return None
     warm = next(i for i, count in enumerate(served) if count >= WARM_UP_REQUESTS)
     return memory[-1][1] / memory[warm][1] - 1
+
+
+def by_source(verified: Mapping[str, float], kept: Mapping[str, float]) -> str:
+    """`head 2 of 5, retrieved 1 of 3`"""
+    parts = [f"{source} {kept[source]:,.0f} of {count:,.0f}" for source, count in verified.items()]
+    return ", ".join(parts) or "none"
 
 
 def _percent(share: float | None) -> str:
@@ -524,6 +537,8 @@ def _show(outcome: TortureOutcome) -> None:
         ("preemptions, at least", str(outcome.preempted)),
         ("prompt tokens found in the prefix cache", f"{outcome.cached_tokens:,}"),
         ("tokens per verified draft", f"{1 + outcome.accepted / max(outcome.drafts, 1):.2f}"),
+        ("steps in which adaptive trees slept", f"{outcome.slept:,}"),
+        ("nodes of adaptive trees, accepted of verified", by_source(outcome.verified, outcome.kept)),
         ("memory growth after the warm-up, worst engine", _percent(outcome.memory_growth)),
         ("the same of plain vLLM", _percent(_growth(outcome.plain_memory, outcome.plain_served))),
         ("minutes", f"{outcome.seconds / 60:.1f}"),

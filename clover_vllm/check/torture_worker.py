@@ -34,7 +34,7 @@ def serve(parent: Parent) -> None:
     from clover_vllm.check.scripted import drive
 
     llm = LLM(**settings["llm"])
-    script = None if settings["script"] is None else scripted(llm, settings["script"])
+    script, restless = (None, None) if settings["script"] is None else scripted(llm, settings["script"])
     parent.say({"ready": True})
     for command in commands:
         if script is not None:
@@ -43,16 +43,31 @@ def serve(parent: Parent) -> None:
             result = drive(llm, command["requests"])
         release_free_memory()
         result["stats"]["rss"] = psutil.Process().memory_info().rss
-        counters = getattr(runner_of(llm), "counters", None)
-        result["stats"]["accepted"] = float(counters.accepted.sum()) if counters else 0.0
-        result["stats"]["drafts"] = counters.total("drafts") if counters else 0.0
+        result["stats"].update(drafted(runner_of(llm)), slept=restless.slept if restless else 0)
         parent.say(result)
 
 
-def scripted(llm: Any, seed: int) -> Any:
+def drafted(runner: Any) -> dict[str, Any]:
+    """What a runner has verified and accepted so far; nothing without Clover-2."""
+    from clover_vllm.tree.kinds import SOURCES
+
+    counters = getattr(runner, "counters", None)
+    if counters is None:
+        return {"drafts": 0.0, "accepted": 0.0, "verified": {}, "kept": {}}
+    by_source = bool(counters.nodes_of.sum())
+    return {
+        "drafts": counters.total("drafts"),
+        "accepted": float(counters.accepted.sum()),
+        "verified": dict(zip(SOURCES, counters.nodes_of.tolist(), strict=True)) if by_source else {},
+        "kept": dict(zip(SOURCES, counters.accepted_of.tolist(), strict=True)) if by_source else {},
+    }
+
+
+def scripted(llm: Any, seed: int) -> tuple[Any, Any]:
     """Trees of which half are the head's own and half hide the right answer, whatever the head is worth.
 
-    Adaptive ones change their sizes at random, and on the V1 runner sleep and wake.
+    Adaptive ones change their sizes at random, and on the V1 runner sleep and wake; who sees to that there is the
+    second thing returned.
     """
     from clover_vllm.check.restless import Restless
     from clover_vllm.check.scripted import ScriptedSlots, ScriptedTrees
@@ -63,10 +78,9 @@ def scripted(llm: Any, seed: int) -> Any:
         if sizes is not None:
             rng = random.Random(seed)
             sizes.choose = lambda _: rng.choice(sizes.ladder)
-        return ScriptedSlots(runner, seed, share=0.5)
-    if runner.speculation.sizer is not None:
-        Restless(runner, seed)
-    return ScriptedTrees(runner, seed, share=0.5)
+        return ScriptedSlots(runner, seed, share=0.5), None
+    restless = Restless(runner, seed) if runner.speculation.sizer is not None else None
+    return ScriptedTrees(runner, seed, share=0.5), restless
 
 
 def release_free_memory() -> None:

@@ -185,7 +185,7 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
     """Whether a speculative configuration names Clover-2, or a head whose config.json says so.
 
     Raises:
-        UserError: the method's name is close to Clover-2's, or the head is a folder that does not exist.
+        UserError: the method's name is close to Clover-2's, or the head was not found.
     """
     if not given:
         return False
@@ -203,13 +203,18 @@ def asks_for_clover(given: Mapping[str, Any] | None) -> bool:
         return False  # nothing is asked of another hub; "method" says it there
     try:
         found, _ = PretrainedConfig.get_config_dict(model, revision=given.get("revision"))
-    except Exception:  # no such model, no network, not a model: vLLM's own methods explain that
-        # A folder's name and a name on the hub look alike. With dots in it, a word can be a proposer of the user's own.
-        is_word = re.fullmatch(r"[\w-]+", model) is not None and model != "ngram"
-        if is_word or ("/" in model and "://" not in model and Path(model).parent.is_dir()):
+    except Exception:  # no such model, no network, not a model: vLLM explains that to its own methods
+        if _may_be_local(model):
             _check_local(model)
         return False
     return found.get("model_type") in TREE_HEADS
+
+
+def _may_be_local(model: str) -> bool:
+    """Whether a name that the hub did not give can have been meant as a folder's."""
+    if re.fullmatch(r"[\w-]+", model):  # with dots in it, a word can be a proposer of the user's own
+        return model != "ngram" and not os.environ.get("VLLM_MODEL_REDIRECT_PATH")
+    return "/" in model and "://" not in model and Path(model).parent.is_dir()
 
 
 def _check_local(model: str) -> None:
@@ -221,7 +226,7 @@ def _check_local(model: str) -> None:
     path = Path(model)
     if not path.exists():
         raise UserError(
-            f'The speculative option "model" is {model!r}, which does not exist; give a full path to a head\'s '
+            f'The speculative option "model" is {model!r}, which was not found; give a full path to a head\'s '
             "folder, or its name on the hub."
         )
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json")):

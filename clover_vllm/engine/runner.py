@@ -18,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from clover_vllm.base.tensors import tensor_of
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.drafting.pending import PendingDrafts
 from clover_vllm.engine.drafting.proposer import Clover2Proposer
@@ -120,7 +121,7 @@ class CloverRunner(GPUModelRunner):
             if tree is not None:
                 rows += range(root + 1, root + 1 + len(tree))
                 shifts += [depth - place for place, depth in enumerate(tree.depths, 1)]
-        moved, by = torch.tensor([rows, shifts], device=self.device)
+        moved, by = tensor_of([rows, shifts], self.device)
         self.positions.index_add_(0, moved, by)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

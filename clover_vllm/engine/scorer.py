@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -25,6 +26,7 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from clover_vllm.base.tensors import tensor_of
 from clover_vllm.tree import ROOT, Tree, walk
 from clover_vllm.tree.step import NEVER, CurrentStep, Step
 
@@ -84,9 +86,8 @@ class TreeScorer(nn.Module):
         step = self._current.value if self._current.running else _warm_up_step(metadata)
         emitted, logprobs = self._score(logits, step, sampling_metadata)
         width = max(map(len, emitted))
-        tokens = torch.tensor(
-            [row + [PLACEHOLDER_TOKEN_ID] * (width - len(row)) for row in emitted], dtype=torch.int32
-        ).to(logits.device)
+        padded = [row + [PLACEHOLDER_TOKEN_ID] * (width - len(row)) for row in emitted]
+        tokens = tensor_of(padded, logits.device, np.int32)
         return SamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=_by_request(logprobs, width) if logprobs else None,
@@ -122,7 +123,7 @@ class TreeScorer(nn.Module):
         counts = [1 + step.nodes[r] for r in chosen]
         if len(chosen) < len(step.trees):
             rows = [step.sampled_rows[r] + i for r, n in zip(chosen, counts, strict=True) for i in range(n)]
-            logits = logits[torch.tensor(rows, device=logits.device)]
+            logits = logits[tensor_of(rows, logits.device)]
         emitted: list[int] = []
         for part in logits.split(GREEDY_ROWS):
             emitted += self.sampler.greedy_sample(part.to(torch.float32)).tolist()
@@ -162,7 +163,7 @@ class TreeScorer(nn.Module):
             rows_of = sorted(asking.union(live)) if may_narrow else everyone
             rows = [step.sampled_rows[r] + current[r] + 1 for r in rows_of]
             sampled = self.sampler(
-                logits[torch.tensor(rows, device=logits.device)], narrow(sampling_metadata, rows_of, live)
+                logits[tensor_of(rows, logits.device)], narrow(sampling_metadata, rows_of, live)
             )
             if sampled.logprobs_tensors is not None:
                 logprobs.append(_spread(sampled.logprobs_tensors, rows_of, requests))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clover_vllm.attention.cpu.cache_rows import CacheRows
+from clover_vllm.base.tensors import tensor_of
 from clover_vllm.base.timing import StepTimer
 from clover_vllm.engine.backends.cpu import TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
 from clover_vllm.engine.support import OTHER_ATTENTION, check_cache, check_shapes, refuse_trees
@@ -60,4 +61,4 @@ class TargetLayers:
             return
         sources, destinations = current.value.moves()
         if sources:
-            self._rows.move(slots[torch.tensor(sources)].tolist(), slots[torch.tensor(destinations)].tolist())
+            self._rows.move(slots[tensor_of(sources)].tolist(), slots[tensor_of(destinations)].tolist())

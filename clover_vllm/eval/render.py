@@ -15,6 +15,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
 from clover_vllm.bench.plots import digest, plot_climb, plot_speedups, source_of
 from clover_vllm.bench.report import clovers_method, interval_name, with_interval
+from clover_vllm.check.torture import by_source
 from clover_vllm.cluster.settings import ReplicasSettings
 from clover_vllm.cluster.sizing import plan
 from clover_vllm.engine.options import options_table
@@ -144,15 +145,18 @@ def _besides_speed(found: Json) -> str:
     rows: list[Json] = [row for row in found["results"] if row["method"] == name]
     base = {row["concurrency"]: row for row in found["results"] if row["method"] == baseline}
     told = []
+    has_high = all("tpot_ms_p90" in row for row in found["results"])
     for key, what in (("ttft_ms", "the first token"), ("tpot_ms", "a token after it")):
-        ratios = [
-            f"{row[key] / base[row['concurrency']][key]:.2f} with {row['concurrency']}"
-            for row in rows
-            if base.get(row["concurrency"], {}).get(key)
-        ]
+        ratios = []
+        for row in rows:
+            plain = base.get(row["concurrency"], {})
+            if plain.get(key):
+                high = f" ({row[f'{key}_p90'] / plain[f'{key}_p90']:.2f})" if has_high else ""
+                ratios.append(f"{row[key] / plain[key]:.2f}{high} with {row['concurrency']}")
         if ratios:
             told.append(f"to {what} {_listed(ratios)}")
-    text = f"Median times of a request with `{name}` over {baseline}'s: {'; '.join(told)}." if told else ""
+    of_times = "Median times (and 90th percentiles)" if has_high else "Median times"
+    text = f"{of_times} of a request with `{name}` over {baseline}'s: {'; '.join(told)}." if told else ""
     known = [row for row in rows if row.get("foretold")]
     errors = [f"{row['foretold']['error']:.0%} with {row['concurrency']}" for row in known]
     if errors:
@@ -322,11 +326,22 @@ def torture_table(found: Json) -> str:
         ["cache blocks lost", str(found["leaked_blocks"])],
         ["preemptions, at least", f"{found['preempted']:,}"],
         ["engines", f"{found['engines']:,}"],
+        *_adaptive_rows(found),
         ["memory growth after the warm-up", percent(found["memory_growth"])],
         ["the same of plain vLLM", percent(found["plain_memory_growth"])],
         ["minutes", f"{found['seconds'] / 60:.1f}"],
     ]
     return f"{markdown(['', ''], rows)}\n\n{_origin(found['provenance'])}"
+
+
+def _adaptive_rows(found: Json) -> list[list[str]]:
+    """What adaptive trees did; results before them say nothing."""
+    if not found.get("verified"):
+        return []
+    return [
+        ["steps in which adaptive trees slept", f"{found['slept']:,}"],
+        ["nodes of adaptive trees, accepted of verified", by_source(found["verified"], found["kept"])],
+    ]
 
 
 def eval_table(found: Json) -> str:

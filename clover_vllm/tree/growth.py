@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from clover_vllm.base.tensors import tensor_of
 from clover_vllm.tree.batch import PADDING, TreeBatch
 from clover_vllm.tree.draft import ROOT, Tree
 from clover_vllm.tree.shapes import Shape
@@ -150,8 +151,8 @@ def _grow_on_host(
         if not level_width:
             break
         chosen = [pool.take(level_width) for pool in pools]  # as many in each
-        slots = torch.tensor([[c // k for c in own] for own in chosen])
-        level = torch.tensor([[pool.tokens[c] for c in own] for pool, own in zip(pools, chosen, strict=True)])
+        slots = tensor_of([[c // k for c in own] for own in chosen])
+        level = tensor_of([[pool.tokens[c] for c in own] for pool, own in zip(pools, chosen, strict=True)])
         child_log_probs, child_tokens = drafter.expand(slots, level, k)
         children = zip(cutoffs.apply(child_log_probs).tolist(), child_tokens.tolist(), strict=True)
         for pool, own, (scores, ids) in zip(pools, chosen, children, strict=True):

@@ -15,6 +15,7 @@ from clover_vllm.base.errors import UserError
 from clover_vllm.check import torture as module
 from clover_vllm.check.settings import TortureSettings
 from clover_vllm.check.torture import TortureOutcome, difference, is_tie, torture
+from clover_vllm.tree.kinds import SOURCES
 
 Json = dict[str, Any]
 
@@ -39,6 +40,9 @@ def test_random_requests_through_random_engines_equal_plain_vllm(
     assert outcome.preempted > 0
     assert outcome.cached_tokens > 0
     assert outcome.accepted > 0.2 * outcome.drafts
+    assert outcome.slept > 0
+    assert set(outcome.verified) == set(SOURCES)
+    assert all(0 < outcome.kept[source] <= outcome.verified[source] for source in ("head", "retrieved"))
     assert outcome.memory_growth is None  # too short to say
     waves = settings.per_engine // settings.wave
     assert all(len(memory) == waves and memory[-1][1] > 0 for memory in outcome.memory[:-1])
@@ -74,7 +78,8 @@ class FakeEngine:
         sequence = {"text": "", "finish": "length", "stop": None, "logprobs": None, "prompt_logprobs": None}
         outputs = [[{**sequence, "tokens": [7] * (3 + self._more)}] for _ in wave]
         names = ("rss", "preempted", "cached_tokens", "leaked_blocks", "accepted", "drafts")
-        return {"outputs": outputs, "stats": dict.fromkeys(names, 0)}
+        stats = {**dict.fromkeys(names, 0), "slept": 0, "verified": {}, "kept": {}}
+        return {"outputs": outputs, "stats": stats}
 
 
 def test_a_difference_is_an_error_that_says_how_to_see_it_again(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from clover_vllm.base.tensors import tensor_of
 from clover_vllm.tree.budget import Ints
 from clover_vllm.tree.step import Step
 
@@ -90,7 +91,7 @@ class _Latest:
             actual = dict(zip(destinations, sources, strict=True))
             rows = [actual.get(row, row) for row in rows]
         hidden = self._note.hidden
-        return hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+        return hidden.index_select(0, tensor_of(rows, hidden.device))
 
 
 class _Missed:

@@ -48,19 +48,25 @@ class _Account:
 
 @dataclass
 class Ledger:
-    """Accounts by load, the number of requests that decode, in steps of about 1.4."""
+    """Accounts by load, the number of requests that can use a draft, in steps of about 1.4."""
 
     _accounts: dict[tuple[int, int], _Account] = field(default_factory=dict)
 
     def _of(self, requests: int) -> _Account:
         bits = requests.bit_length()
-        return self._accounts.setdefault((bits, requests >> max(0, bits - 2)), _Account())
+        load = bits, requests >> max(0, bits - 2)
+        if load not in self._accounts:
+            # What loses with fewer requests hardly gains with more.
+            known = max((key for key in self._accounts if key < load), default=None)
+            resting = self._accounts[known].resting if known is not None else 0
+            self._accounts[load] = _Account(resting=min(resting, FIRST_REST))
+        return self._accounts[load]
 
     def record(self, requests: int, spent: float, saved: float) -> None:
         """A step for which the head was asked.
 
         Args:
-            requests: that sampled in it.
+            requests: that could use a draft when it was chosen.
             spent: milliseconds of drafting before it, and of verifying the head's nodes in it.
             saved: milliseconds of steps without drafts that the accepted nodes have spared.
         """

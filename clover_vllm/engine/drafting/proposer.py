@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -17,6 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from clover_vllm.base.tensors import tensor_of
 from clover_vllm.engine.drafting.backlog import AcceptedRows
 from clover_vllm.engine.drafting.ranks import LeadingLevels, follow
 from clover_vllm.engine.drafting.sizing import MOST_LEVELS, Sizer
@@ -244,7 +246,7 @@ class Clover2Proposer(EagleProposer):
         """Augmenting outputs behind the last rows of some requests."""
         place = {r: i for i, r in enumerate(accepted.requests)}
         last = [accepted.starts[place[r] + 1] - 1 for r in drafting]
-        return g[last[0] : last[0] + 1] if len(last) == 1 else g[torch.tensor(last, device=g.device)]
+        return g[last[0] : last[0] + 1] if len(last) == 1 else g[tensor_of(last, g.device)]
 
     def grow(self, g: torch.Tensor, num_nodes: int) -> list[Tree]:
         """Trees of at most `num_nodes` nodes from augmenting outputs [R, D], in a forward context."""
@@ -269,14 +271,14 @@ class Clover2Proposer(EagleProposer):
         count = accepted.positions.shape[0]
         tables = common.block_table_tensor
         if accepted.requests != list(range(common.num_reqs)):
-            tables = tables[torch.tensor(accepted.requests, device=tables.device)]
+            tables = tables[tensor_of(accepted.requests, tables.device)]
         if any(accepted.skipped):
-            skipped = torch.tensor(accepted.skipped, device=tables.device)
+            skipped = tensor_of(accepted.skipped, tables.device)
             width = tables.shape[1] - min(accepted.skipped)
             blocks = skipped[:, None] + torch.arange(width, device=tables.device)
             tables = tables.gather(1, blocks.clamp(max=tables.shape[1] - 1))
-        starts = torch.tensor(accepted.starts, dtype=torch.int32)
-        seq_lens = torch.tensor(accepted.seq_lens, dtype=torch.int32)
+        starts = tensor_of(accepted.starts, dtype=np.int32)
+        seq_lens = tensor_of(accepted.seq_lens, dtype=np.int32)
         metadata = CommonAttentionMetadata(
             query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,

@@ -7,6 +7,7 @@ a request now and then. See `tree.budget`, `tree.calibration` and `tree.costs` f
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clover_vllm.engine.drafting.ledger import Habit, Ledger
-from clover_vllm.tree.budget import Floats
+from clover_vllm.tree.budget import Floats, worths
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
 from clover_vllm.tree.forest import Forest, Prices
@@ -161,17 +162,19 @@ class Sizer:
         able = [i for i, w in enumerate(wanted) if w.pending is not None]
         if not able:
             return []
-        if self._steps <= LOOK or not self._samples:
+        if self._steps <= LOOK:
             return able[:8]
-        if self._rethinks(len(able), self._steps):
+        if self._samples and self._rethinks(len(able), self._steps):
             self._thought = (len(able), self._steps)
             self._think(len(able), forest, prices)
-        self.asleep |= self.ledger.forbids(prices.sampling)
+        self.asleep |= self.ledger.forbids(len(wanted))
         if self.asleep:
             if not self._probes(self._steps):
                 return []
             self._probed = self._steps
             return [able[self._steps // PROBE_EVERY % len(able)]]
+        if not self._samples:
+            return able[:8]
         sure = self._sure(forest)
         return [i for i in able if i not in sure and self._is_worth_reading(wanted[i])]
 
@@ -187,22 +190,16 @@ class Sizer:
         """Compare the best that drafting would give with what there is without."""
         without = forest.budget(prices)
         share = requests / len(self._samples)
-        retrieved = forest.nodes["gain"][forest.best()]  # there in any case: of depth 0
+        retrieved = forest.best()[1]  # there in any case
         drafted = np.concatenate(self._samples)
-        found = np.concatenate(
-            (
-                np.column_stack((retrieved, np.zeros_like(retrieved), np.ones_like(retrieved))),
-                np.column_stack((drafted, np.full(len(drafted), share))),
-            )
-        )
-        found = found[np.argsort(-found[:, 0], kind="stable")]
+        owners = np.repeat(np.arange(len(self._samples)), [*map(len, self._samples)])
         base = prices.spent + self.costs.of_asking(requests)
         base += self.costs.of_augmenting(self.reading * requests) + self.costs.of_first(requests)
-        best = (0.0, 0.0, 0.0)
-        depths = found[:, 1]
+        best = (-math.inf, 0.0)
+        depths = drafted[:, 1]
         deepest = int(depths.max(initial=1))
         levels_ms = 0.0
-        costs = prices.of_nodes(int(found[:, 2].sum()) + 1)
+        costs = prices.of_nodes(int(share * len(drafted)) + len(retrieved) + 1)
         places = np.arange(len(costs))
         for levels in range(1, deepest + 1):
             if levels > 1:
@@ -210,17 +207,20 @@ class Sizer:
                 levels_ms += self.costs.of_level(max(1.0, width))
                 if levels not in (2, 3, deepest):
                     continue
-            usable = found[depths <= levels]
-            rows = np.concatenate(([0.0], np.cumsum(usable[:, 2])))
+            usable = depths <= levels
+            worth = np.concatenate((retrieved, worths(drafted[usable, 0], owners[usable])))
+            counts = np.concatenate((np.ones(len(retrieved)), np.full(usable.sum(), share)))
+            falling = np.argsort(-worth, kind="stable")
+            rows = np.concatenate(([0.0], np.cumsum(counts[falling])))
             milliseconds = np.interp(rows, places, costs) + base + levels_ms
-            earned = prices.sampling + np.concatenate(([0.0], np.cumsum(usable[:, 0] * usable[:, 2])))
-            rates = earned / milliseconds
-            i = int(np.argmax(rates))
-            best = max(best, (float(rates[i]), float(milliseconds[i]), float(earned[i])))
-        rate, spent, tokens = best
-        gained = rate / without.rate
+            earned = np.concatenate(([0.0], np.cumsum((worth * counts)[falling])))
+            speeds = earned / prices.sampling - np.log(milliseconds)
+            i = int(np.argmax(speeds))
+            best = max(best, (float(speeds[i]), float(milliseconds[i])))
+        speed, spent = best
+        gained = math.exp(speed - without.speed)
         self.asleep = gained < (WAKE if self.asleep else SLEEP)
-        self.saved = max(0.0, tokens / without.rate - spent) / requests
+        self.saved = max(0.0, gained - 1.0) * spent / requests
 
     def _is_worth_reading(self, wanted: Wanted) -> bool:
         """Whether drafting for a request saves more, until it ends, than reading what the head has missed."""
@@ -231,12 +231,20 @@ class Sizer:
         return self.saved * min(LIFE, wanted.room) > READING_PAYS * cost
 
     def settle(
-        self, ledger: Ledger, size: StepSize, emitting: int, nodes: int, accepted: int, drafting: float
+        self,
+        ledger: Ledger,
+        load: int,
+        size: StepSize,
+        emitting: int,
+        nodes: int,
+        accepted: int,
+        drafting: float,
     ) -> None:
         """What a step for which somebody was asked, the head or retrieval, has brought.
 
         Args:
             ledger: of whom was asked.
+            load: requests that could use a draft when it was chosen.
             size: of the step.
             emitting: its requests that sampled.
             nodes: of theirs alone, verified in it.
@@ -251,7 +259,7 @@ class Sizer:
         )
         plain = StepSize(emitting, emitting, size.cached)
         spared = accepted / emitting * (self.costs.of_step(plain) + self.costs.outside)
-        ledger.record(emitting, drafting + self.costs.of_step(size) - self.costs.of_step(without), spared)
+        ledger.record(load, drafting + self.costs.of_step(size) - self.costs.of_step(without), spared)
 
     def learn_pass(self, part: str, rows: int, milliseconds: float) -> None:
         """A pass of the head, see `Costs.learn_drafting`."""

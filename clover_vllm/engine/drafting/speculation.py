@@ -103,6 +103,7 @@ class Speculation:
         self._kinds: dict[str, int] = {}
         self._begun = self._ended = 0.0
         self._drafting: float | None = None  # milliseconds before the step under way; None: nobody was asked
+        self._load = 0  # requests that could use a draft when the step under way was chosen
         self._due: Scored | None = None
         self._proposed: tuple[Forest, list[str]] | None = None  # for the step under way, of these requests
 
@@ -244,11 +245,11 @@ class Speculation:
         emitting = sum(map(bool, done.sampled))
         head, found = SOURCES.index("head"), SOURCES.index("retrieved")
         if self._drafting is not None:
-            sizer.settle(
-                sizer.ledger, size, emitting, int(verified[head]), int(accepted[head]), self._drafting
-            )
+            own = int(verified[head]), int(accepted[head])
+            sizer.settle(sizer.ledger, self._load, size, emitting, *own, self._drafting)
         if verified[found]:  # whether looking pays is for `sizer.retrieving` to say
-            sizer.settle(sizer.found, size, emitting, int(verified[found]), int(accepted[found]), 0.0)
+            own = int(verified[found]), int(accepted[found])
+            sizer.settle(sizer.found, self._load, size, emitting, *own, 0.0)
         self._drafting = None
         if self._proposed is not None:
             forest, names = self._proposed
@@ -264,6 +265,7 @@ class Speculation:
 
     def _adaptive(self, sizer: Sizer, backlog: Backlog, done: Scored) -> dict[int, Tree]:
         runner = self._runner
+        self._load = len(done.going)
         looks = self.retrieval is not None and bool(done.going) and sizer.looks(len(done.going))
         if not done.going or (not looks and sizer.rests(len(done.going))):
             agree(((), ()))

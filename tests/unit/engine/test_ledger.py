@@ -40,6 +40,17 @@ def test_losses_rest_longer_each_time_at_that_load_alone() -> None:
     assert rests[-1] == LONGEST_REST - 1
 
 
+def test_a_load_that_is_new_rests_with_the_next_smaller_one() -> None:
+    ledger = Ledger()
+    _run(ledger, 4, TRIAL, spent=1.0, saved=0.9)
+    assert ledger.forbids(16)
+    assert not ledger.forbids(2)
+    assert _rest(ledger, 16) == FIRST_REST - 2
+    _run(ledger, 16, TRIAL, spent=1.0, saved=1.1)
+    assert not ledger.forbids(16)
+    assert ledger.forbids(4)
+
+
 def test_a_clear_loss_is_judged_early_and_an_unclear_one_is_not() -> None:
     clear, unclear = Ledger(), Ledger()
     _run(clear, 16, EARLY, spent=1.0, saved=0.5)

@@ -90,7 +90,7 @@ def test_configuration_asks_for_clover_by_method_or_by_the_head(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["{0}/missing", "~/missing", "./missing", "../missing", "some/where/head"])
 def test_a_missing_folder_without_a_method_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="does not exist") as caught:
+    with pytest.raises(UserError, match="was not found") as caught:
         asks_for_clover({"model": name.format(tmp_path)})
     one_sentence(caught.value)
 
@@ -99,9 +99,9 @@ def test_a_missing_folder_beside_others_is_refused(tmp_path: Path, monkeypatch: 
     """Where the name could be one of the hub too, which does not know it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "heads").mkdir()
-    with pytest.raises(UserError, match="'heads/missing', which does not exist"):
+    with pytest.raises(UserError, match="'heads/missing', which was not found"):
         asks_for_clover({"model": "heads/missing"})
-    with pytest.raises(UserError, match="'missing-head', which does not exist"):
+    with pytest.raises(UserError, match="'missing-head', which was not found"):
         asks_for_clover({"model": "missing-head"})
     for others in ("organisation/missing", "ngram", "[ngram]", "module.Proposer"):
         assert not asks_for_clover({"model": others})

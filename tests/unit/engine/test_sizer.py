@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from clover_vllm.engine.drafting.ledger import TRIAL
 from clover_vllm.engine.drafting.sizing import LIFE, LOOK, PROBE_EVERY, Sizer, Wanted
 from clover_vllm.tree.budget import Floats, Ints
-from clover_vllm.tree.costs import Costs, Curve
+from clover_vllm.tree.costs import Costs, Curve, StepSize
 from clover_vllm.tree.forest import Prices, Retrieved
 
 
@@ -114,6 +115,18 @@ def test_decides_nothing_before_it_has_seen_a_draft() -> None:
     wanted = _wanted(12)
     for _ in range(LOOK + 40):
         assert sizer.choose(wanted, sizer.forest(wanted), sizer.prices(wanted, 12, 0, 0)) == [*range(8)]
+
+
+def test_asking_that_leaves_no_draft_behind_ends() -> None:
+    sizer = _sizer(per_row=0.05)
+    wanted, size = _wanted(12), StepSize(12, 12, 600)
+    asked = 0
+    for _ in range(LOOK + TRIAL + PROBE_EVERY):
+        if not sizer.rests(12):
+            asked = len(sizer.choose(wanted, sizer.forest(wanted), sizer.prices(wanted, 12, 0, 0)))
+            sizer.settle(sizer.ledger, 12, size, 12, 0, 0, 1.0)
+    assert sizer.asleep
+    assert asked <= 1
 
 
 def test_a_request_that_the_head_cannot_read_so_far_is_not_asked_for() -> None:
