@@ -13,6 +13,7 @@ from typing import Any
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.paths import shipped_head
+from clover_vllm.bench.methods import HINDSIGHT
 from clover_vllm.bench.plots import digest, plot_climb, plot_speedups, source_of
 from clover_vllm.bench.report import clovers_method, interval_name, with_interval
 from clover_vllm.check.torture import by_source
@@ -161,6 +162,14 @@ def _besides_speed(found: Json) -> str:
     errors = [f"{row['foretold']['error']:.0%} with {row['concurrency']}" for row in known]
     if errors:
         text += f" Median error of the milliseconds that `{name}` foretold for a step: {_listed(errors)}."
+    bounds = {row["concurrency"]: row for row in found["results"] if row["method"] == HINDSIGHT}
+    shares = [
+        f"{row['tokens_per_second'] / bounds[row['concurrency']]['tokens_per_second']:.0%} with {row['concurrency']}"
+        for row in rows
+        if row["concurrency"] in bounds
+    ]
+    if shares:
+        text += f" Of the speed with the same candidates and the answers known, `{name}` reached {_listed(shares)}."
     return text
 
 
@@ -284,7 +293,7 @@ def _verdict(rows: Sequence[Json], name: str) -> str:
     if rows[0]["repetitions"] == 1:
         return f"`{name}` was run once, so that nothing is known of the spread."
     alike = f"within {ALIKE:.0%} of plain"
-    unknown = "not measurably different"
+    unknown = f"not clearly more than {ALIKE:.0%} apart"
     kinds: dict[str, list[str]] = {"faster": [], "slower": [], alike: [], unknown: []}
     for row in rows:
         low, high = row["speedup_interval"]
@@ -580,6 +589,10 @@ VARIANTS = tuple(
         "prompt-heavy",
         "text-heavy",
         "hindsight",
+        "fixed",
+        "held-out",
+        "no-repeats",
+        "deep",
         "epyc",
     )
 )

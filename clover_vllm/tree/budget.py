@@ -41,16 +41,17 @@ def starts_of(requests: Ints) -> tuple[Ints, Ints]:
     return starts, np.diff(np.append(starts, len(requests)))
 
 
-def worths(gains: Floats, requests: Ints) -> Floats:
+def worths(gains: Floats, requests: Ints, sure: float = 1.0) -> Floats:
     """What nodes add to the logarithm of their requests' tokens, after the nodes before them, [N].
 
     Args:
         gains: [N], probabilities that nodes are accepted, falling within a request.
         requests: [N], of the nodes, which stand request by request.
+        sure: tokens that a request gets without these nodes.
     """
     starts, counts = starts_of(requests)
     before = np.cumsum(gains) - gains
-    return np.log1p(gains / (1.0 + before - np.repeat(before[starts], counts)))
+    return np.log1p(gains / (sure + before - np.repeat(before[starts], counts)))
 
 
 def choose_budget(worth: Floats, sampling: float, milliseconds: Floats, spent: float = 0.0) -> Budget:

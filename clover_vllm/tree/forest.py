@@ -176,13 +176,17 @@ class Forest:
                 nodes["parent"] == ROOT, roots[nodes["request"]], nodes["state"][nodes["parent"]]
             )
             able = (nodes["state"] < 0) & (above >= 0) & (nodes["depth"] < self._room[nodes["request"]])
-            after = following[np.minimum(nodes["depth"], len(following) - 1)]
-            hopes = nodes["gain"] * after / self._expected(budget)[nodes["request"]] - budget.price
+            coming = nodes["gain"] * following[np.minimum(nodes["depth"], len(following) - 1)]
+            verified = nodes[self.best()[0][: budget.nodes]]
+            expected = self._tokens(verified["request"], verified["gain"])
+            hopes = coming / expected[nodes["request"]] - budget.price
             chosen = np.flatnonzero(able & (hopes > 0.0))
             if len(chosen) > width * len(asked):
                 chosen = chosen[np.argsort(-hopes[chosen], kind="stable")[: width * len(asked)]]
             cost = prices.of_level(len(chosen))
-            if not len(chosen) or hopes[chosen].sum() <= budget.rate * cost:
+            with_level = expected + self._tokens(nodes["request"][chosen], coming[chosen]) - 1.0
+            worth = np.log(with_level / expected).sum() - budget.price * len(chosen)
+            if not len(chosen) or worth <= budget.rate * cost:
                 return
             prices.spent += cost
             nodes["state"][chosen] = states + np.arange(len(chosen))
@@ -257,10 +261,9 @@ class Forest:
         worth = self.best()[1]
         return choose_budget(worth, prices.sampling, prices.of_nodes(len(worth)), prices.spent)
 
-    def _expected(self, budget: Budget) -> Floats:
-        """Tokens that each request is expected to get in the step, [R]."""
-        chosen = self.nodes[self.best()[0][: budget.nodes]]
-        return 1.0 + np.bincount(chosen["request"], chosen["gain"], len(self._limits))
+    def _tokens(self, requests: Ints, gains: Floats) -> Floats:
+        """Tokens that each request is expected to get with nodes of these requests and gains, [R]."""
+        return 1.0 + np.bincount(requests, gains, len(self._limits))
 
     def of_head(self) -> Any:
         """Candidates that the head alone proposes."""
@@ -268,9 +271,11 @@ class Forest:
 
     def saved_by_retrieval(self, budget: Budget) -> float:
         """Milliseconds that the chosen nodes save which only retrieval proposes."""
-        places, worth = (part[: budget.nodes] for part in self.best())
-        own = kinds.come_from("retrieved", self.nodes["kind"][places])
-        return float(np.maximum(worth[own] - budget.price, 0.0).sum()) / budget.rate
+        chosen = self.nodes[self.best()[0][: budget.nodes]]
+        others = chosen[~kinds.come_from("retrieved", chosen["kind"])]
+        all_tokens = self._tokens(chosen["request"], chosen["gain"])
+        worth = np.log(all_tokens / self._tokens(others["request"], others["gain"])).sum()
+        return max(0.0, float(worth) - budget.price * (len(chosen) - len(others))) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:
         """The best `count` nodes as one tree per request."""

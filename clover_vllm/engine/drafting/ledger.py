@@ -50,16 +50,15 @@ class _Account:
 class Ledger:
     """Accounts by load, the number of requests that can use a draft, in steps of about 1.4."""
 
-    _accounts: dict[tuple[int, int], _Account] = field(default_factory=dict)
+    _accounts: dict[int, _Account] = field(default_factory=dict)
 
     def _of(self, requests: int) -> _Account:
         bits = requests.bit_length()
-        load = bits, requests >> max(0, bits - 2)
+        load = 2 * bits + (requests >> max(0, bits - 2)) % 2
         if load not in self._accounts:
-            # What loses with fewer requests hardly gains with more.
-            known = max((key for key in self._accounts if key < load), default=None)
-            resting = self._accounts[known].resting if known is not None else 0
-            self._accounts[load] = _Account(resting=min(resting, FIRST_REST))
+            # What has lost with a few requests less hardly gains now.
+            smaller = self._accounts.get(load - 1, _Account())
+            self._accounts[load] = _Account(resting=min(smaller.resting, FIRST_REST))
         return self._accounts[load]
 
     def record(self, requests: int, spent: float, saved: float) -> None:

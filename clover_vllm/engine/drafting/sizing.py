@@ -41,7 +41,7 @@ PROBE_EVERY = 48
 """Steps between two tries while asleep."""
 
 WAKE, SLEEP = 1.06, 1.03
-"""Expected speed over that without the head at which drafting begins, and below which it ends: prompts that the head
+"""Expected speed, a geometric mean over requests, over that without the head at which drafting begins, and below which it ends: prompts that the head
 must read are not in it."""
 
 READING_PAYS = 2.0
@@ -164,9 +164,12 @@ class Sizer:
             return []
         if self._steps <= LOOK:
             return able[:8]
-        if self._samples and self._rethinks(len(able), self._steps):
+        if self._rethinks(len(able), self._steps):
             self._thought = (len(able), self._steps)
-            self._think(len(able), forest, prices)
+            if self._samples:
+                self._think(len(able), forest, prices)
+            else:
+                self.asleep = False  # for the ledger to say
         self.asleep |= self.ledger.forbids(len(wanted))
         if self.asleep:
             if not self._probes(self._steps):
@@ -191,6 +194,7 @@ class Sizer:
         without = forest.budget(prices)
         share = requests / len(self._samples)
         retrieved = forest.best()[1]  # there in any case
+        sure = 1.0 + float(forest.nodes["gain"][forest.best()[0][: without.nodes]].sum()) / requests
         drafted = np.concatenate(self._samples)
         owners = np.repeat(np.arange(len(self._samples)), [*map(len, self._samples)])
         base = prices.spent + self.costs.of_asking(requests)
@@ -208,7 +212,7 @@ class Sizer:
                 if levels not in (2, 3, deepest):
                     continue
             usable = depths <= levels
-            worth = np.concatenate((retrieved, worths(drafted[usable, 0], owners[usable])))
+            worth = np.concatenate((retrieved, worths(drafted[usable, 0], owners[usable], sure)))
             counts = np.concatenate((np.ones(len(retrieved)), np.full(usable.sum(), share)))
             falling = np.argsort(-worth, kind="stable")
             rows = np.concatenate(([0.0], np.cumsum(counts[falling])))

@@ -42,12 +42,13 @@ def test_losses_rest_longer_each_time_at_that_load_alone() -> None:
 
 def test_a_load_that_is_new_rests_with_the_next_smaller_one() -> None:
     ledger = Ledger()
-    _run(ledger, 4, TRIAL, spent=1.0, saved=0.9)
-    assert ledger.forbids(16)
-    assert not ledger.forbids(2)
-    assert _rest(ledger, 16) == FIRST_REST - 2
-    _run(ledger, 16, TRIAL, spent=1.0, saved=1.1)
-    assert not ledger.forbids(16)
+    for _ in range(3):
+        _rest(ledger, 4)
+        _run(ledger, 4, TRIAL, spent=1.0, saved=0.9)  # rests longer now than anybody who has not lost
+    assert _rest(ledger, 6) == FIRST_REST - 1
+    assert not any(map(ledger.forbids, (2, 3, 16)))
+    _run(ledger, 6, TRIAL, spent=1.0, saved=1.1)
+    assert not ledger.forbids(6)
     assert ledger.forbids(4)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clover_vllm.engine.drafting.ledger import TRIAL
-from clover_vllm.engine.drafting.sizing import LIFE, LOOK, PROBE_EVERY, Sizer, Wanted
+from clover_vllm.engine.drafting.ledger import FIRST_REST, TRIAL
+from clover_vllm.engine.drafting.sizing import LIFE, LOOK, PROBE_EVERY, RETHINK_EVERY, Sizer, Wanted
 from clover_vllm.tree.budget import Floats, Ints
 from clover_vllm.tree.costs import Costs, Curve, StepSize
 from clover_vllm.tree.forest import Prices, Retrieved
@@ -127,6 +127,39 @@ def test_asking_that_leaves_no_draft_behind_ends() -> None:
             sizer.settle(sizer.ledger, 12, size, 12, 0, 0, 1.0)
     assert sizer.asleep
     assert asked <= 1
+
+
+def test_asking_begins_anew_when_the_ledgers_rest_has_ended() -> None:
+    """Also where no probe has left a draft."""
+    sizer = _sizer(per_row=0.05)
+    wanted, size = _wanted(12), StepSize(12, 12, 600)
+    asked = []
+    for _ in range(LOOK + TRIAL + FIRST_REST + 2 * RETHINK_EVERY):
+        if sizer.rests(12):
+            asked.append(0)
+            continue
+        asked.append(len(sizer.choose(wanted, sizer.forest(wanted), sizer.prices(wanted, 12, 0, 0))))
+        if len(asked) < LOOK + TRIAL + 10:
+            sizer.settle(sizer.ledger, 12, size, 12, 0, 0, 1.0)
+    assert 0 in asked
+    assert asked[-1] == 8
+
+
+def test_the_head_adds_less_where_much_was_retrieved() -> None:
+    """Three tokens more for everybody, say: half a token is worth a third of what it is to those who get one."""
+    alone, beside = _sizer(per_row=0.3), _sizer(per_row=0.3)
+    gained = []
+    for sizer, found in (
+        (alone, {}),
+        (beside, {i: Retrieved([1, 2, 3], [-1, 0, 1], [0.98] * 3, 30) for i in range(12)}),
+    ):
+        _after(sizer, _wanted(12), LOOK + 2, likely=-0.6)
+        forest, prices = sizer.forest(_wanted(12)), sizer.prices(_wanted(12), 12, 0, 0)
+        forest.retrieve(found)
+        sizer._think(12, forest, prices)
+        gained.append(sizer.saved)
+    assert gained[0] > 0
+    assert gained[1] < 0.5 * gained[0]
 
 
 def test_a_request_that_the_head_cannot_read_so_far_is_not_asked_for() -> None:

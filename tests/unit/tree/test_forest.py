@@ -61,7 +61,7 @@ def forest(requests: int, limit: int = 16, room: int = 99) -> Forest:
     return Forest([limit] * requests, [room] * requests, [one] * requests)
 
 
-def prices(row: float, level: float = 0.0, base: float = 10.0, sampling: int = 1) -> Prices:
+def prices(row: float, level: float = 0.0, base: float = 10.0, sampling: int = 3) -> Prices:
     def of_nodes(count: int) -> Floats:
         return base + row * np.arange(count + 1.0)
 
@@ -164,3 +164,51 @@ def test_a_head_that_gives_nans_drafts_nothing(spoiled: Sequence[int]) -> None:
     assert len(good) > 0
     assert len(bad) == 0
     assert found.spoiled == {1}
+
+
+def retrieved(found: Forest, gains: dict[int, list[float]]) -> None:
+    """Chains whose nodes have these gains."""
+    found.retrieve(
+        {
+            r: Retrieved([*range(len(own))], [*range(-1, len(own) - 1)], [0.9] * len(own), 9)
+            for r, own in gains.items()
+        }
+    )
+    found.regain([gain for own in gains.values() for gain in own])
+
+
+def test_a_hard_text_comes_before_the_second_node_of_an_easy_one() -> None:
+    found = forest(2)
+    retrieved(found, {0: [0.9, 0.8], 1: [0.5]})
+    assert [len(tree) for tree in found.trees(2)] == [1, 1]
+    places, worth = found.best()
+    assert found.nodes["gain"][places].tolist() == [0.9, 0.5, 0.8]
+    assert worth == pytest.approx(np.log([1.9, 1.5, 2.7 / 1.9]))
+
+
+def test_one_easy_text_among_many_hard_ones_makes_no_step_longer() -> None:
+    """By tokens per millisecond its node would pay: 0.95 of a token for 8% of a step that gives 8."""
+    found = forest(8)
+    retrieved(found, {0: [0.95]})
+    assert found.budget(prices(row=0.9, sampling=8)).nodes == 0
+    assert found.budget(prices(row=0.8, sampling=8)).nodes == 1
+
+
+def test_a_level_is_worth_less_to_a_request_that_has_much() -> None:
+    levels = []
+    for own in ([0.3, 0.3], [0.99] * 12):
+        found, head = forest(1), RandomHead(1, sharpness=1.0)
+        found.retrieve({0: Retrieved([30 + i for i in range(len(own))], [*range(-1, len(own) - 1)], own, 9)})
+        grow(found, head, [0], prices(0.01, level=2.0, sampling=1))
+        levels.append(len(head.levels))
+    assert levels[0] > levels[1]
+
+
+def test_what_retrieval_saved_is_what_is_missing_without_its_nodes() -> None:
+    found = forest(1)
+    retrieved(found, {0: [0.9, 0.8]})
+    at = prices(row=0.1, sampling=1)
+    budget = found.budget(at)
+    assert budget.nodes == 2
+    expected = (math.log(2.7) - 2 * budget.price) / budget.rate
+    assert found.saved_by_retrieval(budget) == pytest.approx(expected)
