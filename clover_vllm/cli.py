@@ -129,9 +129,12 @@ def data(settings: DataSettings) -> None:
     where it stopped when the same command is given again. All other flags are those of `vllm serve`
     for its engine, such as --tensor-parallel-size.
     """
-    from clover_vllm.train.generate import generate
+    if settings.ray:
+        from clover_vllm.cluster.generation import generate_on_ray as run
+    else:
+        from clover_vllm.train.generate import generate as run
 
-    _summary(f"Answers in {settings.output}", generate(settings))
+    _summary(f"Answers in {settings.output}", run(settings))
 
 
 @app.command()

@@ -119,6 +119,23 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def spoken_target(tiny_target: Path) -> Path:
+    """The tiny target with a tokenizer of one word per token."""
+    from small import add_tokenizer
+
+    add_tokenizer(tiny_target)
+    return tiny_target
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 prompts of the words of `spoken_target`."""
+    from small import write_prompts
+
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="session")
 def frozen(tiny_target: Path) -> FrozenTarget:
     import torch
 

@@ -5,7 +5,7 @@ prefix cache and with a seed per request, and written through a rename. The engi
 process, so that which requests share a step does not depend on timing. So a kill costs at most one
 shard, and a resumed run gives the shards that an unbroken one would have given. The price is an engine that
 empties at the end of a shard: in bfloat16 answers depend on what shares their steps, so shards must not. Larger
-shards lose less.
+shards lose less, and so does one engine per processor or GPU (`cluster.generation`), which share the shards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,19 @@ class _Request:
     seed: int
 
 
-def generate(settings: DataSettings) -> dict[str, Any]:
+Answered = Callable[[int, int], None]
+"""Told how many answers are there, and their tokens, as they come."""
+
+Write = Callable[[DataSettings, Mapping[Path, Sequence["_Request"]], Answered], dict[str, Any]]
+"""Writes shards, in any order, until `seconds` are over; returns what the summary should say of it."""
+
+
+def generate(settings: DataSettings, write: Write | None = None) -> dict[str, Any]:
     """Generate what is missing.
+
+    Args:
+        settings: what is asked for.
+        write: how shards are written; by default by one engine in this process.
 
     Returns:
         the summary, also written to `output/summary.json`.
@@ -59,7 +70,7 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         UserError: anything that the user can mend, before the engine starts where possible.
     """
     _check(settings)
-    options = engine_options(settings.flags)
+    engine_options(settings.flags)  # refuses what is wrong
     every = read_prompts(settings.prompts)
     prompts = [p for p in every if p.held_out == settings.held_out]
     selected = len(prompts)
@@ -78,7 +89,8 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         )
     requests, too_long = _requests(settings, tokenizer, prompts)
     fields = _plain(settings)
-    del fields["output"], fields["seconds"]
+    for name in ("output", "seconds", "ray", "replicas", "replica_cpus", "replica_gpus"):
+        del fields[name]
     make_folder(settings.output)
     stamp = settings.output / "settings.json"
     if not any(settings.output.glob("answers-*.jsonl.gz")):
@@ -104,7 +116,7 @@ def generate(settings: DataSettings) -> dict[str, Any]:
         "prompts_too_long": too_long,
     }
     if missing:
-        summary |= _run(settings, missing, options)
+        summary |= _run(settings, missing, write or _write_here)
     summary |= _totals(path for path in parts if path.exists())
     write_json(settings.output / "summary.json", summary | {"settings": _plain(settings)})
     return summary
@@ -177,38 +189,78 @@ def _exchanges(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) ->
     return found
 
 
-def _run(
-    settings: DataSettings, missing: dict[Path, list[_Request]], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _run(settings: DataSettings, missing: dict[Path, list[_Request]], write: Write) -> dict[str, Any]:
     Console(stderr=True).print("Starting vLLM; this takes up to a minute.")
-    ours = {
-        "max_num_seqs": settings.max_num_seqs,
-        "max_model_len": settings.max_model_len,
-        "dtype": settings.dtype,
-        # vLLM 0.32 on CPU dies of a seeded request whose prompt is prefilled in chunks ("CPU
-        # Generator does not use offset"), so prompts stay whole.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(settings.max_model_len, 4096),
-    }
-    engine = start_engine(settings.target, **{**ours, **options})
-    started, tokens = time.monotonic(), 0
+    started, tokens = 0.0, 0
     with Work("answers", sum(map(len, missing.values()))) as work:
-        for path, requests in missing.items():
-            if settings.seconds is not None and time.monotonic() - started > settings.seconds:
-                break
-            lines: dict[int, dict[str, Any]] = {}
-            for index, completion in _complete(engine, requests, settings.max_tokens):
-                lines[index] = _line(requests[index], completion)
-                tokens += len(completion.token_ids)
-                work.doing(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-                work.advance()
-            _write_shard(path, [lines[i] for i in range(len(requests))])
-    seconds = time.monotonic() - started
+
+        def answered(answers: int, new: int) -> None:
+            nonlocal started, tokens
+            started, tokens = started or time.monotonic(), tokens + new
+            seconds = time.monotonic() - started
+            work.doing(f"{tokens / seconds if seconds else 0:,.0f} tokens/s")
+            if answers:
+                work.advance(answers)
+
+        seen = write(settings, missing, answered)
+    seconds = time.monotonic() - started if started else 0.0
     return {
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
         "seconds_of_last_start": round(seconds, 1),
-        "peak_memory_gib": round(_peak_memory_with_children(), 2),
+        **seen,
     }
+
+
+def _write_here(
+    settings: DataSettings, missing: Mapping[Path, Sequence[_Request]], answered: Answered
+) -> dict[str, Any]:
+    writer = ShardWriter(settings)
+    answered(0, 0)  # the engine runs
+    started = time.monotonic()
+    for path, requests in missing.items():
+        if settings.seconds is not None and time.monotonic() - started > settings.seconds:
+            break
+        writer.write(path, requests, answered)
+    return {"peak_memory_gib": round(_peak_memory_with_children(), 2)}
+
+
+class ShardWriter:
+    """An engine that answers whole shards and writes them."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        """
+        Raises:
+            UserError: vLLM refuses the target or the options.
+        """
+        ours = {
+            "max_num_seqs": settings.max_num_seqs,
+            "max_model_len": settings.max_model_len,
+            "dtype": settings.dtype,
+            # vLLM 0.32 on CPU dies of a seeded request whose prompt is prefilled in chunks ("CPU
+            # Generator does not use offset"), so prompts stay whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(settings.max_model_len, 4096),
+        }
+        self._engine = start_engine(settings.target, **{**ours, **engine_options(settings.flags)})
+        self._max_tokens = settings.max_tokens
+
+    def write(self, path: Path, requests: Sequence[_Request], answered: Answered) -> int:
+        """One shard, from an empty prefix cache, so that it does not depend on the shards before.
+
+        Returns:
+            tokens of its answers.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        lines: dict[int, dict[str, Any]] = {}
+        tokens = 0
+        for index, completion in _complete(self._engine, requests, self._max_tokens):
+            lines[index] = _line(requests[index], completion)
+            tokens += len(completion.token_ids)
+            answered(1, len(completion.token_ids))
+        _write_shard(path, [lines[i] for i in range(len(requests))])
+        return tokens
 
 
 def engine_options(flags: Sequence[str]) -> dict[str, Any]:
@@ -264,7 +316,7 @@ def _request(settings: DataSettings, prompt: Prompt, ids: list[int]) -> _Request
     return _Request(prompt, ids, temperature, int(seed * 2**31))
 
 
-def _complete(llm: Any, requests: list[_Request], max_tokens: int) -> Iterator[tuple[int, Any]]:
+def _complete(llm: Any, requests: Sequence[_Request], max_tokens: int) -> Iterator[tuple[int, Any]]:
     """Run requests together; yields (index, completion) as they finish."""
     llm.reset_prefix_cache()
     for index, request in enumerate(requests):

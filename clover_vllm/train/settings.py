@@ -46,6 +46,10 @@ class DataSettings:
         max_model_len: Longest prompt plus answer, tokens.
         dtype: auto, bfloat16, float16 or float32.
         seed: Seed of temperatures and of sampling.
+        ray: On the Ray cluster that RAY_ADDRESS names or on one started here; --output must be a folder of all hosts.
+        replicas: Engines, with --ray.
+        replica_cpus: Cores of an engine, with --ray.
+        replica_gpus: GPUs of an engine, with --ray.
     """
 
     target: str
@@ -66,6 +70,10 @@ class DataSettings:
     max_model_len: int = 2048
     dtype: str = "auto"
     seed: int = 0
+    ray: bool = False
+    replicas: Annotated[int, typer.Option(min=1)] = 1
+    replica_cpus: Annotated[int, typer.Option(min=1)] = 1
+    replica_gpus: Annotated[int, typer.Option(min=0)] = 0
     flags: Annotated[list[str], LEFT_OVER] = field(default_factory=list)
 
 

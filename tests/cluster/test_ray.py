@@ -36,6 +36,38 @@ def test_a_batch_answers_each_line_though_actors_die(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FULL, reason="takes minutes: in `make soak`")
+def test_two_engines_write_the_shards_that_one_writes(
+    spoken_target: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Though one of them is killed."""
+    fields = {
+        "target": str(spoken_target),
+        "prompts": [str(prompt_file)],
+        "max_tokens": 24,
+        "shard_size": 8,
+        "limit": 160,
+        "max_num_seqs": 8,
+        "max_model_len": 64,
+        "flags": ["--enforce-eager"],
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(fields))
+    seen = on_ray(tmp_path, "data")
+    assert seen["killed"] == 1
+    assert seen["summary"]["engines"] == 2
+    assert "do not fit the cluster" in seen["refused"][0]
+    assert "does not start with target" in seen["refused"][1]
+    run_script(
+        "run_generate",
+        fields | {"output": str(tmp_path / "alone")},
+        env={"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))},
+    )
+    together, alone = (sorted((tmp_path / name).glob("answers-*.jsonl.gz")) for name in ("run", "alone"))
+    assert len(alone) == 20
+    assert [path.read_bytes() for path in together] == [path.read_bytes() for path in alone]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="takes minutes: in `make soak`")
 def test_training_goes_on_when_a_worker_is_killed(
     tiny_target: Path, tiny_answers: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """A Ray cluster of this machine, with stand-ins for engines; `engines.Script` starts it.
 
-`main` takes {"folder": for notes, "what": "batch", "train", "kill", "scale" or "roll"} and returns what a test looks at.
+`main` takes {"folder": for notes, "what": "batch", "data", "train", "kill", "scale" or "roll"} and returns what a test looks at.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FATAL = {30: "kill", 70: "fatal"}
 def main(spec: Json) -> Json:
     what = {
         "batch": batch,
+        "data": data,
         "train": train,
         "kill": serve_and_kill,
         "scale": serve_and_scale,
@@ -76,6 +77,36 @@ def batch(folder: Path) -> Json:
         "children": len(children),
         "orphans": left(children),
     }
+
+
+def data(folder: Path) -> Json:
+    """Answers, as `folder/settings.json` says, by two engines, one of which is killed behind the first shard."""
+    start_ray()
+    from clover_vllm.base.errors import UserError
+    from clover_vllm.cluster.generation import generate_on_ray
+    from clover_vllm.train.settings import DataSettings
+
+    fields = json.loads((folder / "settings.json").read_text())
+    prompts, output = [Path(path) for path in fields.pop("prompts")], folder / "run"
+    settings = DataSettings(prompts=prompts, output=output, ray=True, replicas=2, **fields)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(output.glob("answers-*")):
+            time.sleep(0.01)
+        engines = [p for p in psutil.Process().children(recursive=True) if "_Engine" in p.name()]
+        killed.append(engines[-1].pid)
+        engines[-1].kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    summary = generate_on_ray(settings)
+    refused = []
+    for changed in ({"replica_cpus": 64}, {"flags": ["--max-num-batched-tokens", "1"]}):
+        try:
+            generate_on_ray(replace(settings, output=folder / "refused", **changed))
+        except UserError as error:
+            refused.append(str(error))
+    return {"summary": summary, "killed": len(killed), "refused": refused}
 
 
 def train(folder: Path) -> Json:

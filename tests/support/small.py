@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -90,3 +91,12 @@ def one_sentence(error: BaseException | str) -> None:
     assert "\n" not in text
     assert text.endswith(".")
     assert "Traceback" not in text
+
+
+def write_prompts(path: Path) -> Path:
+    """200 prompts of `add_tokenizer`'s words."""
+    rng = random.Random(0)
+    words = [f"t{i}" for i in range(3, VOCAB)]
+    lines = [{"prompt": " ".join(rng.choices(words, k=rng.randint(2, 9))), "source": "x"} for _ in range(200)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -13,10 +13,6 @@ import pytest
 from engines import Script
 from length import length
 from small import one_sentence
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.base.prompts import Prompt, read_prompts
@@ -25,29 +21,6 @@ from clover_vllm.train.settings import DataSettings
 
 KILLS = length(1, 10)
 LIMIT = 18 * KILLS
-
-WORDS = [f"w{i}" for i in range(208)]
-
-
-@pytest.fixture(scope="module")
-def spoken_target(tiny_target: Path) -> Path:
-    """The tiny target with a tokenizer of one word per token."""
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}
-    words = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(tiny_target)
-    return tiny_target
-
-
-@pytest.fixture(scope="module")
-def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    lines = [{"prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 9))), "source": "x"} for _ in range(200)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def arguments(target: Path, prompts: Path, output: Path) -> dict[str, Any]:
