@@ -8,7 +8,7 @@ walk then visits those at which a real engine would have started a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -255,7 +255,7 @@ def evaluate(settings: EvalSettings) -> dict[str, dict[str, list[Replay]]]:
     target = FrozenTarget(settings.target, getattr(torch, settings.dtype), device)
     for head in heads.values():
         check_target(head.config, target.config, target.lm_head)
-    answers = greedy_answers(settings.answers, target, settings.limit)
+    answers = greedy_answers(settings.answers, target, settings.limit, settings.sources)
     growths = [best_first(n) for n in settings.nodes] if settings.nodes else default_growths()
     results: dict[str, dict[str, list[Replay]]] = {}
     for name, head in heads.items():
@@ -284,8 +284,16 @@ def _draft_vocab(folder: Path) -> torch.Tensor | None:
     return head.draft_vocab
 
 
-def greedy_answers(paths: Sequence[Path], target: FrozenTarget, limit: int | None) -> list[Answer]:
+def greedy_answers(
+    paths: Sequence[Path], target: FrozenTarget, limit: int | None, sources: Collection[str] = ()
+) -> list[Answer]:
     """The greedy answers of two tokens or more in answer files, in their order.
+
+    Args:
+        paths: the files.
+        target: whose answers they are.
+        limit: most answers.
+        sources: theirs; empty: any.
 
     Raises:
         UserError: unreadable, or there is none.
@@ -297,12 +305,14 @@ def greedy_answers(paths: Sequence[Path], target: FrozenTarget, limit: int | Non
         if temperature == 0 and rows.answer_lengths[i] >= 2:
             prompt, answer = rows.sequence(i)
             source = str(rows.rows[i]["source"])
+            if sources and source not in sources:
+                continue
             answers.append(Answer(source, torch.from_numpy(prompt), torch.from_numpy(answer)))
             if limit is not None and len(answers) >= limit:
                 break
     if not answers:
         raise UserError(
-            f"{paths[0]} holds no greedy answer of two tokens or more; make some with "
+            f"{paths[0]} holds no greedy answer of two tokens or more{' of these sources' if sources else ''}; make some with "
             "`clover-vllm data --held-out --greedy-share 1`."
         )
     return answers

@@ -25,6 +25,7 @@ class EvalSettings:
         output: JSON file, or a folder for eval.json; a plot goes beside it.
         nodes: Best-first tree of this size, instead of the usual set; may be given several times.
         limit: Use at most this many answers.
+        sources: Of these sources alone, such as xquad_translate,squad_rag.
         draft_vocab_of: EAGLE-1 heads draft from this head's vocabulary.
         dtype: Of the target: bfloat16 or float32.
         record: Write the measured first_acceptance into the head's config.json.
@@ -36,6 +37,7 @@ class EvalSettings:
     output: Path | None = None
     nodes: list[int] | None = None
     limit: int | None = None
+    sources: Annotated[list[str], Parsed(names)] = field(default_factory=list)
     draft_vocab_of: Path | None = None
     dtype: str = "bfloat16"
     record: bool = False

@@ -66,7 +66,11 @@ class AnswerSet:
 
 
 def read_answers(
-    paths: Sequence[Path], vocab_size: int, max_length: int, limit_tokens: int | None = None
+    paths: Sequence[Path],
+    vocab_size: int,
+    max_length: int,
+    limit_tokens: int | None = None,
+    leave_out: Collection[str] = (),
 ) -> AnswerSet:
     """Read answer files.
 
@@ -75,10 +79,11 @@ def read_answers(
         vocab_size: token ids must be below it.
         max_length: longest sequence; longer answers are cut.
         limit_tokens: stop after this many answer tokens (for ablations).
+        leave_out: sources whose answers are not read.
 
     Raises:
         UserError: a file is missing or malformed (names the line), holds ids that the target does
-            not have, or nothing is left.
+            not have, no answer is of a source to leave out, or nothing is left.
     """
     files = [file for file in expand(paths) if _looks_right(file)]
     if not files:
@@ -109,6 +114,7 @@ def read_answers(
         for file in files:
             _find_bad_line(file)
         raise UserError(f"{files[0]} and its neighbours cannot be read ({error.__cause__}).") from error
+    rows = _without(rows, leave_out)
     prompts, answers = _lengths(rows, "prompt_ids"), _lengths(rows, "answer_ids")
     usable = np.nonzero((prompts >= 1) & (answers >= 2) & (prompts + 2 <= max_length))[0]
     dropped = len(rows) - len(usable)
@@ -125,6 +131,22 @@ def read_answers(
     prompts, answers = prompts[usable], answers[usable]
     answers = np.minimum(answers, max_length - prompts)
     return AnswerSet(rows, prompts.tolist(), answers.tolist(), dropped, max_length)
+
+
+def _without(rows: Dataset, sources: Collection[str]) -> Dataset:
+    """All answers but those of some sources.
+
+    Raises:
+        UserError: there is none of such a source.
+    """
+    if not sources:
+        return rows
+    of = list(rows["source"])
+    if unknown := sorted(set(sources) - set(of)):
+        raise UserError(
+            f"No answer is of the source {unknown[0]!r}, which is to be left out; there are {', '.join(sorted(set(of)))}."
+        )
+    return rows.select([i for i, source in enumerate(of) if source not in sources])
 
 
 def _lengths(rows: Dataset, column: str) -> np.ndarray:

@@ -112,6 +112,7 @@ class TrainSettings:
         scale_inputs: Bring both inputs to RMS 1; off, as published.
         max_length: Longest prompt plus answer, tokens.
         limit_tokens: Stop after this many answer tokens.
+        leave_out: Sources whose answers are kept for measuring, such as xquad_translate,squad_rag.
         validation: Answers set aside, at most one in 20; their loss is measured at each checkpoint.
         ray_workers: Train on this many workers of a Ray cluster, with a GPU each if there are so many; `output` and `data`
             lie on a disk that its hosts share.
@@ -172,6 +173,7 @@ class TrainSettings:
     scale_inputs: bool = True
     max_length: int = 2048
     limit_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    leave_out: Annotated[list[str], Parsed(names)] = field(default_factory=list)
     validation: Annotated[int, typer.Option(min=0)] = 128
     ray_workers: Annotated[int | None, typer.Option(min=1)] = None
     trackers: Annotated[list[str], Parsed(names)] = field(default_factory=list)

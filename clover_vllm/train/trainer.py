@@ -236,7 +236,11 @@ def train(settings: TrainSettings, made: dict[str, str] | None = None) -> dict[s
     context = int(getattr(target.config, "max_position_embeddings", settings.max_length))
     with arguments.main_process_first():
         answers = read_answers(
-            settings.data, vocab_size, min(settings.max_length, context), settings.limit_tokens
+            settings.data,
+            vocab_size,
+            min(settings.max_length, context),
+            settings.limit_tokens,
+            settings.leave_out,
         )
     sizes = answers.lengths, answers.answer_lengths, settings.batch_tokens
     validation = plan_validation(*sizes, settings.validation, settings.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +222,10 @@ def test_default_growths_are_those_of_the_model_card() -> None:
         "tree of 25",
         "published 25",
     ]
+
+
+def test_answers_of_some_sources_alone_are_measured(tiny_answers: Path, frozen: FrozenTarget) -> None:
+    found = greedy_answers([tiny_answers], frozen, 5, ["kind2"])
+    assert [answer.category for answer in found] == ["kind2"] * 5
+    with pytest.raises(UserError, match="of these sources"):
+        greedy_answers([tiny_answers], frozen, None, ["kind9"])

@@ -18,13 +18,14 @@ import torch
 from engines import Script
 from length import length
 from safetensors.torch import load_file
-from small import one_sentence, tiny_llama
+from small import VOCAB, one_sentence, tiny_llama
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.clover2.checkpoint import load_head
 from clover_vllm.heads.eagle1.checkpoint import load_eagle1
 from clover_vllm.heads.registry import kind_of
+from clover_vllm.train.answers import read_answers
 from clover_vllm.train.settings import TrainSettings
 from clover_vllm.train.trainer import train, whole_checkpoint
 
@@ -406,4 +407,18 @@ def test_continuing_a_head_of_another_target_is_refused(
     other = tiny_llama(tmp_path / "other", hidden=96)
     with pytest.raises(UserError, match="do not fit") as caught:
         train(settings(other, tiny_answers, tmp_path / "two", init_from=tmp_path / "run" / "head"))
+    one_sentence(caught.value)
+
+
+def test_answers_of_sources_that_are_left_out_are_not_read(tiny_answers: Path) -> None:
+    every, some = (
+        read_answers([tiny_answers], VOCAB, 64),
+        read_answers([tiny_answers], VOCAB, 64, leave_out=["kind1", "kind2"]),
+    )
+    assert set(every.source_counts()) == {"kind0", "kind1", "kind2"}
+    assert some.source_counts() == {"kind0": every.source_counts()["kind0"]}
+    with pytest.raises(
+        UserError, match="'kind9', which is to be left out; there are kind0, kind1, kind2"
+    ) as caught:
+        read_answers([tiny_answers], VOCAB, 64, leave_out=["kind9"])
     one_sentence(caught.value)
