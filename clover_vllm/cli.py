@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +24,10 @@ from clover_vllm.bench.settings import (
 )
 from clover_vllm.check.settings import GpuCheckSettings, TortureSettings
 from clover_vllm.cluster.settings import BatchSettings, ReplicasSettings
-from clover_vllm.eval.settings import CompareSettings, EvalSettings
+from clover_vllm.demo.settings import DemoSettings, TreesSettings
+from clover_vllm.eval.settings import CompareSettings, EvalSettings, RenderSettings
+from clover_vllm.heads.settings import ConvertSettings
+from clover_vllm.target.settings import TargetSettings
 from clover_vllm.train.settings import DataSettings, TrainSettings
 
 app = typer.Typer(
@@ -98,17 +100,8 @@ def _summary(title: str, rows: dict[str, Any]) -> None:
 
 @app.command()
 @_one_line
-def target(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="`smollm2-135m`, or `smollm2-135m-deep`: the same text at the cost of a model four times its size."
-        ),
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to make instead of the one in CLOVER_HOME.")
-    ] = None,
-) -> None:
+@takes(TargetSettings)
+def target(settings: TargetSettings) -> None:
     """Make a ready-to-serve target model folder and print its path.
 
     smollm2-135m is SmolLM2-135M-Instruct (Apache-2.0), dequantised from the PyPI package
@@ -116,7 +109,7 @@ def target(
     """
     from clover_vllm.target.make import make_target
 
-    print(make_target(name, output))
+    print(make_target(settings.name, settings.output))
 
 
 @app.command(context_settings=PASSES_ON)
@@ -242,15 +235,8 @@ def compare(settings: CompareSettings) -> None:
 
 @app.command()
 @_one_line
-def convert(
-    source: Annotated[
-        Path, typer.Argument(help="Folder of a published Clover-2, Medusa or EAGLE-1 checkpoint.")
-    ],
-    output: Annotated[Path, typer.Argument(help="Head folder to write.")],
-    target: Annotated[
-        str | None, typer.Option(help="Target to check the head against, and to record in it.")
-    ] = None,
-) -> None:
+@takes(ConvertSettings)
+def convert(settings: ConvertSettings) -> None:
     """Convert a published Clover-2, Medusa or EAGLE-1 checkpoint (safetensors, .bin or .pt).
 
     Tensors that are missing, unexpected or of another shape are listed. Copies of the target's
@@ -258,9 +244,9 @@ def convert(
     """
     from clover_vllm.heads.convert import convert as run
 
-    kind, config = run(source, output, target)
+    kind, config = run(settings.source, settings.output, settings.target)
     sizes = {k: getattr(config, k) for k in ("hidden_size", "vocab_size")}
-    _summary(f"{kind.title} head in {output}", sizes)
+    _summary(f"{kind.title} head in {settings.output}", sizes)
 
 
 @app.command()
@@ -306,19 +292,15 @@ def torture(settings: TortureSettings) -> None:
 
 @app.command()
 @_one_line
-def render(
-    root: Annotated[Path, typer.Argument(help="Folder of README.md, docs and results.")] = Path(),
-    check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail if something would change.")
-    ] = False,
-) -> None:
+@takes(RenderSettings)
+def render(settings: RenderSettings) -> None:
     """Fill the generated blocks of README.md and docs/*.md, and draw results/speedup.png, from results/*.json."""
     from clover_vllm.eval.render import render as run
     from clover_vllm.eval.render import stale
 
-    if check and (found := stale(root)):
+    if settings.check and (found := stale(settings.root)):
         raise UserError(f"{', '.join(map(str, found))} differ from results; run `clover-vllm render`.")
-    for page in [] if check else run(root):
+    for page in [] if settings.check else run(settings.root):
         print(f"Changed: {page}")
 
 
@@ -374,27 +356,22 @@ def gpu_check(settings: GpuCheckSettings) -> None:
 
 @app.command()
 @_one_line
-def trees(
-    prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, max=2048, help="Longest answer, tokens.")] = 96,
-    steps: Annotated[int, typer.Option(min=0, help="Draft trees shown per prompt.")] = 3,
-) -> None:
+@takes(TreesSettings)
+def trees(settings: TreesSettings) -> None:
     """Draft offline with the shipped head, and show its trees beside what the target said."""
     from clover_vllm.demo.trees import show_trees
 
-    show_trees(prompts, tokens, steps)
+    show_trees(settings.prompts, settings.tokens, settings.steps)
 
 
 @app.command()
 @_one_line
-def demo(
-    prompts: Annotated[int, typer.Option(min=1, max=6, help="Number of prompts.")] = 4,
-    tokens: Annotated[int, typer.Option(min=16, max=1024, help="Longest answer, tokens.")] = 128,
-) -> None:
+@takes(DemoSettings)
+def demo(settings: DemoSettings) -> None:
     """Serve the shipped target and head with `vllm serve`, and chat with it beside plain vLLM."""
     from clover_vllm.demo.run import run_demo
 
-    run_demo(prompts, tokens)
+    run_demo(settings.prompts, settings.tokens)
 
 
 def main() -> None:

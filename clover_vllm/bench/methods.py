@@ -40,6 +40,7 @@ def known_grids(head: str, eagle_head: str) -> dict[str, list[Method]]:
         [_method("suffix", k, {"method": "suffix"}, "{} tokens") for k in SUFFIX_TOKENS],
         [_method("eagle", k, {"method": "eagle", "model": eagle_head}, "chain of {}") for k in EAGLE_CHAINS],
         [_method("clover-chain", k, _clover(head) | {"tree": "chain"}, "chain of {}") for k in CLOVER_CHAINS],
+        [_method("clover-published", 25, _clover(head) | {"tree": "published"}, "published tree of {}")],
         [_method("clover", 16, _clover(head), "adaptive, at most {} nodes")],
         [
             _method(

@@ -21,7 +21,7 @@ class BenchSettings:
     """What `clover-vllm bench` was asked for.
 
     Args:
-        methods: Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover, clover-head
+        methods: Compared with plain: ngram, suffix (needs arctic-inference), eagle, clover-chain, clover-published, clover, clover-head
             (nothing retrieved), clover-N (N nodes), hindsight (nodes chosen with the answers known: a bound).
         sweep: Choose each method's settings on prompts set aside for that.
         concurrency: Requests at a time, for example 1,4,16.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from clover_vllm.base.command_line import Parsed, names, numbers, reals
 from clover_vllm.base.errors import UserError
 from clover_vllm.heads.registry import HEADS, head_kind
@@ -126,3 +128,16 @@ class CompareSettings:
             raise UserError(f"--limit {self.limit} must be 1 or more.")
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"--dtype {self.dtype} is not supported; use bfloat16 or float32.")
+
+
+@dataclass
+class RenderSettings:
+    """What `clover-vllm render` was asked for.
+
+    Args:
+        root: Folder of README.md, docs and results.
+        check: Change nothing; fail if something would change.
+    """
+
+    root: Annotated[Path, typer.Argument()] = Path()
+    check: bool = False
