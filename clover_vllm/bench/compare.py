@@ -65,6 +65,8 @@ def bench(settings: BenchSettings) -> None:
         chosen = {c: found[nearest(swept, c)] for c in settings.concurrency}
     with Work("runs", count_runs(loads, chosen.__getitem__)) as work:
         comparison = report.Comparison(run_loads(start, loads, chosen.__getitem__, work))
+    if comparison.silent:
+        logger.warning("%s", comparison.left_out())
     print_table(report.table(comparison))
     if not settings.server:
         print_table(report.split_table(comparison))

@@ -25,28 +25,39 @@ FEWEST = 5
 
 
 class Comparison:
-    """Results of one invocation, in relation to the first method."""
+    """Results of one invocation, in relation to the first method.
+
+    Attributes:
+        results: at loads where the baseline gave tokens while the clock ran.
+        baseline: the first method.
+        silent: the other loads.
+    """
 
     def __init__(self, results: Sequence[Result]) -> None:
-        self.results = list(results)
-        self.baseline = self.results[0].method
+        """
+        Raises:
+            UserError: the baseline gave no token at any load.
+        """
+        self.baseline = results[0].method
+        self.silent = [r.concurrency for r in results if r.method == self.baseline and not all(r.rates)]
+        self.results = [r for r in results if r.concurrency not in self.silent]
+        if not self.results:
+            raise UserError(self.left_out())
+
+    def left_out(self) -> str:
+        """What to say of the loads that are missing."""
+        return (
+            f"{self.baseline} gave no token while the clock ran with {' and '.join(map(str, self.silent))} requests at "
+            "once, which are left out; raise --num-prompts."
+        )
 
     def of(self, method: str, concurrency: int) -> Result:
         """The result of one method at one concurrency."""
         return next(r for r in self.results if (r.method, r.concurrency) == (method, concurrency))
 
     def speedups(self, result: Result) -> list[float]:
-        """Tokens per second over the baseline's, repetition by repetition.
-
-        Raises:
-            UserError: the baseline had none.
-        """
+        """Tokens per second over the baseline's, repetition by repetition."""
         base = self.of(self.baseline, result.concurrency)
-        if not all(base.rates):
-            raise UserError(
-                f"{self.baseline} gave no token while the clock ran with {result.concurrency} requests at once; "
-                "raise --num-prompts."
-            )
         return [own / plain for own, plain in zip(result.rates, base.rates, strict=True)]
 
     def equal_share(self, result: Result) -> float:

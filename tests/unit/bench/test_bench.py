@@ -290,10 +290,15 @@ def test_the_order_of_lengths_is_another_in_each_repetition() -> None:
     assert len({tuple(sorted(order)) for order in orders}) == 1
 
 
-def test_a_baseline_without_a_token_is_one_sentence() -> None:
-    found = Comparison([Result("plain", 1, [Run(seconds=1.0)])])
+def test_loads_whose_baseline_gave_no_token_are_left_out_and_named() -> None:
+    silent = [Result("plain", 1, [Run(seconds=1.0)]), Result("clover", 1, [Run(seconds=1.0, tokens=9)])]
+    told = [Result(name, 4, [Run(seconds=1.0, tokens=8, outputs=[[1]])]) for name in ("plain", "clover")]
+    found = Comparison([*silent, *told])
+    assert [row["concurrency"] for row in found.rows()] == [4, 4]
+    one_sentence(found.left_out())
+    assert "with 1 requests at once" in found.left_out()
     with pytest.raises(UserError, match="gave no token") as caught:
-        found.rows()
+        Comparison(silent)
     one_sentence(caught.value)
 
 
