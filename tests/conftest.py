@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,12 +120,15 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def spoken_target(tiny_target: Path) -> Path:
-    """The tiny target with a tokenizer of one word per token."""
+def spoken_target(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    """The tiny target with a tokenizer of one word per token, and without a chat template."""
     from small import add_tokenizer
 
-    add_tokenizer(tiny_target)
-    return tiny_target
+    folder = tmp_path_factory.mktemp("spoken") / "target"
+    shutil.copytree(tiny_target, folder)
+    add_tokenizer(folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
 
 
 @pytest.fixture(scope="session")

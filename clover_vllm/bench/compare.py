@@ -92,6 +92,7 @@ def bench(settings: BenchSettings) -> None:
         "max_tokens": settings.max_tokens,
         "longest_answers": span_of(request for load in loads for run in load.runs for request in run),
         "temperature": settings.temperature,
+        "left_out": comparison.silent,
     }
     print(f"Written: {report.write(comparison, settings.output, header)}, and plots beside it.")
 

@@ -23,7 +23,7 @@ class BatchSettings:
         input: Lines of OpenAI's batch files, or with a prompt.
         output: File of answers; appears once all are there.
         at_once: Requests that an engine holds at a time.
-        ray: Through Ray Data, on the cluster that RAY_ADDRESS names or on one started here.
+        ray: Through Ray Data, on the cluster that RAY_ADDRESS names, that this host belongs to, or that is started here.
         replicas: Most engines, with --ray.
         replica_cpus: Cores of an engine, with --ray.
         replica_gpus: GPUs of an engine, with --ray.

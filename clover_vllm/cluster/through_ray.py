@@ -8,11 +8,13 @@ out the lines, restarts actors that died and gives their lines to others.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+from clover_vllm.base.errors import UserError
 from clover_vllm.cluster.answering import Answering, EngineDied, answering, parse_flags
 from clover_vllm.cluster.cores import claim_cores
 from clover_vllm.launch.environment import is_cpu_build, prepare
@@ -69,8 +71,7 @@ def answered(
     import ray.data
 
     parse_flags(settings.flags)
-    ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": environment()})
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    connect(settings.replica_cpus, settings.replica_gpus)
     rows = [{"line": r.line, "text": r.text} for r in requests]
     blocks = max(1, -(-len(rows) // BLOCK))
     answers = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
@@ -84,6 +85,38 @@ def answered(
     )
     for row in answers.iter_rows():
         yield int(row["line"]), str(row["answer"])
+
+
+def connect(cpus: int, gpus: int) -> None:
+    """Join the cluster that RAY_ADDRESS names or that this host belongs to, or start one, to run engines on.
+
+    Args:
+        cpus, gpus: of an engine.
+
+    Raises:
+        UserError: no host has as many, or GPUs would be used without being asked for.
+    """
+    import ray
+    import ray.data
+
+    if not gpus and not is_cpu_build():
+        raise UserError("This vLLM computes on GPUs; say with --replica-gpus how many an engine gets.")
+    os.environ.setdefault(
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV", "1"
+    )  # a job's variables are in `environment` as well
+    ray.init(
+        ignore_reinit_error=True,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": environment()},
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(host.get("CPU", 0) >= cpus and host.get("GPU", 0) >= gpus for host in hosts):
+        raise UserError(
+            f"No host of the cluster has {cpus} cores and {gpus} GPUs for an engine; ask for fewer with --replica-cpus or "
+            "--replica-gpus."
+        )
 
 
 def environment(*more: str) -> dict[str, str]:

@@ -300,14 +300,16 @@ def greedy_answers(
     """
     context = int(target.config.max_position_embeddings)
     rows = read_answers(paths, int(target.config.vocab_size), context)
+    of = list(map(str, rows.rows["source"]))
+    if unknown := sorted(set(sources) - set(of)):
+        raise UserError(f"No answer is of the source {unknown[0]!r}; there are {', '.join(sorted(set(of)))}.")
     answers: list[Answer] = []
     for i, temperature in enumerate(rows.rows["temperature"]):
         if temperature == 0 and rows.answer_lengths[i] >= 2:
             prompt, answer = rows.sequence(i)
-            source = str(rows.rows[i]["source"])
-            if sources and source not in sources:
+            if sources and of[i] not in sources:
                 continue
-            answers.append(Answer(source, torch.from_numpy(prompt), torch.from_numpy(answer)))
+            answers.append(Answer(of[i], torch.from_numpy(prompt), torch.from_numpy(answer)))
             if limit is not None and len(answers) >= limit:
                 break
     if not answers:

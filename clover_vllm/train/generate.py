@@ -49,11 +49,9 @@ class _Request:
     seed: int
 
 
-Answered = Callable[[int, int], None]
-"""Told how many answers are there, and their tokens, as they come."""
-
-Write = Callable[[DataSettings, Mapping[Path, Sequence["_Request"]], Answered], dict[str, Any]]
-"""Writes shards, in any order, until `seconds` are over; returns what the summary should say of it."""
+Write = Callable[[DataSettings, Mapping[Path, Sequence["_Request"]]], Iterator[tuple[int, int]]]
+"""Writes shards, in any order, until `seconds` are over. Gives numbers of new answers and of their tokens as they come;
+first, where it can tell that engines run, zeros."""
 
 
 def generate(settings: DataSettings, write: Write | None = None) -> dict[str, Any]:
@@ -191,37 +189,32 @@ def _exchanges(settings: DataSettings, tokenizer: Any, prompts: list[Prompt]) ->
 
 def _run(settings: DataSettings, missing: dict[Path, list[_Request]], write: Write) -> dict[str, Any]:
     Console(stderr=True).print("Starting vLLM; this takes up to a minute.")
-    started, tokens = 0.0, 0
+    coming = write(settings, missing)
+    next(coming)
+    started, tokens = time.monotonic(), 0
     with Work("answers", sum(map(len, missing.values()))) as work:
-
-        def answered(answers: int, new: int) -> None:
-            nonlocal started, tokens
-            started, tokens = started or time.monotonic(), tokens + new
-            seconds = time.monotonic() - started
-            work.doing(f"{tokens / seconds if seconds else 0:,.0f} tokens/s")
-            if answers:
-                work.advance(answers)
-
-        seen = write(settings, missing, answered)
-    seconds = time.monotonic() - started if started else 0.0
+        for answers, new in coming:
+            tokens += new
+            work.doing(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+            work.advance(answers)
+    seconds = time.monotonic() - started
     return {
-        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+        "tokens_per_second": round(tokens / seconds, 1),
         "seconds_of_last_start": round(seconds, 1),
-        **seen,
+        "peak_memory_gib": round(_peak_memory_with_children(), 2),
     }
 
 
 def _write_here(
-    settings: DataSettings, missing: Mapping[Path, Sequence[_Request]], answered: Answered
-) -> dict[str, Any]:
+    settings: DataSettings, missing: Mapping[Path, Sequence[_Request]]
+) -> Iterator[tuple[int, int]]:
     writer = ShardWriter(settings)
-    answered(0, 0)  # the engine runs
+    yield 0, 0
     started = time.monotonic()
     for path, requests in missing.items():
         if settings.seconds is not None and time.monotonic() - started > settings.seconds:
             break
-        writer.write(path, requests, answered)
-    return {"peak_memory_gib": round(_peak_memory_with_children(), 2)}
+        yield from writer.write(path, requests)
 
 
 class ShardWriter:
@@ -244,23 +237,20 @@ class ShardWriter:
         self._engine = start_engine(settings.target, **{**ours, **engine_options(settings.flags)})
         self._max_tokens = settings.max_tokens
 
-    def write(self, path: Path, requests: Sequence[_Request], answered: Answered) -> int:
-        """One shard, from an empty prefix cache, so that it does not depend on the shards before.
+    def write(self, path: Path, requests: Sequence[_Request]) -> Iterator[tuple[int, int]]:
+        """One shard, from an empty prefix cache, so that it does not depend on the shards before; written at the end.
 
         Returns:
-            tokens of its answers.
+            one answer after the other, as `Write` counts them.
 
         Raises:
             UserError: it cannot be written.
         """
         lines: dict[int, dict[str, Any]] = {}
-        tokens = 0
         for index, completion in _complete(self._engine, requests, self._max_tokens):
             lines[index] = _line(requests[index], completion)
-            tokens += len(completion.token_ids)
-            answered(1, len(completion.token_ids))
+            yield 1, len(completion.token_ids)
         _write_shard(path, [lines[i] for i in range(len(requests))])
-        return tokens
 
 
 def engine_options(flags: Sequence[str]) -> dict[str, Any]:

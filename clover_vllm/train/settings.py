@@ -46,8 +46,9 @@ class DataSettings:
         max_model_len: Longest prompt plus answer, tokens.
         dtype: auto, bfloat16, float16 or float32.
         seed: Seed of temperatures and of sampling.
-        ray: On the Ray cluster that RAY_ADDRESS names or on one started here; --output must be a folder of all hosts.
-        replicas: Engines, with --ray.
+        ray: On the Ray cluster that RAY_ADDRESS names, that this host belongs to, or that is started here; --output must be a
+            folder of all hosts.
+        replicas: Most engines, with --ray.
         replica_cpus: Cores of an engine, with --ray.
         replica_gpus: GPUs of an engine, with --ray.
     """

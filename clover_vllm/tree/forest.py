@@ -177,15 +177,14 @@ class Forest:
             )
             able = (nodes["state"] < 0) & (above >= 0) & (nodes["depth"] < self._room[nodes["request"]])
             coming = nodes["gain"] * following[np.minimum(nodes["depth"], len(following) - 1)]
-            verified = nodes[self.best()[0][: budget.nodes]]
-            expected = self._tokens(verified["request"], verified["gain"])
+            expected = self.tokens(budget)
             hopes = coming / expected[nodes["request"]] - budget.price
             chosen = np.flatnonzero(able & (hopes > 0.0))
             if len(chosen) > width * len(asked):
                 chosen = chosen[np.argsort(-hopes[chosen], kind="stable")[: width * len(asked)]]
             cost = prices.of_level(len(chosen))
-            with_level = expected + self._tokens(nodes["request"][chosen], coming[chosen]) - 1.0
-            worth = np.log(with_level / expected).sum() - budget.price * len(chosen)
+            more = np.bincount(nodes["request"][chosen], coming[chosen], len(expected))
+            worth = np.log1p(more / expected).sum() - budget.price * len(chosen)
             if not len(chosen) or worth <= budget.rate * cost:
                 return
             prices.spent += cost
@@ -261,21 +260,28 @@ class Forest:
         worth = self.best()[1]
         return choose_budget(worth, prices.sampling, prices.of_nodes(len(worth)), prices.spent)
 
-    def _tokens(self, requests: Ints, gains: Floats) -> Floats:
-        """Tokens that each request is expected to get with nodes of these requests and gains, [R]."""
-        return 1.0 + np.bincount(requests, gains, len(self._limits))
+    def tokens(self, budget: Budget) -> Floats:
+        """Tokens that each request is expected to get, [R]."""
+        return self._tokens(self.nodes[self.best()[0][: budget.nodes]])
+
+    def _tokens(self, nodes: Any) -> Floats:
+        return 1.0 + np.bincount(nodes["request"], nodes["gain"], len(self._limits))
 
     def of_head(self) -> Any:
         """Candidates that the head alone proposes."""
         return self.nodes[kinds.come_from("head", self.nodes["kind"])]
 
     def saved_by_retrieval(self, budget: Budget) -> float:
-        """Milliseconds that the chosen nodes save which only retrieval proposes."""
-        chosen = self.nodes[self.best()[0][: budget.nodes]]
-        others = chosen[~kinds.come_from("retrieved", chosen["kind"])]
-        all_tokens = self._tokens(chosen["request"], chosen["gain"])
-        worth = np.log(all_tokens / self._tokens(others["request"], others["gain"])).sum()
-        return max(0.0, float(worth) - budget.price * (len(chosen) - len(others))) / budget.rate
+        """Milliseconds that the chosen nodes save which would not be there without retrieval."""
+        nodes = self.nodes
+        lost = kinds.come_from("retrieved", nodes["kind"])
+        for depth in range(2, int(nodes["depth"].max(initial=1)) + 1):
+            own = np.flatnonzero(nodes["depth"] == depth)
+            lost[own] |= lost[nodes["parent"][own]]
+        places = self.best()[0][: budget.nodes]
+        others = nodes[places[~lost[places]]]
+        worth = np.log(self.tokens(budget) / self._tokens(others)).sum()
+        return max(0.0, float(worth) - budget.price * (budget.nodes - len(others))) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:
         """The best `count` nodes as one tree per request."""

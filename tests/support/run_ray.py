@@ -94,8 +94,11 @@ def data(folder: Path) -> Json:
     def kill() -> None:
         while not any(output.glob("answers-*")):
             time.sleep(0.01)
-        engines = [p for p in psutil.Process().children(recursive=True) if "_Engine" in p.name()]
-        killed.append(engines[-1].pid)
+        # Ray cuts names of processes short.
+        engines = [
+            p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())
+        ]
+        killed.append(len(engines))
         engines[-1].kill()
 
     threading.Thread(target=kill, daemon=True).start()
@@ -106,7 +109,7 @@ def data(folder: Path) -> Json:
             generate_on_ray(replace(settings, output=folder / "refused", **changed))
         except UserError as error:
             refused.append(str(error))
-    return {"summary": summary, "killed": len(killed), "refused": refused}
+    return {"summary": summary, "engines": killed, "refused": refused}
 
 
 def train(folder: Path) -> Json:

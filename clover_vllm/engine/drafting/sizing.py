@@ -164,12 +164,13 @@ class Sizer:
             return []
         if self._steps <= LOOK:
             return able[:8]
+        sure = self._sure(forest)
         if self._rethinks(len(able), self._steps):
             self._thought = (len(able), self._steps)
-            if self._samples:
-                self._think(len(able), forest, prices)
-            else:
+            if not self._samples:
                 self.asleep = False  # for the ledger to say
+            else:
+                self._think([i for i in able if i not in sure] or able, forest, prices)
         self.asleep |= self.ledger.forbids(len(wanted))
         if self.asleep:
             if not self._probes(self._steps):
@@ -178,7 +179,6 @@ class Sizer:
             return [able[self._steps // PROBE_EVERY % len(able)]]
         if not self._samples:
             return able[:8]
-        sure = self._sure(forest)
         return [i for i in able if i not in sure and self._is_worth_reading(wanted[i])]
 
     def _sure(self, forest: Forest) -> set[int]:
@@ -189,12 +189,13 @@ class Sizer:
         usual = sum(float(own[:, 0].sum()) for own in self._samples) / len(self._samples)
         return set(np.flatnonzero(promised > max(1.0, SURE * usual)).tolist())
 
-    def _think(self, requests: int, forest: Forest, prices: Prices) -> None:
-        """Compare the best that drafting would give with what there is without."""
-        without = forest.budget(prices)
+    def _think(self, asked: Sequence[int], forest: Forest, prices: Prices) -> None:
+        """Compare the best that drafting for some of the wanted would give with what there is without."""
+        without, requests = forest.budget(prices), len(asked)
         share = requests / len(self._samples)
         retrieved = forest.best()[1]  # there in any case
-        sure = 1.0 + float(forest.nodes["gain"][forest.best()[0][: without.nodes]].sum()) / requests
+        # What drafting adds comes on top of that; a mean of log(1 + gain / tokens), nearly.
+        sure = 1.0 / float((1.0 / forest.tokens(without)[asked]).mean())
         drafted = np.concatenate(self._samples)
         owners = np.repeat(np.arange(len(self._samples)), [*map(len, self._samples)])
         base = prices.spent + self.costs.of_asking(requests)

@@ -227,5 +227,5 @@ def test_default_growths_are_those_of_the_model_card() -> None:
 def test_answers_of_some_sources_alone_are_measured(tiny_answers: Path, frozen: FrozenTarget) -> None:
     found = greedy_answers([tiny_answers], frozen, 5, ["kind2"])
     assert [answer.category for answer in found] == ["kind2"] * 5
-    with pytest.raises(UserError, match="of these sources"):
+    with pytest.raises(UserError, match="'kind9'; there are kind0, kind1, kind2"):
         greedy_answers([tiny_answers], frozen, None, ["kind9"])
