@@ -31,7 +31,7 @@ def knowing(runner: Any, answers: Mapping[str, Sequence[int]]) -> Iterator[None]
         def right_ones(count: int) -> Any:
             del count
             _tell(made, rest)
-            return trees(int((made.nodes["gain"][made.best()[0]] > 0.5).sum()))
+            return trees(int((made.nodes["gain"][made.best()] > 0.5).sum()))
 
         made.trees = right_ones
         return made

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clover_vllm.tree import kinds
-from clover_vllm.tree.budget import Bools, Budget, Floats, Ints, choose_budget, starts_of, worths
+from clover_vllm.tree.budget import Bools, Budget, Floats, Ints, choose_budget
 from clover_vllm.tree.calibration import Calibration, chances, log_odds
 from clover_vllm.tree.draft import ROOT, Tree
 from clover_vllm.tree.outcomes import Outcomes
@@ -98,7 +98,7 @@ class Forest:
         self._slopes = np.array([c.slope for c in known.values()])
         self._intercepts = np.array([c.intercepts for c in known.values()])
         self._matches = np.zeros(len(limits), np.int64)
-        self._best: tuple[Ints, Floats] | None = None  # places and worths, until nodes change
+        self._best: Ints | None = None  # until nodes change
         self._found = 0  # retrieved nodes
         self._keys: Ints = np.empty(0, np.int64)  # of retrieved nodes, ascending
         self._places: Ints = np.empty(0, np.int64)  # theirs
@@ -176,16 +176,12 @@ class Forest:
                 nodes["parent"] == ROOT, roots[nodes["request"]], nodes["state"][nodes["parent"]]
             )
             able = (nodes["state"] < 0) & (above >= 0) & (nodes["depth"] < self._room[nodes["request"]])
-            coming = nodes["gain"] * following[np.minimum(nodes["depth"], len(following) - 1)]
-            expected = self.tokens(budget)
-            hopes = coming / expected[nodes["request"]] - budget.price
+            hopes = nodes["gain"] * following[np.minimum(nodes["depth"], len(following) - 1)] - budget.price
             chosen = np.flatnonzero(able & (hopes > 0.0))
             if len(chosen) > width * len(asked):
                 chosen = chosen[np.argsort(-hopes[chosen], kind="stable")[: width * len(asked)]]
             cost = prices.of_level(len(chosen))
-            more = np.bincount(nodes["request"][chosen], coming[chosen], len(expected))
-            worth = np.log1p(more / expected).sum() - budget.price * len(chosen)
-            if not len(chosen) or worth <= budget.rate * cost:
+            if not len(chosen) or hopes[chosen].sum() <= budget.rate * cost:
                 return
             prices.spent += cost
             nodes["state"][chosen] = states + np.arange(len(chosen))
@@ -237,55 +233,37 @@ class Forest:
         """Other gains than were reckoned, [N]."""
         self.nodes["gain"], self._best = gains, None
 
-    def best(self) -> tuple[Ints, Floats]:
-        """Places of candidates by falling worth, parents first, no more of a request than its limit; and their worths."""
+    def best(self) -> Ints:
+        """Places of candidates by falling gain, parents first, no more of a request than its limit."""
         if self._best is None:
             self._best = self._sort()
         return self._best
 
-    def _sort(self) -> tuple[Ints, Floats]:
+    def _sort(self) -> Ints:
         nodes = self.nodes
         usable = np.flatnonzero((nodes["gain"] >= FLOOR) & (nodes["depth"] <= self._room[nodes["request"]]))
-        falling = usable[np.lexsort((-nodes["gain"][usable], nodes["request"][usable]))]  # request by request
+        falling = usable[np.argsort(-nodes["gain"][usable], kind="stable")]
         requests = nodes["request"][falling]
-        starts, counts = starts_of(requests)
-        within = np.arange(len(falling)) - np.repeat(starts, counts) < self._limits[requests]
-        falling = falling[within]
-        worth = worths(nodes["gain"][falling], requests[within])
-        order = np.argsort(-worth, kind="stable")
-        return falling[order], worth[order]
+        return falling[_rank(requests) < self._limits[requests]]
 
     def budget(self, prices: Prices) -> Budget:
         """The best number of nodes, given what has been spent."""
-        worth = self.best()[1]
-        return choose_budget(worth, prices.sampling, prices.of_nodes(len(worth)), prices.spent)
-
-    def tokens(self, budget: Budget) -> Floats:
-        """Tokens that each request is expected to get, [R]."""
-        return self._tokens(self.nodes[self.best()[0][: budget.nodes]])
-
-    def _tokens(self, nodes: Any) -> Floats:
-        return 1.0 + np.bincount(nodes["request"], nodes["gain"], len(self._limits))
+        gains = self.nodes["gain"][self.best()]
+        return choose_budget(gains, prices.sampling, prices.of_nodes(len(gains)), prices.spent)
 
     def of_head(self) -> Any:
         """Candidates that the head alone proposes."""
         return self.nodes[kinds.come_from("head", self.nodes["kind"])]
 
     def saved_by_retrieval(self, budget: Budget) -> float:
-        """Milliseconds that the chosen nodes save which would not be there without retrieval."""
-        nodes = self.nodes
-        lost = kinds.come_from("retrieved", nodes["kind"])
-        for depth in range(2, int(nodes["depth"].max(initial=1)) + 1):
-            own = np.flatnonzero(nodes["depth"] == depth)
-            lost[own] |= lost[nodes["parent"][own]]
-        places = self.best()[0][: budget.nodes]
-        others = nodes[places[~lost[places]]]
-        worth = np.log(self.tokens(budget) / self._tokens(others)).sum()
-        return max(0.0, float(worth) - budget.price * (budget.nodes - len(others))) / budget.rate
+        """Milliseconds that the chosen nodes save which only retrieval proposes."""
+        chosen = self.nodes[self.best()[: budget.nodes]]
+        own = kinds.come_from("retrieved", chosen["kind"])
+        return float(np.maximum(chosen["gain"][own] - budget.price, 0.0).sum()) / budget.rate
 
     def trees(self, count: int) -> list[Tree]:
         """The best `count` nodes as one tree per request."""
-        best = self.best()[0][:count]
+        best = self.best()[:count]
         requests = self.nodes["request"][best]
         best = best[np.argsort(requests, kind="stable")]  # by request, and there as before
         chosen = self.nodes[best]
@@ -336,3 +314,13 @@ def _depths(parents: Ints) -> Ints:
         found += deeper
         above = np.where(deeper, parents[above], ROOT)
     return found
+
+
+def _rank(groups: Ints) -> Ints:
+    """How many before each have the same group, [N]."""
+    order = np.argsort(groups, kind="stable")
+    ranked = groups[order]
+    starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))) if len(groups) else groups
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
+    return ranks

@@ -7,7 +7,6 @@ a request now and then. See `tree.budget`, `tree.calibration` and `tree.costs` f
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clover_vllm.engine.drafting.ledger import Habit, Ledger
-from clover_vllm.tree.budget import Floats, worths
+from clover_vllm.tree.budget import Floats
 from clover_vllm.tree.calibration import Calibration
 from clover_vllm.tree.costs import Costs, StepSize
 from clover_vllm.tree.forest import Forest, Prices
@@ -41,7 +40,7 @@ PROBE_EVERY = 48
 """Steps between two tries while asleep."""
 
 WAKE, SLEEP = 1.06, 1.03
-"""Expected speed, a geometric mean over requests, over that without the head at which drafting begins, and below which it ends: prompts that the head
+"""Expected speed over that without the head at which drafting begins, and below which it ends: prompts that the head
 must read are not in it."""
 
 READING_PAYS = 2.0
@@ -164,13 +163,12 @@ class Sizer:
             return []
         if self._steps <= LOOK:
             return able[:8]
-        sure = self._sure(forest)
         if self._rethinks(len(able), self._steps):
             self._thought = (len(able), self._steps)
-            if not self._samples:
-                self.asleep = False  # for the ledger to say
+            if self._samples:
+                self._think(len(able), forest, prices)
             else:
-                self._think([i for i in able if i not in sure] or able, forest, prices)
+                self.asleep = False  # for the ledger to say
         self.asleep |= self.ledger.forbids(len(wanted))
         if self.asleep:
             if not self._probes(self._steps):
@@ -179,6 +177,7 @@ class Sizer:
             return [able[self._steps // PROBE_EVERY % len(able)]]
         if not self._samples:
             return able[:8]
+        sure = self._sure(forest)
         return [i for i in able if i not in sure and self._is_worth_reading(wanted[i])]
 
     def _sure(self, forest: Forest) -> set[int]:
@@ -189,22 +188,26 @@ class Sizer:
         usual = sum(float(own[:, 0].sum()) for own in self._samples) / len(self._samples)
         return set(np.flatnonzero(promised > max(1.0, SURE * usual)).tolist())
 
-    def _think(self, asked: Sequence[int], forest: Forest, prices: Prices) -> None:
-        """Compare the best that drafting for some of the wanted would give with what there is without."""
-        without, requests = forest.budget(prices), len(asked)
+    def _think(self, requests: int, forest: Forest, prices: Prices) -> None:
+        """Compare the best that drafting would give with what there is without."""
+        without = forest.budget(prices)
         share = requests / len(self._samples)
-        retrieved = forest.best()[1]  # there in any case
-        # What drafting adds comes on top of that; a mean of log(1 + gain / tokens), nearly.
-        sure = 1.0 / float((1.0 / forest.tokens(without)[asked]).mean())
+        retrieved = forest.nodes["gain"][forest.best()]  # there in any case: of depth 0
         drafted = np.concatenate(self._samples)
-        owners = np.repeat(np.arange(len(self._samples)), [*map(len, self._samples)])
+        found = np.concatenate(
+            (
+                np.column_stack((retrieved, np.zeros_like(retrieved), np.ones_like(retrieved))),
+                np.column_stack((drafted, np.full(len(drafted), share))),
+            )
+        )
+        found = found[np.argsort(-found[:, 0], kind="stable")]
         base = prices.spent + self.costs.of_asking(requests)
         base += self.costs.of_augmenting(self.reading * requests) + self.costs.of_first(requests)
-        best = (-math.inf, 0.0)
-        depths = drafted[:, 1]
+        best = (0.0, 0.0, 0.0)
+        depths = found[:, 1]
         deepest = int(depths.max(initial=1))
         levels_ms = 0.0
-        costs = prices.of_nodes(int(share * len(drafted)) + len(retrieved) + 1)
+        costs = prices.of_nodes(int(found[:, 2].sum()) + 1)
         places = np.arange(len(costs))
         for levels in range(1, deepest + 1):
             if levels > 1:
@@ -212,20 +215,17 @@ class Sizer:
                 levels_ms += self.costs.of_level(max(1.0, width))
                 if levels not in (2, 3, deepest):
                     continue
-            usable = depths <= levels
-            worth = np.concatenate((retrieved, worths(drafted[usable, 0], owners[usable], sure)))
-            counts = np.concatenate((np.ones(len(retrieved)), np.full(usable.sum(), share)))
-            falling = np.argsort(-worth, kind="stable")
-            rows = np.concatenate(([0.0], np.cumsum(counts[falling])))
+            usable = found[depths <= levels]
+            rows = np.concatenate(([0.0], np.cumsum(usable[:, 2])))
             milliseconds = np.interp(rows, places, costs) + base + levels_ms
-            earned = np.concatenate(([0.0], np.cumsum((worth * counts)[falling])))
-            speeds = earned / prices.sampling - np.log(milliseconds)
-            i = int(np.argmax(speeds))
-            best = max(best, (float(speeds[i]), float(milliseconds[i])))
-        speed, spent = best
-        gained = math.exp(speed - without.speed)
+            earned = prices.sampling + np.concatenate(([0.0], np.cumsum(usable[:, 0] * usable[:, 2])))
+            rates = earned / milliseconds
+            i = int(np.argmax(rates))
+            best = max(best, (float(rates[i]), float(milliseconds[i]), float(earned[i])))
+        rate, spent, tokens = best
+        gained = rate / without.rate
         self.asleep = gained < (WAKE if self.asleep else SLEEP)
-        self.saved = max(0.0, gained - 1.0) * spent / requests
+        self.saved = max(0.0, tokens / without.rate - spent) / requests
 
     def _is_worth_reading(self, wanted: Wanted) -> bool:
         """Whether drafting for a request saves more, until it ends, than reading what the head has missed."""

@@ -145,33 +145,6 @@ def test_asking_begins_anew_when_the_ledgers_rest_has_ended() -> None:
     assert asked[-1] == 8
 
 
-def test_the_head_adds_less_where_much_was_retrieved() -> None:
-    """Three tokens more for everybody, say: half a token is worth a third of what it is to those who get one."""
-    alone, beside = _sizer(per_row=0.3), _sizer(per_row=0.3)
-    gained = []
-    for sizer, found in (
-        (alone, {}),
-        (beside, {i: Retrieved([1, 2, 3], [-1, 0, 1], [0.98] * 3, 30) for i in range(12)}),
-    ):
-        _after(sizer, _wanted(12), LOOK + 2, likely=-0.6)
-        forest, prices = sizer.forest(_wanted(12)), sizer.prices(_wanted(12), 12, 0, 0)
-        forest.retrieve(found)
-        sizer._think(range(12), forest, prices)
-        gained.append(sizer.saved)
-    assert gained[0] > 0
-    assert gained[1] < 0.5 * gained[0]
-
-
-def test_what_was_retrieved_for_some_does_not_make_the_head_worthless_to_others() -> None:
-    sizer = _sizer(per_row=0.1)
-    _after(sizer, _wanted(12), LOOK + 2, likely=-0.6)
-    forest, prices = sizer.forest(_wanted(12)), sizer.prices(_wanted(12), 12, 0, 0)
-    forest.retrieve({i: Retrieved([*range(1, 9)], [*range(-1, 7)], [0.98] * 8, 30) for i in range(6)})
-    sizer._think(range(6, 12), forest, prices)
-    assert not sizer.asleep
-    assert sizer.saved > 0
-
-
 def test_a_request_that_the_head_cannot_read_so_far_is_not_asked_for() -> None:
     sizer = _sizer(per_row=0.05)
     _after(sizer, _wanted(4), LOOK + 10)

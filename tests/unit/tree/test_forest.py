@@ -61,7 +61,7 @@ def forest(requests: int, limit: int = 16, room: int = 99) -> Forest:
     return Forest([limit] * requests, [room] * requests, [one] * requests)
 
 
-def prices(row: float, level: float = 0.0, base: float = 10.0, sampling: int = 3) -> Prices:
+def prices(row: float, level: float = 0.0, base: float = 10.0, sampling: int = 1) -> Prices:
     def of_nodes(count: int) -> Floats:
         return base + row * np.arange(count + 1.0)
 
@@ -164,92 +164,3 @@ def test_a_head_that_gives_nans_drafts_nothing(spoiled: Sequence[int]) -> None:
     assert len(good) > 0
     assert len(bad) == 0
     assert found.spoiled == {1}
-
-
-def retrieved(found: Forest, gains: dict[int, list[float]]) -> None:
-    """Chains whose nodes have these gains."""
-    found.retrieve(
-        {
-            r: Retrieved([*range(len(own))], [*range(-1, len(own) - 1)], [0.9] * len(own), 9)
-            for r, own in gains.items()
-        }
-    )
-    found.regain([gain for own in gains.values() for gain in own])
-
-
-def test_a_hard_text_comes_before_the_second_node_of_an_easy_one() -> None:
-    found = forest(2)
-    retrieved(found, {0: [0.9, 0.8], 1: [0.5]})
-    assert [len(tree) for tree in found.trees(2)] == [1, 1]
-    places, worth = found.best()
-    assert found.nodes["gain"][places].tolist() == [0.9, 0.5, 0.8]
-    assert worth == pytest.approx(np.log([1.9, 1.5, 2.7 / 1.9]))
-
-
-def test_one_easy_text_among_many_hard_ones_makes_no_step_longer() -> None:
-    """By tokens per millisecond its node would pay: 0.95 of a token for 8% of a step that gives 8."""
-    found = forest(8)
-    retrieved(found, {0: [0.95]})
-    assert found.budget(prices(row=0.9, sampling=8)).nodes == 0
-    assert found.budget(prices(row=0.8, sampling=8)).nodes == 1
-
-
-class EvenHead(RandomHead):
-    """Four children behind every node, each with the same chance."""
-
-    def __init__(self, requests: int, chance: float) -> None:
-        super().__init__(requests)
-        self._chance = chance
-
-    def _after(self, path: tuple[int, ...]) -> tuple[Floats, Ints]:
-        return np.full(K, math.log(self._chance)), np.arange(K)
-
-
-@pytest.mark.parametrize(("cost", "levels"), [(4.3, 2), (4.7, 1)])
-def test_a_level_is_worth_the_logarithm_of_what_it_adds(cost: float, levels: int) -> None:
-    """One request, 10 ms: four nodes of 0.2 that may be followed by 0.16 each bring log(2.44 / 1.8) for 4.5 ms."""
-    found, head = forest(1), EvenHead(1, 0.2)
-    grow(found, head, [0], prices(0.0, level=cost * 10 * math.log(2.44 / 1.8) / 4.5, sampling=1), levels=2)
-    assert len(head.levels) == levels
-
-
-def test_a_level_is_worth_less_to_a_request_that_has_much() -> None:
-    levels = []
-    for own in ([0.3, 0.3], [0.99] * 12):
-        found, head = forest(1), RandomHead(1, sharpness=1.0)
-        found.retrieve({0: Retrieved([30 + i for i in range(len(own))], [*range(-1, len(own) - 1)], own, 9)})
-        grow(found, head, [0], prices(0.01, level=2.0, sampling=1))
-        levels.append(len(head.levels))
-    assert levels[0] > levels[1]
-
-
-def test_what_retrieval_saved_is_what_is_missing_without_its_nodes() -> None:
-    found = forest(1)
-    retrieved(found, {0: [0.9, 0.8]})
-    at = prices(row=0.1, sampling=1)
-    budget = found.budget(at)
-    assert budget.nodes == 2
-    expected = (math.log(2.7) - 2 * budget.price) / budget.rate
-    assert found.saved_by_retrieval(budget) == pytest.approx(expected)
-
-
-def test_retrieval_is_credited_with_what_the_head_has_added_below_its_nodes_and_not_with_what_it_has_beside() -> (
-    None
-):
-    found, head = forest(1), RandomHead(1)
-    found.retrieve({0: Retrieved([50, 51], [ROOT, 0], [0.9, 0.8], match=9)})
-    grow(found, head, [0], prices(0.01, sampling=1), levels=1)
-    at = prices(row=0.1, sampling=1)
-    before = found.budget(at)
-    tokens = float(found.tokens(before)[0])
-    alone = tokens - float(found.nodes["gain"][:2].sum())
-    expected = (math.log(tokens / alone) - 2 * before.price) / before.rate
-    assert found.saved_by_retrieval(before) == pytest.approx(expected)
-    below = found.nodes[2:3].copy()  # a node of the head, which is moved below a retrieved one
-    below["parent"], below["depth"], below["gain"] = 1, 3, 0.7
-    found.nodes = np.concatenate((found.nodes, below))
-    found.regain(found.nodes["gain"].tolist())
-    after = found.budget(at)
-    assert float(found.tokens(after)[0]) == pytest.approx(tokens + 0.7)
-    expected = (math.log((tokens + 0.7) / alone) - 3 * after.price) / after.rate
-    assert found.saved_by_retrieval(after) == pytest.approx(expected)
