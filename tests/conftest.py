@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,16 @@ LONGEST = [
     "test_prometheus.py",
 ]
 """Files, the longest first, so that none is taken up last, while the other worker has no more to do."""
+
+
+def pytest_configure() -> None:
+    """Tests of this checkout over the code of another, whose `make setup` used the same environment, would say nothing."""
+    found, tree = find_spec("clover_vllm"), Path(__file__).resolve().parents[1]
+    if found is None or found.origin is None or tree not in Path(found.origin).resolve().parents:
+        place = found.origin if found is not None else "nowhere"
+        raise pytest.UsageError(
+            f"clover_vllm would be imported from {place}, not from {tree}: install it from there."
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

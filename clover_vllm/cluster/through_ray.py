@@ -101,14 +101,11 @@ def connect(cpus: int, gpus: int) -> None:
 
     if not gpus and not is_cpu_build():
         raise UserError("This vLLM computes on GPUs; say with --replica-gpus how many an engine gets.")
-    os.environ.setdefault(
-        "RAY_OVERRIDE_JOB_RUNTIME_ENV", "1"
-    )  # a job's variables are in `environment` as well
     ray.init(
         ignore_reinit_error=True,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": environment()},
+        runtime_env=environment(),
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -119,7 +116,9 @@ def connect(cpus: int, gpus: int) -> None:
         )
 
 
-def environment(*more: str) -> dict[str, str]:
-    """Variables that processes on other hosts should have too; `more` are beginnings of their names."""
+def environment(*more: str) -> dict[str, dict[str, str]]:
+    """Ray's `runtime_env`: variables that processes on other hosts should have too; `more` are beginnings of their names."""
+    # Those of a `ray job` are among them, which Ray takes for a conflict.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     names = ("VLLM_", "CLOVER_", "HF_", "TOKENIZERS_PARALLELISM", *more)
-    return {name: value for name, value in os.environ.items() if name.startswith(names)}
+    return {"env_vars": {name: value for name, value in os.environ.items() if name.startswith(names)}}

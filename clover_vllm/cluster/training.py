@@ -8,7 +8,6 @@ continues under torchrun with as many processes.
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +45,7 @@ def train_on_ray(settings: TrainSettings) -> dict[str, Any]:
     assert workers is not None
     settings = _absolute(settings)
     check_settings(settings)
-    os.environ.setdefault(
-        "RAY_OVERRIDE_JOB_RUNTIME_ENV", "1"
-    )  # a job's variables are in `environment` as well
-    variables = {"env_vars": environment(*TRACKERS)}
-    ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, runtime_env=variables)
+    ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, runtime_env=environment(*TRACKERS))
     on_gpus = _have_gpus(ray.cluster_resources(), workers)
     refusal = settings.output / f"refusal-{uuid.uuid4().hex}"
     trainer = TorchTrainer(

@@ -589,10 +589,6 @@ VARIANTS = tuple(
         "prompt-heavy",
         "text-heavy",
         "hindsight",
-        "fixed",
-        "held-out",
-        "no-repeats",
-        "deep",
         "epyc",
     )
 )
